@@ -1,0 +1,110 @@
+"""What a run is made of, as typed fields. Names follow TRL where TRL has one; *R* marks a choice the paper leaves open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sgcd_kernels import CreditConfig
+
+
+class Section(BaseModel):
+    """A group of fields that refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
+    renderer: Literal["compact", "chatml"] = "compact"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    max_length: int = Field(1024, gt=0)  # prompt + response, tokens
+
+
+class EnvConfig(Section):
+    name: str = "workday"
+    train_split: str = "train"
+    eval_split: str = "dev"
+    max_turns: int = Field(16, gt=0)
+    max_observation_chars: int = Field(12_000, gt=0)
+    timeout: float = Field(60.0, gt=0)  # seconds for one reset or step; then the rollout is dropped
+    options: dict[str, Any] = {}  # passed to the suite
+
+
+class EngineConfig(Section):
+    name: Literal["hf"] = "hf"
+    slots: int = Field(128, gt=0)  # sequences that decode together
+
+
+class WriterConfig(Section):
+    """Who writes the credit reference. An API key is read from the environment variable named here, never stored."""
+
+    name: Literal["contrast", "openai", "none", "wrong_task", "empty_shell"] = "contrast"
+    base_url: str = "https://api.openai.com/v1"
+    model: str = "gpt-5-mini"
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = Field(60.0, gt=0)  # seconds a call
+    max_retries: int = Field(3, ge=0)
+    concurrency: int = Field(8, gt=0)
+    max_prompt_chars: int = Field(48_000, gt=0)
+    max_tokens: int = Field(1_024, gt=0)  # of one reference
+    token_budget: int | None = None  # of the whole run, prompt and completion; None is no limit
+    cache_dir: Path = Path(".cache/references")
+
+
+Arm = Literal["grpo", "sgcd", "direct_sd"]
+
+
+class Config(Section):
+    """One run. `arm` chooses the credit signal and nothing else."""
+
+    arm: Arm = "sgcd"
+    output_dir: Path = Path("runs/sgcd")
+    seed: int = 0
+    resume_from_checkpoint: bool = True  # continue from the newest checkpoint in output_dir, if there is one
+
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    engine: EngineConfig = EngineConfig()
+    credit: CreditConfig = CreditConfig()
+    writer: WriterConfig = WriterConfig()
+
+    # sampling
+    num_generations: int = Field(8, ge=2)  # siblings of a task
+    groups_per_step: int = Field(16, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_completion_length: int = Field(64, gt=0)  # tokens of one assistant turn
+    dynamic_sample: bool = True  # keep sampling until groups_per_step groups are mixed
+    max_resample_times: int = Field(3, ge=0)  # R: then train on what is there
+
+    # loss
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = 0.28
+    scale_rewards: bool = True  # divide the advantage by the group's standard deviation
+    distill_kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # the direct_sd arm
+    distill_beta: float = Field(0.5, gt=0, lt=1)
+
+    # optimiser
+    max_steps: int = Field(40, ge=0)
+    learning_rate: float = Field(3e-4, gt=0)
+    lr_warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = Field(1.0, gt=0)
+    tokens_per_microbatch: int = Field(8_192, gt=0)
+
+    # reports
+    eval_steps: int = Field(20, ge=0)  # 0: only at the end
+    eval_on_start: bool = True
+    eval_samples: int = Field(1, gt=0)  # rollouts of each evaluation task; pass@1 is their mean
+    eval_temperature: float = Field(1.0, ge=0)
+    save_steps: int = Field(20, ge=0)  # 0: only at the end
+    save_total_limit: int = Field(2, gt=0)
+    trace_steps: int = Field(5, ge=0)  # every how many steps all siblings are written to rollouts/
+    report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -1,0 +1,80 @@
+"""Supervised fine-tuning on demonstrations: cross-entropy on the assistant's tokens, never on what it observed.
+
+The head is applied by `sgcd_kernels.linear_logprob`, so no logits matrix exists here either.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels import linear_logprob
+
+
+@dataclass(frozen=True)
+class Example:
+    """One demonstration: token ids, and which of them the assistant said."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
+    """Yield batches for ever, in a new order each epoch, neighbours in length together (so that padding stays small)."""
+    rng = random.Random(seed)
+    while True:
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rng.random()))
+        starts = list(range(0, len(order), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield [examples[i] for i in order[start : start + batch_size]]
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad: int) -> Tensor:  # [B, T]
+    """Right-pad to a rectangle. Under causal attention no real token ever sees the padding, so no mask is needed."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+
+
+def sft_loss(model: Any, batch: Sequence[Example], pad_id: int) -> Tensor:
+    """Mean negative log-likelihood of the batch's assistant tokens."""
+    device = model.lm_head.weight.device
+    ids = right_pad([e.ids for e in batch], pad_id).to(device)
+    mask = right_pad([e.loss_mask for e in batch], False).bool().to(device)[:, 1:]
+    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask]
+    return -linear_logprob(hidden, model.lm_head.weight, ids[:, 1:][mask]).logp.mean()
+
+
+def sft(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    pad_id: int,
+    warmup_steps: int = 20,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train `model` in place with AdamW, linear warm-up and cosine decay to a tenth of `learning_rate`."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warmup_steps), eta_min=learning_rate / 10)
+    linear = torch.optim.lr_scheduler.LinearLR(optimiser, 1 / max(1, warmup_steps), total_iters=warmup_steps)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimiser, [linear, cosine], milestones=[warmup_steps])
+    model.train()
+    stream = batches(examples, batch_size, seed)
+    for step in range(steps):
+        loss = sft_loss(model, next(stream), pad_id)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        on_step(step, loss.item())
+    model.eval()
