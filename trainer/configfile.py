@@ -1,0 +1,222 @@
+"""From a YAML file and the command line to a `Config`, and what a run directory remembers of it.
+
+Every mistake a person can make here ends as one `UserError` that names the key and the remedy. What needs no model of
+the config (a missing file, broken YAML, a dangling override) is found before `trainer.config`, and with it torch, is
+imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.types import UserError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+BASE = "base"  # a file may say `base: other.yaml` and then hold only what differs
+RESOLVED = "config.yaml"  # in a run directory
+
+# A run may be continued with other values of these: they change how long it goes on and what it reports, not its steps.
+FREE = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "resume_from_checkpoint",
+        "eval_steps",
+        "eval_on_start",
+        "save_steps",
+        "save_total_limit",
+        "trace_steps",
+        "report_to",
+    }
+)
+
+
+def load(source: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in `source` (a YAML file or a run directory) with `--key value` overrides, validated."""
+    if source.is_dir():
+        run_dir, source = source, source / RESOLVED
+        if not source.exists():
+            raise UserError(f"{run_dir} is no run directory (it has no {RESOLVED}): give a YAML file or a run's folder")
+        tree = {**_read(source), "output_dir": str(run_dir)}  # a run may have been moved
+    else:
+        tree = _read(source)
+    for key, value in parse_overrides(overrides):
+        _assign(tree, key, value)
+    return validate(tree, source)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 2 --c=x` as [("a.b", 2), ("c", "x")]; values are YAML. Dashes inside a key count as underscores."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"argument {word!r}: overrides are written --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key}: needs a value, as in --{key} VALUE")
+            text = rest.pop(0)
+        try:
+            pairs.append((key.replace("-", "_"), yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise UserError(f"--{key}: {text!r} is not a YAML value (quote strings that hold : or brackets)") from None
+    return pairs
+
+
+def validate(tree: Mapping[str, Any], source: Path) -> Config:
+    """A `Config` from plain data; the first mistake becomes a `UserError`."""
+    from trainer.config import Config  # late: it needs torch
+
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise UserError(f"{source}: {_explain(details[0], Config)}{more}") from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The whole config as plain data, as it is written into the run directory."""
+    return config.model_dump(mode="json")
+
+
+def claim(config: Config) -> None:
+    """Write the config into its output directory, or refuse when another run lives there."""
+    path = config.output_dir / RESOLVED
+    ours = dump(config)
+    if path.exists():
+        _refuse_another(dict(_flatten(_read(path))), dict(_flatten(ours)), config.output_dir)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(ours, sort_keys=False, allow_unicode=True))
+    temporary.replace(path)
+
+
+def _refuse_another(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: Path) -> None:
+    for key in [*ours, *(k for k in theirs if k not in ours)]:
+        if key in FREE or theirs.get(key, _ABSENT) == ours.get(key, _ABSENT):
+            continue
+        raise UserError(
+            f"{run_dir} holds another run: {key} is {_show(key, theirs.get(key, _ABSENT))} there and "
+            f"{_show(key, ours.get(key, _ABSENT))} here; choose another --output_dir, or delete that folder"
+        )
+
+
+_ABSENT = object()
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML mapping, laid over the file that its `base` names."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its `{BASE}` leads back to itself; remove one of the links")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a YAML file or a run's folder") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML{_position(error)}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: got a {type(tree).__name__}, needs a mapping of config keys to values")
+    base = tree.pop(BASE, None)
+    if base is None:
+        return tree
+    return _overlay(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, making the sections on the way."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--{key}: {section} is a value, not a section")
+    tree[leaf] = value
+
+
+def _nearest_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else "; the ready-made ones are in configs/"
+
+
+def _position(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'})" if mark else ""
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a config may have."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+    else:
+        fields = {f.name: None for f in dataclasses.fields(section)}
+    for name, kind in fields.items():
+        nested = isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))
+        yield from _keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """The key that was probably meant: the same leaf in another section, else the most similar spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return same_leaf[0]
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return close[0]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+    return leaves[(difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.0) or [next(iter(leaves))])[0]]
+
+
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One mistake in words: the key, what it got, what it needs."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
+    message = detail["msg"]
+    if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
+        return ": ".join(part for part in (key, message.split(", ", 1)[-1]) if part)
+    need = message.removeprefix("Input should be ").replace(", unable to parse string as a number", "")
+    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+
+
+def _show(key: str, value: Any) -> str:
+    """A value for a message, cut short; what may be a secret is not shown."""
+    if value is _ABSENT:
+        return "not set"
+    if "key" in key.rsplit(".", 1)[-1] or "url" in key:
+        return "something else"
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
