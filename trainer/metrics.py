@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
@@ -28,18 +28,20 @@ PHRASE = 4  # words that make a phrase
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout and what the scoring pass said of its tokens.
+    """A rollout and what the scoring pass said of its tokens; names as in `sgcd_kernels`.
 
-    Tensors are [T], aligned with `rollout.ids`; at observed tokens they hold anything and are not read.
+    Tensors are [T], aligned with `rollout.ids`; at observed tokens they hold anything and are not read here.
     """
 
     rollout: Rollout
-    d: Tensor  # divergence of student and teacher
-    h_p: Tensor  # student entropy
-    h_q: Tensor  # teacher entropy
-    w: Tensor  # weight
-    s: Tensor  # saliency in [0, 1]
-    span: Tensor  # id of the token's credit span, -1 outside every span
+    student_logp: Tensor
+    teacher_logp: Tensor
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    weights: Tensor
+    saliency: Tensor  # in [0, 1]
+    span_ids: Tensor  # the token's credit span, -1 outside every span
 
 
 def gini(values: Tensor) -> float:
@@ -120,23 +122,23 @@ def credit_metrics(scored: Sequence[Scored], cap: float = 2.0) -> dict[str, floa
     table = _Table.of(scored)
     if table is None:
         return {}
-    mass = (table.w - 1).abs()
-    salient = table.s > 0
-    spans = sum(len(set(x.span[_mask(x)].tolist()) - {-1}) for x in scored)
+    mass = (table.weights - 1).abs()
+    salient = table.saliency > 0
+    spans = sum(len(set(x.span_ids[_mask(x)].tolist()) - {-1}) for x in scored)
     return {
-        "entropy": table.h_p.mean().item(),
-        "credit/teacher_entropy": table.h_q.mean().item(),
-        "credit/d_mean": table.d.mean().item(),
-        "credit/d_max": table.d.max().item(),
-        "credit/d_p95": torch.quantile(table.d.float()[:_QUANTILE_LIMIT], 0.95).item(),
-        "credit/inert": float(table.d.mean().item() < INERT_DIVERGENCE),
-        "credit/w_mean": table.w.mean().item(),
+        "entropy": table.student_entropy.mean().item(),
+        "credit/teacher_entropy": table.teacher_entropy.mean().item(),
+        "credit/d_mean": table.divergence.mean().item(),
+        "credit/d_max": table.divergence.max().item(),
+        "credit/d_p95": torch.quantile(table.divergence.float()[:_QUANTILE_LIMIT], 0.95).item(),
+        "credit/inert": float(table.divergence.mean().item() < INERT_DIVERGENCE),
+        "credit/w_mean": table.weights.mean().item(),
         "credit/frac_salient": salient.float().mean().item(),
-        "credit/frac_capped": (table.w >= cap - 1e-6).float().mean().item(),
+        "credit/frac_capped": (table.weights >= cap - 1e-6).float().mean().item(),
         "credit/spans": spans / len(scored),
-        "credit/span_length": (table.span >= 0).sum().item() / max(1, spans),
+        "credit/span_length": (table.span_ids >= 0).sum().item() / max(1, spans),
         "credit/gini": gini(mass),
-        **w_histogram(table.w),
+        **w_histogram(table.weights),
         **_by_position(table, mass),
         **_by_class(table, mass),
     }
@@ -161,12 +163,18 @@ def reference_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "reference/supplied": len(served) / len(groups),
         "reference/errors": float(sum(bool(i.get("error")) for i in infos)),
+        **_count("reference/error", (str(i["error"]) for i in infos if i.get("error"))),
+        "reference/sanitiser_hits": float(sum(sum((i.get("sanitiser_hits") or {}).values()) for i in infos)),
         "reference/cached": float(sum(bool(i.get("cached")) for i in infos)),
         "reference/tokens": float(sum(i.get("tokens") or 0 for i in infos)),
         "reference/seconds": float(sum(i.get("seconds") or 0.0 for i in infos)),
         "leak/phrase_rate": fmean(leaked_phrases(g) for g in served) if served else 0.0,
         "leak/argument_overlap": fmean(argument_overlap(g) for g in served) if served else 0.0,
     }
+
+
+def _count(prefix: str, words: Iterable[str]) -> dict[str, float]:
+    return {f"{prefix}/{word}": float(n) for word, n in sorted(Counter(words).items())}
 
 
 def leaked_phrases(group: Group) -> float:
@@ -196,12 +204,12 @@ def argument_overlap(group: Group) -> float:
 class _Table:
     """The generated tokens of several rollouts, end to end: [N] each."""
 
-    d: Tensor
-    h_p: Tensor
-    h_q: Tensor
-    w: Tensor
-    s: Tensor
-    span: Tensor
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    weights: Tensor
+    saliency: Tensor
+    span_ids: Tensor
     turn: Tensor
     decile: Tensor
     token_class: Tensor
@@ -213,7 +221,7 @@ class _Table:
             return None
         columns = {
             name: torch.cat([getattr(x, name).detach().cpu()[m] for x, m in zip(scored, masks)])
-            for name in ("d", "h_p", "h_q", "w", "s", "span")
+            for name in ("divergence", "student_entropy", "teacher_entropy", "weights", "saliency", "span_ids")
         }
         turn = torch.cat([torch.tensor(x.rollout.turns)[m] for x, m in zip(scored, masks)])
         token_class = torch.cat([torch.tensor(x.rollout.classes)[m] for x, m in zip(scored, masks)])
@@ -238,8 +246,8 @@ def _by_position(table: _Table, mass: Tensor) -> dict[str, float]:
             out[f"credit/mass_{name}/{i}"] = share
         for i in range(n):
             if bool((slices == i).any()):
-                out[f"credit/d_{name}/{i}"] = table.d[slices == i].mean().item()
-                out[f"credit/w_{name}/{i}"] = table.w[slices == i].mean().item()
+                out[f"credit/d_{name}/{i}"] = table.divergence[slices == i].mean().item()
+                out[f"credit/w_{name}/{i}"] = table.weights[slices == i].mean().item()
     return out
 
 
@@ -250,8 +258,8 @@ def _by_class(table: _Table, mass: Tensor) -> dict[str, float]:
         chosen = table.token_class == kind
         if bool(chosen.any()):
             name = kind.name.lower()
-            out[f"credit/d/{name}"] = table.d[chosen].mean().item()
-            out[f"credit/w/{name}"] = table.w[chosen].mean().item()
+            out[f"credit/d/{name}"] = table.divergence[chosen].mean().item()
+            out[f"credit/w/{name}"] = table.weights[chosen].mean().item()
             out[f"credit/mass/{name}"] = mass_shares[kind]
     return out
 
