@@ -1,0 +1,56 @@
+"""The policy: a Hugging Face folder on this machine, and the two parts of it that the trainer touches.
+
+The trainer never calls the model's own head: hidden states come from the decoder and go to `sgcd_kernels` together
+with the head's weight, so that no [tokens, vocabulary] matrix exists.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer.types import Renderer, UserError
+
+if TYPE_CHECKING:
+    from trainer.config import ModelConfig
+
+
+def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
+    """Load (model, tokenizer, renderer) from the folder `config.path`; nothing is ever downloaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainer import chat
+
+    folder = Path(config.path)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise UserError(f"model.path: {config.path} {what}; give a Hugging Face model folder on this machine")
+    options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path: cannot load {config.path} ({reason[:300]})") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
+    return model, tokenizer, chat.load(config.renderer, tokenizer)
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, H]
+    """The decoder's last hidden states of right-padded rows.
+
+    No attention mask: under causal attention a token sees only what is to its left, and padding is to the right of
+    everything real. So the kernels take their fast causal path and every real token's state is that of its own row.
+    """
+    states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def head(model: Any) -> tuple[Tensor, Tensor | None]:  # weight [V, H], bias [V]
+    """The output projection's parameters."""
+    layer = model.get_output_embeddings()
+    return layer.weight, layer.bias
