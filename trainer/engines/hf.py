@@ -20,7 +20,6 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class HFEngine:
     def __init__(self, model: Any, *, slots: int, stop_ids: Iterable[int], max_length: int, seed: int = 0) -> None:
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
-            raise ValueError(f"engine hf: needs full attention in every layer, the model has {', '.join(sorted(kinds))}")
+            raise ValueError(f"model: engine hf needs full attention in every layer, got {', '.join(sorted(kinds))}")
         self.slots, self.max_length = slots, max_length
         self.prefill_from = PREFILL_FROM
         self.model = model
@@ -222,7 +221,7 @@ class HFEngine:
             cached = self._borrow(index, request.prompt)
             self._start(index, request, cached)
             leaders.append(index)
-            if len(leaders) == 1 < len(prompts) and len(commonprefix(prompts[:2])) - cached >= SHARE_FROM:
+            if len(leaders) == 1 < len(prompts) and _shared(*prompts[:2]) - cached >= SHARE_FROM:
                 self._prefill(leaders)  # at once, so that the others find the shared beginning
         self._prefill(leaders)
         for (leader, _), *others in siblings.values():
@@ -356,3 +355,8 @@ class HFEngine:
             self._returning += 1
         self._rows[index] = _Row(history=row.request.prompt + ids, used=self.ticks)
         self.active[index] = False
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -49,7 +49,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         return larger
 
     def plan(self, rows: slice | Tensor, positions: Tensor, width: int) -> None:
-        """For the next forward: token [i, j] goes to column positions[i, j] of row rows[i]; queries see `width` columns."""
+        """For the next forward: token [i, j] goes to column positions[i, j] of row rows[i]; queries see `width`."""
         row_ids = torch.arange(rows.start, rows.stop, device=positions.device) if isinstance(rows, slice) else rows
         self.rows, self.width = rows, width
         self.index = (row_ids[:, None].expand_as(positions), positions)
@@ -57,7 +57,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [rows, kv_heads, tokens, head_dim] where the plan says; give the keys and values the queries may see."""
+        """Write [rows, kv_heads, tokens, head_dim] where the plan says; give the keys and values that queries may see."""
         if layer_idx == len(self.stores):
             self.stores.append((self._fresh(key_states), self._fresh(value_states)))
         keys, values = self.stores[layer_idx]

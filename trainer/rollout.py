@@ -1,0 +1,243 @@
+"""One episode, and the siblings of one task: a prompt, then {generate, parse, observe} until somebody says stop.
+
+What the policy does wrong becomes an observation that says so. What the environment does wrong drops the rollout: it
+is counted, and never scored 0. Tokens are appended as they were sampled; text is never tokenised again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainer.types import (
+    Completion,
+    Engine,
+    Environment,
+    EnvironmentBroken,
+    Group,
+    Message,
+    Outcome,
+    Renderer,
+    Rollout,
+    Sampling,
+    Suite,
+    Task,
+    TokenClass,
+    Tool,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from trainer.config import EnvConfig
+
+log = logging.getLogger(__name__)
+CUT = " ...[cut]"
+T = TypeVar("T")
+
+
+async def run_group(
+    engine: Engine,
+    suite: Suite,
+    renderer: Renderer,
+    task: Task,
+    sampling: Sampling,
+    env: EnvConfig,
+    max_length: int,
+    n: int,
+) -> tuple[Group, int]:
+    """Run `n` siblings of a task at once; give the group and how many rollouts broke.
+
+    A broken rollout is run once more; one that breaks again is missing, so a group may be smaller than `n`.
+    """
+    broken = 0
+
+    async def sibling() -> Rollout | None:
+        nonlocal broken
+        for _ in range(2):
+            rollout = await run_episode(engine, suite, renderer, task, sampling, env, max_length)
+            if rollout is not None:
+                return rollout
+            broken += 1
+        return None
+
+    rollouts = await together(sibling() for _ in range(n))
+    return Group(task, [r for r in rollouts if r is not None]), broken
+
+
+async def run_episode(
+    engine: Engine,
+    suite: Suite,
+    renderer: Renderer,
+    task: Task,
+    sampling: Sampling,
+    env: EnvConfig,
+    max_length: int,
+) -> Rollout | None:
+    """Play one episode; None if the environment broke. The environment is closed whatever happens.
+
+    Raises:
+        UserError: the first prompt leaves no room for an answer within `max_length`.
+    """
+    environment = None
+    try:
+        environment = _made(suite)
+        episode = _Episode(engine, _Guarded(environment, env.timeout), renderer, sampling, env, max_length)
+        return await episode.play(task)
+    except EnvironmentBroken as error:
+        log.warning("dropped a rollout of %s: %s", task.id, error)
+        return None
+    finally:
+        if environment is not None:
+            await _close(environment, env.timeout)
+
+
+async def together(tasks: Iterable[Awaitable[T]]) -> list[T]:
+    """Like gather, but the first failure cancels the others instead of leaving them running."""
+    running = [asyncio.ensure_future(task) for task in tasks]
+    try:
+        return list(await asyncio.gather(*running))
+    except BaseException:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        raise
+
+
+def _made(suite: Suite) -> Environment:
+    try:
+        return suite.make()
+    except Exception as error:
+        raise EnvironmentBroken(f"make: {error!r}") from error
+
+
+async def _close(environment: Environment, timeout: float) -> None:
+    try:
+        await asyncio.wait_for(environment.close(), timeout)
+    except Exception as error:  # the episode is over: nothing is lost but the clean-up
+        log.warning("an environment did not close: %r", error)
+
+
+class _Guarded:
+    """An environment whose every failure, a hang included, is `EnvironmentBroken`."""
+
+    def __init__(self, environment: Environment, timeout: float) -> None:
+        self._environment, self._timeout = environment, timeout
+
+    async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
+        return await self._guard("reset", self._environment.reset(task))
+
+    async def step(self, message: Message) -> tuple[list[Message], bool]:
+        return await self._guard("step", self._environment.step(message))
+
+    async def outcome(self) -> Outcome:
+        return await self._guard("outcome", self._environment.outcome())
+
+    async def _guard(self, what: str, call: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(call, self._timeout)
+        except asyncio.TimeoutError:
+            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s") from None
+        except EnvironmentBroken:
+            raise
+        except Exception as error:
+            raise EnvironmentBroken(f"{what}: {error!r}") from error
+
+
+@dataclass
+class _Episode:
+    engine: Engine
+    environment: _Guarded
+    renderer: Renderer
+    sampling: Sampling
+    env: EnvConfig
+    max_length: int
+
+    async def play(self, task: Task) -> Rollout:
+        messages, tools = await self.environment.reset(task)
+        prompt = self.renderer.prompt(messages, tools)
+        if len(prompt) >= self.max_length:
+            raise UserError(
+                f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
+            )
+        rollout = Rollout(task, messages, tools, prompt)
+        for turn in range(self.env.max_turns):
+            if await self._turn(rollout, turn):
+                break
+        outcome = await self.environment.outcome()
+        rollout.reward, rollout.details = outcome.reward, outcome.details
+        return rollout
+
+    async def _turn(self, rollout: Rollout, turn: int) -> bool:
+        """One assistant turn and what it leads to; says whether the episode is over, and why in `rollout.stop`."""
+        context = rollout.prompt_ids + rollout.ids
+        (completion,) = await self.engine.generate(context, 1, self.sampling)
+        self._append_generated(rollout, completion, turn)
+        message, problem = self.renderer.parse(completion.ids)
+        rollout.messages.append(message)
+        if completion.finish == "length":  # half a turn is not acted upon: its call may be half a call
+            full = len(context) + len(completion.ids) >= self.max_length
+            rollout.stop = "context" if full else "length"
+            return True
+        observed, done = await self._observe(message, problem, rollout.tools)
+        rollout.messages += observed
+        if done:
+            rollout.stop = "env_done" if message.get("tool_calls") else "answer"
+        elif turn + 1 == self.env.max_turns:
+            rollout.stop = "max_turns"
+        elif not self._append_observed(rollout, observed, turn):
+            rollout.stop = "context"
+        return bool(rollout.stop)
+
+    async def _observe(self, message: Message, problem: str, tools: list[Tool]) -> tuple[list[Message], bool]:
+        """The environment's answer; or, to a call that cannot be made, what is wrong with it."""
+        if problem:
+            return [_error(problem)], False
+        known = {tool["function"]["name"] for tool in tools}
+        calls = message.get("tool_calls") or []
+        if any(call["function"]["name"] not in known for call in calls):
+            return [_refused(call, known) for call in calls], False
+        messages, done = await self.environment.step(message)
+        return [_cut(m, self.env.max_observation_chars) for m in messages], done
+
+    def _append_generated(self, rollout: Rollout, completion: Completion, turn: int) -> None:
+        size = len(completion.ids)
+        rollout.ids += completion.ids
+        rollout.generated += [True] * size
+        rollout.logprobs += completion.logprobs
+        rollout.turns += [turn] * size
+        rollout.classes += self.renderer.classes(completion.ids)
+
+    def _append_observed(self, rollout: Rollout, messages: list[Message], turn: int) -> bool:
+        """Append what the policy reads next, if it and an answer fit: so a rollout ends in the policy's own words."""
+        ids = self.renderer.observation(messages)
+        size = len(ids)
+        if len(rollout.prompt_ids) + len(rollout.ids) + size >= self.max_length:
+            return False
+        rollout.ids += ids
+        rollout.generated += [False] * size
+        rollout.logprobs += [0.0] * size
+        rollout.turns += [turn] * size
+        rollout.classes += [int(TokenClass.FORMAT)] * size
+        return True
+
+
+def _error(problem: str, **fields: Any) -> Message:
+    return {"role": "tool", **fields, "content": json.dumps({"error": problem}, ensure_ascii=False)}
+
+
+def _refused(call: dict[str, Any], known: set[str]) -> Message:
+    """Nothing of a message with an unknown tool is run: half of it might do what the policy did not mean."""
+    name = call["function"]["name"]
+    problem = "not run: another call in this message is unknown" if name in known else f"there is no tool {name}"
+    return _error(problem, tool_call_id=call.get("id", ""))
+
+
+def _cut(message: Message, limit: int) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str) or len(content) <= limit:
+        return message
+    return {**message, "content": content[: max(0, limit - len(CUT))] + CUT}

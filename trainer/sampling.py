@@ -1,0 +1,101 @@
+"""Which tasks come next, and sampling until enough of their groups are mixed.
+
+A group whose siblings all succeed or all fail has no advantage and teaches nothing. Dynamic sampling asks for more
+tasks until `groups_per_step` groups are mixed, at most `max_resample_times` times; then the step trains on what is
+there, and the metrics say so.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.rollout import together
+from trainer.types import Group, Task
+
+SampleGroup = Callable[[Task], Awaitable[tuple[Group, int]]]  # a task -> its siblings, and how many rollouts broke
+
+
+class TaskOrder:
+    """Every task once an epoch, in an order that depends on seed and epoch only: a position is all its state."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        if not tasks:
+            raise ValueError("tasks: got none, needs at least one")
+        self._tasks = list(tasks)
+        self._seed = seed
+        self._epochs: dict[int, list[int]] = {}  # the last order used
+        self.position = 0  # tasks given since the start of the run
+
+    def take(self, n: int) -> list[Task]:
+        """The next `n` tasks."""
+        chosen = [self._at(self.position + i) for i in range(n)]
+        self.position += n
+        return chosen
+
+    def _at(self, position: int) -> Task:
+        epoch, index = divmod(position, len(self._tasks))
+        if epoch not in self._epochs:
+            order = list(range(len(self._tasks)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._epochs = {epoch: order}
+        return self._tasks[self._epochs[epoch][index]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.position = int(state["position"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sampled, and the part of it that trains."""
+
+    train: list[Group]
+    sampled: list[Group]  # all groups with at least two rollouts
+    errored: int  # rollouts that broke, retried ones included
+    dropped: int  # groups left with fewer than two rollouts
+    rounds: int  # of resampling
+
+    def metrics(self) -> dict[str, float]:
+        """Supply, as named in docs."""
+        return {
+            "rollout/errored": float(self.errored),
+            "rollout/dropped_groups": float(self.dropped),
+            "rollout/resampled": float(self.rounds),
+            "by_group/trained": float(len(self.train)),
+        }
+
+
+async def collect(
+    sample: SampleGroup, order: TaskOrder, *, groups: int, dynamic: bool, max_resample_times: int
+) -> Batch:
+    """Sample groups until `groups` of them are mixed (dynamic), or just `groups` groups."""
+    sampled: list[Group] = []
+    errored, asked, rounds = 0, groups, 0
+    dropped = 0
+    while True:
+        results = await together(sample(task) for task in order.take(asked))
+        errored += sum(broken for _, broken in results)
+        whole = [group for group, _ in results if len(group.rollouts) >= 2]
+        dropped += len(results) - len(whole)
+        sampled += whole
+        mixed = [group for group in sampled if group.mixed]
+        if not dynamic or len(mixed) >= groups or rounds == max_resample_times:
+            break
+        rounds += 1
+        asked = _next_round(groups, len(mixed), len(sampled))
+    train = mixed[:groups] if dynamic else sampled
+    return Batch(train, sampled, errored, dropped, rounds)
+
+
+def _next_round(wanted: int, mixed: int, sampled: int) -> int:
+    """As many tasks as the share of mixed groups so far makes likely to suffice, one step's at most."""
+    missing = wanted - mixed
+    return min(wanted, math.ceil(missing * sampled / mixed)) if mixed else wanted
