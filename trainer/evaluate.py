@@ -1,0 +1,270 @@
+"""How good a policy is on a split: tasks and scenarios solved, with intervals, beside the score of doing nothing.
+
+Names are `eval/<env>/<what>`. All estimates are unbiased whatever number of attempts a task has, so an attempt that an
+environment broke is left out and never counts as a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import comb, isfinite, prod
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer.metrics import class_success, tool_metrics
+from trainer.rollout import run_group, together
+from trainer.types import Engine, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+log = logging.getLogger(__name__)
+EVALUATION_SEED = 7_919  # added to the run's seed: evaluation and training never draw the same numbers
+N_BOOTSTRAP = 2_000
+BOOTSTRAP_SEED = 20_260_612  # its own, so that an evaluation changes nothing else and two runs compare
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: the figures under their full names, and what they were made from."""
+
+    metrics: dict[str, float]
+    rollouts: list[Rollout]
+    refusals: dict[str, float]  # task id -> reward of the polite refuser
+
+
+async def evaluate(
+    engine: Engine,
+    suite: Suite,
+    renderer: Renderer,
+    config: Config,
+    *,
+    split: str | None = None,
+    advance: Callable[[int], None] = lambda tasks: None,
+) -> Evaluation:
+    """Play `config.eval_samples` attempts at every task of `split` (default `env.eval_split`).
+
+    `advance(1)` is called when a task is finished. The engine's own randomness is put back afterwards, so that a run
+    trains the same whether it is evaluated or not.
+    """
+    tasks = suite.tasks(split or config.env.eval_split)
+    sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
+
+    async def attempt(task: Task) -> tuple[Group, int]:
+        length, samples = config.model.max_length, config.eval_samples
+        result = await run_group(engine, suite, renderer, task, sampling, config.env, length, samples)
+        advance(1)
+        return result
+
+    with _own_randomness(engine, config.seed):
+        results = await together(attempt(task) for task in tasks)
+    rollouts = [rollout for group, _ in results for rollout in group.rollouts]
+    refusals = await refuse(suite, tasks, config.env.timeout)
+    figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
+    figures["errored"] = float(sum(broken for _, broken in results))
+    return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals)
+
+
+def run(config: Config, weights: Path | None = None) -> Evaluation:
+    """The `eval` command: evaluate a checkpoint, or the model folder of the config; print and write the result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from trainer import checkpoint, envs
+    from trainer import model as policy
+    from trainer.engines.hf import HFEngine
+
+    suite = envs.load(config.env.name, **config.env.options)
+    split = config.env.eval_split
+    if split not in suite.splits:
+        raise UserError(f"env.eval_split: {suite.name} has no split {split!r}; there are {', '.join(suite.splits)}")
+    model, _, renderer = policy.load(config.model)
+    if weights is not None:
+        checkpoint.load(weights, model=model)
+    length = config.model.max_length
+    engine = HFEngine(model, slots=config.engine.slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(highlight=False)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(f"evaluate {split}", total=suite.splits[split])
+        result = asyncio.run(evaluate(engine, suite, renderer, config, advance=lambda n: progress.advance(bar, n)))
+    source = str(weights or config.model.path)
+    console.print(_table(result, suite.name, f"{source} on {suite.name}/{split}"))
+    print(f"written: {_write(result, config, source)}")
+    return result
+
+
+def summarise(
+    tasks: Sequence[Task], rollouts: Sequence[Rollout], refusals: Mapping[str, float], *, samples: int
+) -> dict[str, float]:
+    """Every figure of one evaluation.
+
+    Args:
+        tasks: the whole split.
+        rollouts: finished attempts, in any order.
+        refusals: task id -> reward of the polite refuser.
+        samples: attempts that were asked for of each task.
+
+    Returns:
+        `tgc` share of tasks solved in one attempt, `sgc` share of scenarios of which one attempt at each task solves
+        all, `pass@1` (= tgc), `pass^k` chance that k attempts at a task all succeed, `<x>_low` and `<x>_high` 95 %
+        intervals (bootstrap over scenarios), success by class, tool use, `refuser`; {} when no attempt finished.
+    """
+    if not rollouts:
+        return {}
+    attempts = by_task(rollouts)
+    rate = {task: fmean(rewards) for task, rewards in attempts.items()}
+    solved, whole = scenario_terms(tasks, rate)
+    return {
+        "tgc": ratio(solved),
+        **_interval("tgc", solved),
+        **({"sgc": ratio(whole), **_interval("sgc", whole)} if whole else {}),
+        "pass@1": ratio(solved),
+        **{f"pass^{k}": value for k, value in pass_hat(attempts, samples).items()},
+        "refuser": fmean(refusals.values()) if refusals else float("nan"),
+        "tasks": len(rate),
+        "scenarios": len(whole),
+        "mean_length": fmean(sum(r.generated) for r in rollouts),
+        **tool_metrics(rollouts),
+        **class_success(rollouts),
+    }
+
+
+def by_task(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
+    """The rewards of each task's attempts."""
+    attempts: dict[str, list[float]] = {}
+    for r in rollouts:
+        attempts.setdefault(r.task.id, []).append(r.reward)
+    return attempts
+
+
+Terms = list[tuple[float, float]]  # of each scenario: what it adds to a ratio's numerator and to its denominator
+
+
+def scenario_terms(tasks: Sequence[Task], rate: Mapping[str, float]) -> tuple[Terms, Terms]:
+    """The terms of TGC (tasks solved, tasks) and of SGC (chance that all are solved, 1) of each scenario.
+
+    `rate` is the success of each task. A scenario of which a task has none is counted in TGC alone.
+    """
+    members: dict[str, list[float | None]] = {}
+    for task in tasks:
+        members.setdefault(task.scenario, []).append(rate.get(task.id))
+    known = [[r for r in rates if r is not None] for rates in members.values()]
+    solved = [(sum(rates), float(len(rates))) for rates in known if rates]
+    whole = [(prod(some), 1.0) for some, rates in zip(known, members.values()) if len(some) == len(rates)]
+    return solved, whole
+
+
+def pass_hat(attempts: Mapping[str, Sequence[float]], samples: int) -> dict[int, float]:
+    """k -> chance that k attempts at a task all succeed, for 1 < k <= samples; tasks with fewer attempts are left out."""
+    out: dict[int, float] = {}
+    for k in range(2, samples + 1):
+        full = [(sum(r == 1 for r in rewards), len(rewards)) for rewards in attempts.values() if len(rewards) >= k]
+        if full:
+            out[k] = fmean(comb(won, k) / comb(n, k) for won, n in full)
+    return out
+
+
+def bootstrap(terms: Terms, *, seed: int = BOOTSTRAP_SEED, draws: int = N_BOOTSTRAP) -> tuple[float, float]:
+    """The 95 % percentile interval of a ratio, resampling scenarios: tasks of one scenario succeed together."""
+    table = torch.tensor(terms, dtype=torch.float64)  # [S, 2]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(terms), (draws, len(terms)), generator=generator)
+    sums: Tensor = table[chosen].sum(1)  # [draws, 2]
+    low, high = torch.quantile(sums[:, 0] / sums[:, 1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _interval(name: str, terms: Terms) -> dict[str, float]:
+    low, high = bootstrap(terms)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def ratio(terms: Terms) -> float:
+    """The sum of the numerators over the sum of the denominators."""
+    return sum(n for n, _ in terms) / sum(d for _, d in terms)
+
+
+async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float) -> dict[str, float]:
+    """Task id -> what the environment pays for the polite refusal; tasks whose environment broke are left out."""
+
+    async def one(task: Task) -> float:
+        environment = suite.make()
+        try:
+            await environment.reset(task)
+            await environment.step(suite.refusal())
+            return (await environment.outcome()).reward
+        finally:
+            await environment.close()
+
+    results: dict[str, float] = {}
+    for task in tasks:
+        try:
+            results[task.id] = await asyncio.wait_for(one(task), timeout)
+        except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
+            log.warning("the refuser's attempt at %s broke: %r", task.id, error)
+    return results
+
+
+@contextmanager
+def _own_randomness(engine: Engine, seed: int) -> Iterator[None]:
+    """Evaluate from a seed of its own, the same each time, and put the engine's generator back."""
+    generator: torch.Generator | None = getattr(engine, "generator", None)
+    if generator is None:
+        yield
+        return
+    state = generator.get_state()
+    generator.manual_seed(seed + EVALUATION_SEED)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _table(result: Evaluation, env: str, title: str) -> Any:
+    from rich.table import Table
+
+    table = Table("figure", "value", "95 % interval", title=title, title_justify="left")
+    figures = {name.removeprefix(f"eval/{env}/"): value for name, value in result.metrics.items()}
+    for name, value in figures.items():
+        if not name.endswith(("_low", "_high")):
+            low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+            interval = "" if low is None or high is None else f"{low:.3f} - {high:.3f}"
+            table.add_row(name, f"{value:.3f}".removesuffix(".000") if value > 1 else f"{value:.3f}", interval)
+    return table
+
+
+def _write(result: Evaluation, config: Config, source: str) -> Path:
+    """The figures, and each task's attempts, so that two runs can be compared task by task."""
+    attempts = by_task(result.rollouts)
+    tasks = {r.task.id: r.task for r in result.rollouts}
+    record = {
+        "env": config.env.name,
+        "split": config.env.eval_split,
+        "weights": source,
+        "samples": config.eval_samples,
+        "temperature": config.eval_temperature,
+        "metrics": {name: value if isfinite(value) else None for name, value in result.metrics.items()},
+        "tasks": {
+            name: {
+                "scenario": task.scenario,
+                "class": task.task_class,
+                "rewards": attempts[name],
+                "refuser": result.refusals.get(name),
+            }
+            for name, task in tasks.items()
+        },
+    }
+    path = config.output_dir / f"eval_{config.env.eval_split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
