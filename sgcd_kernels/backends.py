@@ -1,0 +1,81 @@
+"""Which implementation runs an op: the one place where `impl=` is read.
+
+A backend is a module with one function an op (see `OPS`) on `Projection`s. To add one, give it an entry in `_BACKENDS`
+whose `unavailable_reason` says in a sentence why it cannot run a given op on a given device and dtype, or None.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from sgcd_kernels.types import Projection
+from sgcd_kernels.validation import check_choice
+
+OPS = ("logprob_forward", "logprob_backward", "target_logp", "divergence_forward", "distill_backward")
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run here, and if not, why."""
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend lives and when it can be used."""
+
+    module: str
+    unavailable_reason: Callable[[], str | None]  # on this machine, whatever the inputs
+    refuses: Callable[[str, Projection], str | None]  # (op, inputs) on a machine where it is available
+
+
+def _not_part_of_this_version() -> str:
+    return "not part of this version of sgcd_kernels"
+
+
+# In the order in which "auto" tries them.
+_BACKENDS: dict[str, Backend] = {
+    "triton": Backend("sgcd_kernels.triton", _not_part_of_this_version, lambda op, inputs: None),
+    "cpp": Backend("sgcd_kernels.cpp", _not_part_of_this_version, lambda op, inputs: None),
+    "torch": Backend("sgcd_kernels.torch_backend", lambda: None, lambda op, inputs: None),
+}
+IMPLS = ("auto", *_BACKENDS)
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """Say which backends are usable on this machine and, for each that is not, why."""
+    reasons = {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
+    return {name: BackendStatus(reason is None, reason or "usable") for name, reason in reasons.items()}
+
+
+def resolve(op: str, impl: str, inputs: Projection) -> Callable[..., Any]:
+    """The function that runs `op` on these inputs. Asking for a backend that cannot is a ValueError that says why."""
+    assert op in OPS, op
+    check_choice("impl", impl, IMPLS)
+    if impl != "auto":
+        reason = _reason(impl, op, inputs)
+        if reason is not None:
+            raise ValueError(f"impl is {impl!r}, which cannot run {op} here: {reason}; needs another, or 'auto'")
+        return _function(impl, op)
+    return _function(next(name for name in _BACKENDS if _reason(name, op, inputs) is None), op)
+
+
+def _reason(name: str, op: str, inputs: Projection) -> str | None:
+    backend = _BACKENDS[name]
+    return backend.unavailable_reason() or backend.refuses(op, inputs)
+
+
+def _function(name: str, op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(_BACKENDS[name].module), op)
+    return function
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Autocast would round the logits to half precision behind our back."""
+    return torch.autocast(device.type, enabled=False)

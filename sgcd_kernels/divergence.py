@@ -1,0 +1,120 @@
+"""Per-token divergences between a student and a teacher distribution, without the logits of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.backends import no_autocast, resolve
+from sgcd_kernels.shard import shard_range
+from sgcd_kernels.types import DivergenceStats, Projection
+from sgcd_kernels.validation import (
+    check_choice,
+    check_device,
+    check_float,
+    check_targets,
+    kept_rows,
+    projection,
+    scatter,
+)
+
+FEATURES = ("jsd", "tv")
+
+
+@torch.no_grad()
+def linear_divergence(
+    student_hidden: Tensor,  # [N, H] or [B, T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N] or [B, T]
+    teacher_hidden: Tensor,  # [N, H'] or [B, T, H']
+    teacher_weight: Tensor | None = None,  # [V, H']
+    *,
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # or one a token
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    features: Sequence[str] = (),
+    beta: float = 0.5,
+    top_k: int | None = None,
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+) -> DivergenceStats:
+    """Full-vocabulary KL both ways, Bhattacharyya coefficient, log-probs, entropies and normalisers of p and q.
+
+    p is the student, q the teacher. Without `teacher_weight` the teacher uses the student's head (and its bias, unless
+    `teacher_bias` is given). Softcap and then temperature apply once to both. Results are shaped like `targets`, fp32
+    (fp64 for fp64 inputs), and never carry a gradient; ignored targets give 0.
+
+    With the running A_p = sum e^{z_p - m_p} (z_p - z_q) and A_q likewise, KL(p || q) = A_p / Z_p - (lse_p - lse_q) and
+    KL(q || p) = (lse_p - lse_q) - A_q / Z_q: the difference of logits is what is summed, so that small divergences keep
+    their digits, and identical distributions give exactly 0. Every divergence is clamped to >= 0.
+
+    `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649) and "tv";
+    they cost a second pass. `top_k` adds the KLs over the teacher's K likeliest words, the observed token and one
+    bucket for all others (SDPO, arXiv 2601.20802); they never exceed the full KLs but for rounding.
+
+    A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a word of probability 0: where
+    both have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it, forward_kl is.
+
+    `group`: both weights are this rank's rows of vocab-sharded heads, targets are global ids; `features` and `top_k`
+    are not supported there.
+
+    Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
+    """
+    for feature in features:
+        check_choice("features", feature, FEATURES)
+    check_float("beta", beta, 0.0, 1.0)
+    student, teacher = projection_pair(
+        student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, temperature, softcap
+    )
+    leading = student_hidden.shape[:-1]
+    vocab = shard_range(weight, group)[1]
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k is {top_k}, needs 1 <= top_k <= V = {vocab}")
+    if group is not None and (features or top_k is not None):
+        raise ValueError("group does not support features or top_k; needs features=() and top_k=None")
+    flat = check_targets(targets, leading, student_hidden.device, vocab, ignore_index)
+    rows = kept_rows(flat != ignore_index)
+    student, teacher = on_rows(student, rows), on_rows(teacher, rows)
+    with no_autocast(student_hidden.device):
+        forward = resolve("divergence_forward", impl, student)
+        fields = forward(student, teacher, flat if rows is None else flat[rows], tuple(features), beta, top_k, group)
+    return DivergenceStats(**{name: scatter(value, rows, leading) for name, value in fields.items()})
+
+
+def projection_pair(
+    student_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> tuple[Projection, Projection]:
+    """Check student and teacher and give both heads, the teacher's detached."""
+    student = projection(student_hidden, weight, bias, temperature, softcap)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        needs = list(student_hidden.shape[:-1])
+        raise ValueError(
+            f"teacher_hidden has leading shape {list(teacher_hidden.shape[:-1])}, needs {needs} as student_hidden"
+        )
+    check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    if teacher_weight is None:
+        teacher_weight, teacher_bias = weight, bias if teacher_bias is None else teacher_bias
+    elif teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"teacher_weight has V = {teacher_weight.shape[0]}, needs V = {weight.shape[0]} as weight")
+    detached = None if teacher_bias is None else teacher_bias.detach()
+    teacher = projection(
+        teacher_hidden.detach(), teacher_weight.detach(), detached, temperature, softcap, prefix="teacher_"
+    )
+    return student, teacher
+
+
+def on_rows(p: Projection, rows: Tensor | None) -> Projection:
+    """The same head on some of the tokens."""
+    return Projection(p.hidden, p.weight, p.bias, p.temperature, p.softcap, rows)

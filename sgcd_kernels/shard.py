@@ -1,0 +1,34 @@
+"""Vocab-parallel heads: every rank holds some rows of the weight, and the partial statistics merge exactly."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def shard_range(weight: Tensor, group: ProcessGroup | None) -> tuple[int, int]:
+    """(the first word of this rank's shard, words on all ranks). Shards may differ in size; ranks are in order."""
+    if group is None:
+        return 0, int(weight.shape[0])
+    sizes = [torch.zeros(1, dtype=torch.long, device=weight.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([weight.shape[0]], device=weight.device), group=group)
+    counts = [int(size) for size in sizes]
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def sum_over(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks, in place."""
+    if group is not None:
+        dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
+    return x
+
+
+def max_over(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Maximum over the ranks; a new tensor."""
+    if group is None:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x

@@ -1,0 +1,62 @@
+"""Gradient of a student-teacher divergence in the student's hidden states, weight and bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.torch_backend.blocks import block_logits, load_rows, load_words
+from sgcd_kernels.torch_backend.divergence import log_mixture_ratios, pair_dtype, pair_logits, pair_plan
+from sgcd_kernels.torch_backend.grads import Needs, walk_gradients
+from sgcd_kernels.torch_backend.logprob import FLOOR
+from sgcd_kernels.types import Projection, ProjectionGrads
+
+
+def distill_backward(
+    student: Projection,
+    teacher: Projection,
+    kind: str,
+    beta: float,
+    lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
+    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    d_loss: Tensor,  # [n]
+    needs: Needs,
+) -> ProjectionGrads:
+    """Gradients of sum(d_loss divergence). In a student logit, with r = ln(p / m):
+
+    reverse_kl: p (ln p - ln q - KL)     forward_kl: p - q     jsd: (1 - beta) p (r - sum p r)
+    """
+    blocks = pair_plan(student, teacher)
+    centre = _mixture_centre(student, teacher, beta, lse) if kind == "jsd" else divergence
+
+    def logit_grad(tokens: tuple[int, int], words: tuple[int, int], z: Tensor) -> Tensor:
+        at = slice(*tokens)
+        z_q = block_logits(teacher, load_rows(teacher, *tokens), load_words(teacher, *words), *words)
+        log_q = z_q.sub_(lse[1][at].unsqueeze(1))
+        log_p = z - lse[0][at].unsqueeze(1)
+        p = log_p.exp()
+        if kind == "forward_kl":
+            dz = p.sub_(log_q.exp_())
+        elif kind == "reverse_kl":
+            gap = torch.where(p > 0, log_p.sub_(log_q), 0.0)
+            dz = gap.sub_(centre[at].unsqueeze(1)).mul_(p)
+        else:
+            ratio, _ = log_mixture_ratios(log_p.clamp_(min=FLOOR), log_q, beta)
+            dz = ratio.sub_(centre[at].unsqueeze(1)).mul_(p).mul_(1 - beta)
+        return dz.mul_(d_loss[at].unsqueeze(1)).to(z.dtype)
+
+    return walk_gradients(student, blocks, needs, logit_grad)
+
+
+def _mixture_centre(student: Projection, teacher: Projection, beta: float, lse: tuple[Tensor, Tensor]) -> Tensor:  # [n]
+    """sum p ln(p / m)"""
+    blocks = pair_plan(student, teacher)
+    out = torch.zeros(blocks.num_tokens, dtype=pair_dtype(student, teacher), device=student.hidden.device)
+    for t0, t1 in blocks.token_ranges():
+        rows = load_rows(student, t0, t1), load_rows(teacher, t0, t1)
+        for start, stop in blocks.word_ranges():
+            z_p, z_q = pair_logits(student, teacher, rows, start, stop)
+            log_p, log_q = z_p.sub_(lse[0][t0:t1].unsqueeze(1)), z_q.sub_(lse[1][t0:t1].unsqueeze(1))
+            ratio, _ = log_mixture_ratios(log_p, log_q, beta)
+            out[t0:t1] += ratio.mul_(log_p.exp_()).sum(1)
+    return out

@@ -1,0 +1,153 @@
+"""Divergences of two heads over one vocabulary, folded block by block: formulas in `sgcd_kernels.linear_divergence`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.shard import shard_range, sum_over
+from sgcd_kernels.torch_backend.blocks import Blocks, Rows, block_logits, load_rows, load_words, plan
+from sgcd_kernels.torch_backend.logprob import RowStats
+from sgcd_kernels.torch_backend.topk import TeacherTopK
+from sgcd_kernels.types import Projection
+
+Pair = tuple[Tensor, Tensor]  # student's, teacher's
+
+
+class PairStats:
+    """Running statistics of t rows of both heads."""
+
+    def __init__(self, tokens: int, like: Tensor) -> None:
+        self.p, self.q = RowStats(tokens, like), RowStats(tokens, like)
+        self.a_p, self.a_q, self.overlap = (like.new_zeros(tokens) for _ in range(3))
+
+    def fold(self, z_p: Tensor, z_q: Tensor) -> None:
+        """Fold a block of logits in; `z_p` and `z_q` are kept."""
+        e_p, shrink_p = self.p.fold(z_p)
+        e_q, shrink_q = self.q.fold(z_q)
+        self._shrink(shrink_p, shrink_q)
+        # The root of e_p e_q would underflow where the halves of the exponents do not.
+        half = (z_p - self.p.m.unsqueeze(1)).mul_(0.5).add_((z_q - self.q.m.unsqueeze(1)).mul_(0.5))
+        self.overlap = self.overlap + half.exp_().sum(1)
+        delta = torch.sub(z_p, z_q, out=half)
+        self.a_p = self.a_p + torch.where(e_p > 0, delta, 0.0).mul_(e_p).sum(1)  # 0 ln 0 = 0, also where ln is inf
+        self.a_q = self.a_q + torch.where(e_q > 0, delta, 0.0).mul_(e_q).sum(1)
+
+    def _shrink(self, shrink_p: Tensor, shrink_q: Tensor) -> None:
+        # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
+        self.a_p = torch.where(shrink_p > 0, self.a_p * shrink_p, 0.0)
+        self.a_q = torch.where(shrink_q > 0, self.a_q * shrink_q, 0.0)
+        self.overlap = self.overlap * (shrink_p.sqrt() * shrink_q.sqrt())
+
+    def merge(self, group: ProcessGroup | None) -> None:
+        shrink_p, shrink_q = self.p.merge(group), self.q.merge(group)
+        if shrink_p is not None and shrink_q is not None:
+            self._shrink(shrink_p, shrink_q)
+            self.a_p, self.a_q, self.overlap = (sum_over(x, group) for x in (self.a_p, self.a_q, self.overlap))
+
+    def results(self) -> dict[str, Tensor]:
+        (logp_p, entropy_p, lse_p), (logp_q, entropy_q, lse_q) = self.p.results(), self.q.results()
+        # Not lse_p - lse_q: each is rounded at the size of a logit, their difference need not be.
+        gap = (self.p.m - self.q.m) + (self.p.z / self.q.z).log()
+        return {
+            "student_logp": logp_p,
+            "teacher_logp": logp_q,
+            "student_entropy": entropy_p,
+            "teacher_entropy": entropy_q,
+            "student_lse": lse_p,
+            "teacher_lse": lse_q,
+            "reverse_kl": (self.a_p / self.p.z - gap).clamp(min=0),
+            "forward_kl": (gap - self.a_q / self.q.z).clamp(min=0),
+            "bhattacharyya": (self.overlap / (self.p.z * self.q.z).sqrt()).clamp(max=1),
+        }
+
+
+def divergence_forward(
+    student: Projection,
+    teacher: Projection,
+    targets: Tensor,  # [n]
+    features: tuple[str, ...],
+    beta: float,
+    top_k: int | None,
+    group: ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """The asked-for fields of DivergenceStats, each [n]."""
+    offset, _ = shard_range(student.weight, group)
+    blocks = pair_plan(student, teacher)
+    parts = []
+    like = torch.empty(0, dtype=pair_dtype(student, teacher), device=student.hidden.device)
+    for t0, t1 in list(blocks.token_ranges()) or [(0, 0)]:  # an empty batch still has its fields
+        rows = load_rows(student, t0, t1), load_rows(teacher, t0, t1)
+        stats = PairStats(t1 - t0, like)
+        best = None if top_k is None else TeacherTopK(top_k, targets[t0:t1], blocks.num_words)
+        for start, stop in blocks.word_ranges() if t1 > t0 else ():
+            z_p, z_q = pair_logits(student, teacher, rows, start, stop)
+            stats.p.pick_target(z_p, targets[t0:t1], offset + start)
+            stats.q.pick_target(z_q, targets[t0:t1], offset + start)
+            stats.fold(z_p, z_q)
+            if best is not None:
+                best.fold(z_p, z_q, start)
+        stats.merge(group)
+        part = stats.results()
+        if features:
+            part |= _second_pass(
+                student, teacher, blocks, rows, (part["student_lse"], part["teacher_lse"]), features, beta
+            )
+        if best is not None:
+            part |= best.results(stats.p, stats.q)
+        parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def pair_dtype(student: Projection, teacher: Projection) -> torch.dtype:
+    return torch.promote_types(student.stats_dtype, teacher.stats_dtype)
+
+
+def pair_plan(student: Projection, teacher: Projection) -> Blocks:
+    return plan((student, teacher), 8, row_copies=2, word_copies=3)
+
+
+def pair_logits(student: Projection, teacher: Projection, rows: tuple[Rows, Rows], start: int, stop: int) -> Pair:
+    """One block of both heads' final logits, in one dtype."""
+    z_p = block_logits(student, rows[0], load_words(student, start, stop), start, stop)
+    z_q = block_logits(teacher, rows[1], load_words(teacher, start, stop), start, stop)
+    dtype = pair_dtype(student, teacher)
+    return z_p.to(dtype), z_q.to(dtype)
+
+
+def _second_pass(
+    student: Projection,
+    teacher: Projection,
+    blocks: Blocks,
+    rows: tuple[Rows, Rows],
+    lse: Pair,
+    features: tuple[str, ...],
+    beta: float,
+) -> dict[str, Tensor]:
+    """What needs both normalisers first."""
+    out = {name: torch.zeros_like(lse[0]) for name in features}
+    for start, stop in blocks.word_ranges() if lse[0].numel() else ():
+        z_p, z_q = pair_logits(student, teacher, rows, start, stop)
+        log_p, log_q = z_p.sub_(lse[0].unsqueeze(1)), z_q.sub_(lse[1].unsqueeze(1))
+        if "tv" in out:
+            out["tv"] += (log_p.exp() - log_q.exp()).abs_().sum(1).mul_(0.5)
+        if "jsd" in out:
+            log_p_m, log_q_m = log_mixture_ratios(log_p, log_q, beta)
+            out["jsd"] += (log_p.exp_().mul_(log_p_m).mul_(1 - beta) + log_q.exp_().mul_(log_q_m).mul_(beta)).sum(1)
+    limits = {"tv": 1.0, "jsd": math.log(2)}
+    return {name: value.clamp(0, limits[name]) for name, value in out.items()}
+
+
+def log_mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    """ln(p / m) and ln(q / m) for m = beta q + (1 - beta) p; exactly 0 where p = q.
+
+    Beyond 80 nats apart the smaller of the two adds nothing to any sum, so its ratio may stop there.
+    """
+    delta = log_p - log_q
+    delta.masked_fill_(log_p.isneginf() & log_q.isneginf(), 0.0).clamp_(-80, 80)
+    to_p = torch.expm1(-delta).mul_(beta).log1p_().neg_()
+    to_q = delta.expm1_().mul_(1 - beta).log1p_().neg_()
+    return to_p, to_q

@@ -1,0 +1,142 @@
+"""Checks shared by the ops. Every refusal names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.types import Projection
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_choice(name: str, value: str, options: Sequence[str]) -> None:
+    """Refuse a word that is not one of `options`, suggesting the nearest."""
+    if value in options:
+        return
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}, needs one of {', '.join(options)}{hint}")
+
+
+def check_float(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse a number outside [low, high] ((low, high] if `open_low`), or not finite."""
+    above = value > low if open_low else value >= low
+    if not (math.isfinite(value) and above and value <= high):
+        bounds = f"{'(' if open_low else '['}{low}, {high}]"
+        raise ValueError(f"{name} is {value}, needs a finite number in {bounds}")
+
+
+def check_hidden(name: str, hidden: Tensor) -> torch.Size:
+    """Accept [N, H] or [B, T, H] of a float dtype; give the leading shape."""
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{name} has shape {list(hidden.shape)}, needs [N, H] or [B, T, H]")
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"{name} is {hidden.dtype}, needs a float dtype (fp16, bf16, fp32, fp64)")
+    return hidden.shape[:-1]
+
+
+def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    """Accept [V, H] of a float dtype, H and device those of `hidden`."""
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
+        raise ValueError(f"{name} has shape {list(weight.shape)}, needs {needs}")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"{name} is {weight.dtype}, needs a float dtype (fp16, bf16, fp32, fp64)")
+    check_device(name, weight, hidden_name, hidden)
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, needs {other.device}, where {other_name} is")
+
+
+def per_token(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> Tensor:  # [N]
+    """Accept one value a token, shaped like the leading dimensions of hidden."""
+    if value.shape != leading:
+        raise ValueError(f"{name} has shape {list(value.shape)}, needs {list(leading)}, one value a token")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, needs {device}, where hidden is")
+    return value.reshape(-1)
+
+
+def projection(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    *,
+    prefix: str = "",
+) -> Projection:
+    """Check the description of one head and flatten it to packed rows."""
+    hidden_name = f"{prefix}hidden"
+    leading = check_hidden(hidden_name, hidden)
+    check_weight(f"{prefix}weight", weight, hidden_name, hidden)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{prefix}bias has shape {list(bias.shape)}, needs [{weight.shape[0]}], one value a word")
+        check_device(f"{prefix}bias", bias, hidden_name, hidden)
+    if softcap is not None:
+        check_float("softcap", softcap, 0.0, open_low=True)
+    checked = check_temperature(temperature, leading, hidden.device)
+    return Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, checked, softcap)
+
+
+def check_temperature(value: float | Tensor, leading: torch.Size, device: torch.device) -> float | Tensor:
+    """Accept a positive number, or one positive number a token."""
+    if not isinstance(value, Tensor):
+        check_float("temperature", value, 0.0, open_low=True)
+        return float(value)
+    if value.dim() == 0:
+        return check_temperature(float(value), leading, device)
+    flat = per_token("temperature", value.detach(), leading, device)
+    if flat.numel() and not bool((flat > 0).all() & flat.isfinite().all()):
+        raise ValueError(f"temperature has a minimum of {float(flat.min())}, needs finite numbers > 0")
+    return flat
+
+
+def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, vocab: int, ignore: int) -> Tensor:  # [N]
+    """Accept integers in [0, V) or `ignore_index`; give them flat, int64."""
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
+    flat = per_token("targets", targets, leading, device).long()
+    wrong = (flat != ignore) & ((flat < 0) | (flat >= vocab))
+    if bool(wrong.any()):
+        value = int(flat[wrong][0])
+        raise ValueError(f"targets holds {value}, needs 0 <= y < {vocab} (the rows of weight) or ignore_index {ignore}")
+    return flat
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:  # [B + 1]
+    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
+        got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"cu_seqlens is {got}, needs integers [B + 1]")
+    cu = cu_seqlens.long()
+    if int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((cu.diff() < 0).any()):
+        got = f"from {int(cu[0])} to {int(cu[-1])}"
+        raise ValueError(f"cu_seqlens goes {got}, needs to rise from 0 to {tokens}, the number of tokens")
+    return cu
+
+
+def kept_rows(keep: Tensor) -> Tensor | None:  # [N] bool -> [n] or None
+    """The indices of the tokens to compute, or None when that is all of them."""
+    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
+
+
+def scatter(values: Tensor, rows: Tensor | None, leading: torch.Size) -> Tensor:
+    """Put the results of the computed rows back at their tokens, 0 elsewhere."""
+    if rows is None:
+        return values.reshape(leading)
+    return values.new_zeros(leading.numel()).index_copy(0, rows, values).reshape(leading)
+
+
+def take(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The computed rows of a packed tensor."""
+    return values if rows is None else values.index_select(0, rows)
