@@ -1,11 +1,13 @@
-"""What a run is made of, as typed fields. Names follow TRL where TRL has one; *R* marks a choice the paper leaves open."""
+"""What a run is made of, as typed fields. Names follow TRL where it has one; *R* marks a choice the paper leaves open."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sgcd_kernels import CreditConfig
 
@@ -13,7 +15,7 @@ from sgcd_kernels import CreditConfig
 class Section(BaseModel):
     """A group of fields that refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -53,6 +55,24 @@ class WriterConfig(Section):
     max_tokens: int = Field(1_024, gt=0)  # of one reference
     token_budget: int | None = None  # of the whole run, prompt and completion; None is no limit
     cache_dir: Path = Path(".cache/references")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        """The resolved config is written to disk, so a key that was put here by mistake must not get there."""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.startswith(("sk_", "hf_")):
+            raise ValueError("needs the name of an environment variable, such as OPENAI_API_KEY, not the key itself")
+        return value
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_endpoint(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("needs an http(s) URL, such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("needs a plain URL without credentials or a query; keys come from writer.api_key_env")
+        return value
 
 
 Arm = Literal["grpo", "sgcd", "direct_sd"]
@@ -108,3 +128,14 @@ class Config(Section):
     save_total_limit: int = Field(2, gt=0)
     trace_steps: int = Field(5, ge=0)  # every how many steps all siblings are written to rollouts/
     report_to: list[Literal["tensorboard", "wandb"]] = []
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.max_completion_length >= self.model.max_length:
+            raise ValueError(
+                f"max_completion_length: got {self.max_completion_length}, "
+                f"needs less than model.max_length = {self.model.max_length}"
+            )
+        if self.epsilon_high is not None and self.epsilon_high <= 0:
+            raise ValueError(f"epsilon_high: got {self.epsilon_high}, needs null or a number greater than 0")
+        return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +50,10 @@ def load(source: Path, overrides: Sequence[str] = ()) -> Config:
         tree = {**_read(source), "output_dir": str(run_dir)}  # a run may have been moved
     else:
         tree = _read(source)
-    for key, value in parse_overrides(overrides):
+    changes = parse_overrides(overrides)
+    for key, value in changes:
         _assign(tree, key, value)
-    return validate(tree, source)
+    return validate(tree, source, frozenset(key for key, _ in changes))
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -75,8 +76,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def validate(tree: Mapping[str, Any], source: Path) -> Config:
-    """A `Config` from plain data; the first mistake becomes a `UserError`."""
+def validate(tree: Mapping[str, Any], source: Path, overridden: Collection[str] = ()) -> Config:
+    """A `Config` from plain data; the first mistake becomes a `UserError` that says where the key was given."""
     from trainer.config import Config  # late: it needs torch
 
     try:
@@ -84,7 +85,8 @@ def validate(tree: Mapping[str, Any], source: Path) -> Config:
     except ValidationError as error:
         details = error.errors(include_url=False)
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise UserError(f"{source}: {_explain(details[0], Config)}{more}") from None
+        where = "command line" if _dotted(details[0]) in overridden else source
+        raise UserError(f"{where}: {_explain(details[0], Config)}{more}") from None
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -202,14 +204,26 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """One mistake in words: the key, what it got, what it needs."""
-    key = ".".join(str(part) for part in detail["loc"])
+    key = _dotted(detail)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
     message = detail["msg"]
     if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
-        return ": ".join(part for part in (key, message.split(", ", 1)[-1]) if part)
-    need = message.removeprefix("Input should be ").replace(", unable to parse string as a number", "")
+        return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
+    need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
     return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+
+
+_NEED = {  # where pydantic speaks of its own types
+    "model_type": "a section with keys of its own",
+    "dataclass_type": "a section with keys of its own",
+    "list_type": "a list, such as [a, b]",
+    "int_from_float": "a whole number",
+}
+
+
+def _dotted(detail: ErrorDetails) -> str:
+    return ".".join(str(part) for part in detail["loc"])
 
 
 def _show(key: str, value: Any) -> str:

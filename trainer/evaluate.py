@@ -165,7 +165,7 @@ def scenario_terms(tasks: Sequence[Task], rate: Mapping[str, float]) -> tuple[Te
 
 
 def pass_hat(attempts: Mapping[str, Sequence[float]], samples: int) -> dict[int, float]:
-    """k -> chance that k attempts at a task all succeed, for 1 < k <= samples; tasks with fewer attempts are left out."""
+    """k -> chance that k attempts at a task all succeed, for 1 < k <= samples, over the tasks that have k."""
     out: dict[int, float] = {}
     for k in range(2, samples + 1):
         full = [(sum(r == 1 for r in rewards), len(rewards)) for rewards in attempts.values() if len(rewards) >= k]
