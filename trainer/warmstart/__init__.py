@@ -1,0 +1,1 @@
+"""The tiny policy's beginnings: its words, its model, its demonstrations and the gate it must pass."""
