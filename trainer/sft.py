@@ -41,13 +41,27 @@ def right_pad(rows: Sequence[Sequence[int]], pad: int) -> Tensor:  # [B, T]
     return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
 
 
-def sft_loss(model: Any, batch: Sequence[Example], pad_id: int) -> Tensor:
-    """Mean negative log-likelihood of the batch's assistant tokens."""
+def sft_loss(model: Any, batch: Sequence[Example], pad_id: int, autocast: bool = False) -> Tensor:
+    """Mean negative log-likelihood of the batch's assistant tokens; with `autocast` the decoder computes in bf16."""
     device = model.lm_head.weight.device
     ids = right_pad([e.ids for e in batch], pad_id).to(device)
     mask = right_pad([e.loss_mask for e in batch], False).bool().to(device)[:, 1:]
-    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask]
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask]
+    hidden = hidden.to(model.lm_head.weight.dtype)
     return -linear_logprob(hidden, model.lm_head.weight, ids[:, 1:][mask]).logp.mean()
+
+
+def microbatches(batch: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
+    """Cut a batch so that no part is larger than `max_tokens` once padded (a part may be one longer example)."""
+    parts: list[list[Example]] = []
+    for example in batch:
+        width = max([len(example.ids), *(len(e.ids) for e in (parts[-1] if parts else []))])
+        if parts and (max_tokens is None or width * (len(parts[-1]) + 1) <= max_tokens):
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+    return parts
 
 
 def sft(
@@ -60,9 +74,14 @@ def sft(
     pad_id: int,
     warmup_steps: int = 20,
     seed: int = 0,
+    tokens_per_microbatch: int | None = None,
+    autocast: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train `model` in place with AdamW, linear warm-up and cosine decay to a tenth of `learning_rate`."""
+    """Train `model` in place with AdamW, linear warm-up and cosine decay to a tenth of `learning_rate`.
+
+    `tokens_per_microbatch` bounds the memory of a step, whose loss stays the mean over the batch's assistant tokens.
+    """
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warmup_steps), eta_min=learning_rate / 10)
     linear = torch.optim.lr_scheduler.LinearLR(optimiser, 1 / max(1, warmup_steps), total_iters=warmup_steps)
@@ -70,11 +89,15 @@ def sft(
     model.train()
     stream = batches(examples, batch_size, seed)
     for step in range(steps):
-        loss = sft_loss(model, next(stream), pad_id)
-        loss.backward()  # type: ignore[no-untyped-call]
+        batch, total = next(stream), 0.0
+        for part in microbatches(batch, tokens_per_microbatch):
+            share = sum(sum(e.loss_mask) for e in part) / sum(sum(e.loss_mask) for e in batch)
+            loss = sft_loss(model, part, pad_id, autocast) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        on_step(step, loss.item())
+        on_step(step, total)
     model.eval()

@@ -91,7 +91,8 @@ class ChatMLRenderer:
         return [*block, *self._blocks(rest), *self._opening()]
 
     def describe(self, tools: list[Tool]) -> str:
-        """The tools as the system prompt shows them, one a line."""
+        """The tools as the system prompt shows them, one a line; those marked "unlisted" are left out."""
+        tools = [tool for tool in tools if not tool.get("unlisted")]
         if self.tools == "json":
             return "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         return "\n".join(signature(tool, described=self.tools == "described") for tool in tools)

@@ -150,10 +150,14 @@ def _schema(node: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def tools(entry: Entry, turn: int) -> list[Tool]:
-    """What the policy is shown at the start of `turn`: neither excluded nor still held back."""
-    hidden = entry.excluded | {name for at, names in entry.held_back.items() if at > turn for name in names}
-    return [t for api in entry.classes for t in documentation(api) if t["function"]["name"] not in hidden]
+def tools(entry: Entry) -> list[Tool]:
+    """Every function of the entry's classes; those that are excluded or held back at first are marked "unlisted".
+
+    An unlisted tool is not shown, but a call of it is carried out, as in the benchmark (one gold call does so).
+    """
+    hidden = entry.excluded.union(*(names for turn, names in entry.held_back.items() if turn > 0))
+    found = [tool for api in entry.classes for tool in documentation(api)]
+    return [{**tool, "unlisted": True} if tool["function"]["name"] in hidden else tool for tool in found]
 
 
 def new_tools(entry: Entry, turn: int) -> list[Tool]:

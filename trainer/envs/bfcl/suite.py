@@ -131,7 +131,7 @@ class BfclEnvironment:
         self._world, self._checker = World(entry), Checker(entry)
         self._turn, self._results = 0, list[str]()
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": entry.turns[0]}]
-        return messages, data.tools(entry, 0)
+        return messages, data.tools(entry)
 
     async def step(self, message: Message) -> tuple[list[Message], bool]:
         entry = self._live()

