@@ -14,17 +14,17 @@ from urllib.parse import quote
 # leaves it, is not part of a word; neither is an underscore or a percent escape.
 BEFORE = r"(?:(?<![^\W_])|(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})|(?<=%[0-9a-fA-F]{2}))"
 AFTER = r"(?![^\W_])"
-SPACE = r"(?:\s|\\+[nrt]|\\+u00a0|\\+u0020|%20|\+|&nbsp;)+"
+SPACE = r"(?:\s|\\{1,8}[nrt]|\\{1,8}u00a0|\\{1,8}u0020|%20|\+|&nbsp;)+"
 ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "#(?:39|x27)"}
 
 
 def spell(char: str) -> str:
     """A pattern for one character as it stands, as JSON escapes it to any depth, as URLs and HTML do."""
     units = char.encode("utf-16-be").hex()
-    escape = "".join(rf"\\+u{units[i : i + 4]}" for i in range(0, len(units), 4))
+    escape = "".join(rf"\\{{1,8}}u{units[i : i + 4]}" for i in range(0, len(units), 4))
     ways = [re.escape(char), escape]
     if not char.isalnum():
-        ways.insert(1, r"\\+" + re.escape(char))
+        ways.insert(1, r"\\{1,8}" + re.escape(char))
     if not char.isalnum() or not char.isascii():
         ways.append(re.escape(quote(char, safe="")))
     if char in ENTITIES:
