@@ -1,4 +1,4 @@
-"""What a run is made of, as typed fields. Names follow TRL where it has one; *R* marks a choice the paper leaves open."""
+"""What a run is made of, as typed fields. Names follow TRL where it has one; *R* marks what the paper leaves open."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
     renderer: Literal["compact", "chatml"] = "compact"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights and the optimiser
+    autocast: Literal["off", "bfloat16", "auto"] = "off"  # the decoder computes in bf16; auto: if the hardware can
     attn_implementation: str = "sdpa"
     max_length: int = Field(1024, gt=0)  # prompt + response, tokens
 

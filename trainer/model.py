@@ -36,8 +36,36 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path: cannot load {config.path} ({reason[:300]})") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
+        compute_in_bf16(model.get_decoder())
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
     return model, tokenizer, chat.load(config.renderer, tokenizer)
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 in hardware; a CPU that does not emulates it, slower than fp32."""
+    if torch.cuda.is_available():
+        return True
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and any(flag in info.read_text() for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def compute_in_bf16(decoder: torch.nn.Module) -> None:
+    """Let every forward of `decoder` run under bf16 autocast: its weights, and what an optimiser adds, stay fp32.
+
+    Hooks rather than a wrapper, so that engine and trainer, which call the decoder each in its own way, agree.
+    """
+    running: list[torch.autocast] = []
+
+    def enter(module: torch.nn.Module, arguments: Any) -> None:
+        running.append(torch.autocast(next(module.parameters()).device.type, torch.bfloat16))
+        running[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    decoder.register_forward_pre_hook(enter)
+    decoder.register_forward_hook(leave, always_call=True)
 
 
 def hidden_states(model: Any, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, H]

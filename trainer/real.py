@@ -114,12 +114,6 @@ def extract(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; elsewhere bf16 is emulated and slower than fp32."""
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and any(flag in info.read_text() for flag in ("amx_bf16", "avx512_bf16"))
-
-
 def tune(base: Path, folder: Path, recipe: Recipe, progress: Any) -> None:
     """SFT on the gold conversations of the training part."""
     import torch
@@ -127,6 +121,7 @@ def tune(base: Path, folder: Path, recipe: Recipe, progress: Any) -> None:
 
     from trainer.chat.chatml import ChatMLRenderer
     from trainer.envs.bfcl.sft_data import Mix, examples
+    from trainer.model import fast_bf16
     from trainer.sft import sft
 
     torch.manual_seed(recipe.seed)

@@ -84,7 +84,7 @@ both_tokenizers = pytest.mark.parametrize("name", ["own", "smollm2"])
 both_syntaxes = pytest.mark.parametrize("calls", ["hermes", "python"])
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True).filter(lambda n: not _keyword(n))
-# SmolLM2's vocabulary lacks some control characters and bytes of the higher planes: it cannot spell those characters at all.
+# SmolLM2's vocabulary lacks some control characters and bytes of the higher planes: it cannot spell them at all.
 characters = st.characters(exclude_categories=["Cs", "Cc"], max_codepoint=0xFFFF) | st.sampled_from("\n🚀🤖😀")
 texts = st.text(characters, max_size=12).filter(lambda text: "tool_call>" not in text)
 scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
