@@ -1,0 +1,150 @@
+"""Configs: what a file and the command line say is what a run gets, and every slip is one line that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trainer import configfile
+from trainer.config import Config
+from trainer.types import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_defaults_file_and_command_line_in_that_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 1\ncredit: {gamma: 0.5}\nmax_steps: 3\n")
+    config = configfile.load(path, ["--credit.clip", "3", "--seed=2", "--learning-rate", "1e-4"])
+    assert (config.seed, config.max_steps, config.learning_rate) == (2, 3, 1e-4)
+    assert (config.credit.gamma, config.credit.clip) == (0.5, 3.0)
+    assert config.num_generations == Config().num_generations
+
+
+def test_a_base_is_laid_under_section_by_section(tmp_path: Path) -> None:
+    write(tmp_path, "arm: grpo\ncredit: {gamma: 0.5, clip: 3}\nseed: 4\n", "base.yaml")
+    write(tmp_path, "base: base.yaml\nseed: 5\n", "middle.yaml")
+    config = configfile.load(write(tmp_path, "base: middle.yaml\ncredit: {gamma: 0.25}\n"))
+    assert (config.arm, config.seed, config.credit.gamma, config.credit.clip) == ("grpo", 5, 0.25, 3.0)
+
+
+def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    with pytest.raises(UserError, match="leads back to itself"):
+        configfile.load(write(tmp_path, "base: a.yaml\n", "b.yaml"))
+
+
+def test_the_arms_differ_in_arm_and_place_only() -> None:
+    base = configfile.dump(configfile.load(CONFIGS / "workday_sgcd.yaml"))
+    for arm in ("grpo", "direct_sd"):
+        other = configfile.dump(configfile.load(CONFIGS / f"workday_{arm}.yaml"))
+        assert {k for k in base if base[k] != other[k]} == {"arm", "output_dir"}
+        assert other["arm"] == arm
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    configfile.load(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    rate=st.floats(1e-9, 1.0),
+    gamma=st.floats(0, 5),
+    path=st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=20),
+    high=st.none() | st.floats(0.01, 1),
+)
+def test_what_is_written_is_read_back(tmp_path: Path, **values: Any) -> None:
+    tree = {"seed": values["seed"], "learning_rate": values["rate"], "credit": {"gamma": values["gamma"]}}
+    config = Config.model_validate({**tree, "model": {"path": values["path"]}, "epsilon_high": values["high"]})
+    config.output_dir = tmp_path
+    configfile.claim(config)
+    assert configfile.load(tmp_path) == config
+    (tmp_path / "config.yaml").unlink()
+
+
+MISTAKES = {
+    "num_generation: 4": r"unknown key 'num_generation'; did you mean 'num_generations'\?",
+    "gamma: 2": r"unknown key 'gamma'; did you mean 'credit.gamma'\?",
+    "credit: {gama: 2}": r"unknown key 'credit.gama'; did you mean 'credit.gamma'\?",
+    "writer: {nmae: none}": r"did you mean 'writer.name'\?",
+    "qqqq: 1": "unknown key 'qqqq'; did you mean",
+    "num_generations: 1": "num_generations: got 1, needs greater than or equal to 2",
+    "seed: many": "seed: got 'many', needs a valid integer",
+    "max_steps: 2.5": "max_steps: got 2.5, needs a whole number",
+    "learning_rate: .inf": "learning_rate: got inf, needs a finite number",
+    "arm: sgdc": "arm: got 'sgdc', needs 'grpo', 'sgcd' or 'direct_sd'",
+    "model: tiny": "model: got 'tiny', needs a section",
+    "credit: 3": "credit: got 3, needs a section",
+    "credit: {gamma: -1}": "credit: gamma is -1",
+    "report_to: tensorboard": "report_to: got 'tensorboard', needs a list",
+    "max_completion_length: 5000": "max_completion_length: got 5000, needs less than model.max_length",
+    "writer: {base_url: localhost}": r"writer.base_url: needs an http\(s\) URL",
+    "- a\n- b": "got a list, needs a mapping",
+    "a: [1": "is not valid YAML",
+    "a: b: c": r"is not valid YAML \(line 1",
+    "base: nowhere.yaml": "nowhere.yaml: no such file",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line_with_the_remedy(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=MISTAKES[text]) as caught:
+        configfile.load(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_on_the_command_line_is_said_to_be_there(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 1\n")
+    with pytest.raises(UserError, match=r"^command line: seed: got 'x'"):
+        configfile.load(path, ["--seed", "x"])
+    with pytest.raises(UserError, match=r"--seed\.x: seed is a value, not a section"):
+        configfile.load(path, ["--seed.x", "1"])
+
+
+@pytest.mark.parametrize("field", ["api_key_env", "base_url"])
+def test_a_key_in_the_config_is_refused_and_never_repeated(tmp_path: Path, field: str) -> None:
+    secret = "sk-verysecret" if field == "api_key_env" else "https://user:verysecret@example.com/v1"
+    with pytest.raises(UserError) as caught:
+        configfile.load(write(tmp_path, f"writer: {{{field}: '{secret}'}}"))
+    assert "verysecret" not in str(caught.value)
+
+
+def test_a_run_may_go_on_longer_and_report_more(tmp_path: Path) -> None:
+    configfile.claim(Config(output_dir=tmp_path, max_steps=5))
+    configfile.claim(Config(output_dir=tmp_path, max_steps=50, eval_steps=1, trace_steps=1, save_steps=3))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["max_steps"] == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"seed": 3}, "seed"), ({"arm": "grpo"}, "arm"), ({"credit": {"gamma": 0.5}}, r"credit\.gamma")]
+)
+def test_a_run_directory_of_another_config_is_refused(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+    configfile.claim(Config(output_dir=tmp_path))
+    before = (tmp_path / "config.yaml").read_bytes()
+    other = Config.model_validate({"output_dir": tmp_path, **change})
+    with pytest.raises(
+        UserError, match=rf"holds another run: {key} is .* there and .* here; choose another --output_dir"
+    ):
+        configfile.claim(other)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_was_moved_knows_where_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    configfile.claim(Config(output_dir=old))
+    old.rename(new)
+    assert configfile.load(new).output_dir == new
+    with pytest.raises(UserError, match="is no run directory"):
+        configfile.load(tmp_path)

@@ -1,0 +1,106 @@
+"""The commands as a person meets them: a process, its exit code, and what it says."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/workday_sgcd.yaml"
+
+
+def run(
+    *arguments: str, as_file: bool = False, block: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository; `block` names a package that shall not be importable."""
+    call = ["trainer/run.py"] if as_file else ["-m", "trainer.run"]
+    if block:
+        hide = f"import sys; sys.modules[{block!r}] = None; sys.argv = ['run', *sys.argv[1:]]"
+        call = ["-c", f"{hide}; from trainer import run; sys.exit(run.main())"]
+    return subprocess.run(
+        [sys.executable, *call, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_help_says_what_there_is() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("train", "eval", "view", "check", "--key value"))
+    assert run().returncode == 2
+
+
+@pytest.mark.parametrize("as_file", [False, True], ids=["module", "file"])
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian", CONFIG], ["'trian'", "train, eval, view, check"]),
+        (["train"], ["needs a config file"]),
+        (["train", "configs/workday_sgdc.yaml"], ["no such file", "did you mean configs/workday_sgcd.yaml"]),
+        (["train", CONFIG, "--seed"], ["--seed", "needs a value"]),
+        (["train", CONFIG, "seed=3"], ["'seed=3'", "--key value"]),
+    ],
+    ids=["command", "no-config", "no-file", "no-value", "no-dashes"],
+)
+def test_a_slip_is_answered_in_one_line_and_at_once(arguments: list[str], parts: list[str], as_file: bool) -> None:
+    started = time.perf_counter()
+    assert_one_line(run(*arguments, as_file=as_file), *parts)
+    assert time.perf_counter() - started < 2  # torch alone would take about as long
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    done = run("train", CONFIG, "--num_generation", "4", "--output_dir", str(tmp_path / "run"))
+    assert_one_line(done, "unknown key 'num_generation'", "'num_generations'")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "check"])
+def test_a_model_path_that_leads_nowhere(tmp_path: Path, command: str) -> None:
+    done = run(command, CONFIG, "--model.path", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run"))
+    if command == "check":  # it goes on with the other checks and shows a table
+        assert done.returncode == 2 and "model.path" in done.stdout and "Traceback" not in done.stderr
+    else:
+        assert_one_line(done, "model.path", "gone")
+
+
+def test_another_config_in_the_run_directory(tmp_path: Path) -> None:
+    common = ["train", CONFIG, "--model.path", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run")]
+    run(*common)  # leaves its config
+    assert_one_line(run(*common, "--seed", "9"), "holds another run", "seed is 0 there and 9 here", "--output_dir")
+
+
+def test_two_trainings_in_one_directory(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_one_line(run("train", CONFIG, "--output_dir", str(tmp_path)), "another process is training there")
+
+
+@pytest.mark.parametrize("block", ["yaml", "transformers"])
+def test_a_missing_package_names_its_extra(tmp_path: Path, block: str) -> None:
+    done = run("eval", CONFIG, "--output_dir", str(tmp_path), block=block)
+    assert_one_line(done, f"the package {block} is not installed", "sgcd-kernels[trainer]")
+
+
+def test_an_api_key_is_never_said(tmp_path: Path) -> None:
+    key = "sk-verysecret123"
+    done = run("train", CONFIG, "--writer.api_key", key, "--output_dir", str(tmp_path), OPENAI_API_KEY=key)
+    assert_one_line(done, "unknown key 'writer.api_key'")
+    assert key not in done.stdout + done.stderr
