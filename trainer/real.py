@@ -24,9 +24,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.types import UserError
+
+if TYPE_CHECKING:
+    from trainer.envs.bfcl.sft_data import Mix
 
 MODELS = Path(".cache/models")
 BASE, TUNED = "smollm2-135m-instruct", "smollm2-bfcl-sft"
@@ -114,20 +117,20 @@ def extract(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def tune(base: Path, folder: Path, recipe: Recipe, progress: Any) -> None:
+def tune(base: Path, folder: Path, recipe: Recipe, progress: Any, mix: Mix) -> None:
     """SFT on the gold conversations of the training part."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trainer.chat.chatml import ChatMLRenderer
-    from trainer.envs.bfcl.sft_data import Mix, examples
+    from trainer.envs.bfcl.sft_data import examples
     from trainer.model import fast_bf16
     from trainer.sft import sft
 
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     renderer = ChatMLRenderer(tokenizer, recipe.calls, recipe.tools)
-    data = asyncio.run(examples(renderer, Mix(seed=recipe.seed)))
+    data = asyncio.run(examples(renderer, mix))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     bar = progress.add_task(f"SFT on {len(data)} gold conversations", total=recipe.steps, loss=float("nan"))
     losses: list[float] = []
@@ -162,6 +165,7 @@ def prepare(models: Path, recipe: Recipe) -> None:
     from trainer.envs.bfcl.data import PACKAGE, folder
     from trainer.envs.bfcl.sft_data import Mix
 
+    mix = Mix(seed=recipe.seed)
     started = time.monotonic()
     source = gguf_file()
     folder()  # a missing benchmark is said before minutes are spent
@@ -180,12 +184,12 @@ def prepare(models: Path, recipe: Recipe) -> None:
     recipe_of = {
         "gguf": weights,
         "recipe": dataclasses.asdict(recipe),
-        "mix": dataclasses.asdict(Mix(seed=recipe.seed)),
+        "mix": dataclasses.asdict(mix),
         "code": code_digest(),
         "benchmark": PACKAGE,
     }
     with show.Progress(*columns) as progress:
-        made = cached(tuned, json.loads(json.dumps(recipe_of)), lambda fresh: tune(base, fresh, recipe, progress))
+        made = cached(tuned, json.loads(json.dumps(recipe_of)), lambda fresh: tune(base, fresh, recipe, progress, mix))
     print(f"{tuned}: {'trained' if made else 'is there'} ({time.monotonic() - started:.0f} s)")
 
 
