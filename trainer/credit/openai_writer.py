@@ -162,7 +162,8 @@ class OpenAIWriter:
         )
 
     def _deadline(self) -> float:
-        return self.config.timeout * (self.config.max_retries + 1)
+        """Seconds of one reference: every try, and the longest pause that the client makes of its own between two."""
+        return self.config.timeout * (self.config.max_retries + 1) + 8.0 * self.config.max_retries
 
     def _sanitiser(self, literals: list[str]) -> Sanitiser:
         return Sanitiser(literals, secrets=[self._key] if self._key else [])
@@ -176,8 +177,6 @@ class OpenAIWriter:
 
 def read_key(config: WriterConfig, loopback: bool) -> str:
     """The API key from the environment; a server on this machine needs none."""
-    if urlsplit(config.base_url).password:
-        raise UserError(f"writer.base_url: keep the key out of the address; put it into ${config.api_key_env}")
     key = os.environ.get(config.api_key_env, "").strip()
     if not key and not loopback:
         raise UserError(f"writer.api_key_env: ${config.api_key_env} is not set; export it, or use writer.name contrast")
