@@ -22,14 +22,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.types import UserError
 
 if TYPE_CHECKING:
+    from trainer.chat.chatml import ChatMLRenderer
     from trainer.envs.bfcl.sft_data import Mix
+    from trainer.sft import Example
 
 MODELS = Path(".cache/models")
 BASE, TUNED = "smollm2-135m-instruct", "smollm2-bfcl-sft"
@@ -39,8 +42,9 @@ INSTALL = "make train-real installs it (pip install --no-deps -r requirements-bf
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The SFT, in full. Chosen for two CPU cores: see docs/LOG.md."""
+    """The SFT, in full, chosen for two CPU cores. Raise `version` when the training itself changes."""
 
+    version: int = 1
     steps: int = 60
     batch_size: int = 8
     learning_rate: float = 3e-4
@@ -117,31 +121,44 @@ def extract(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def tune(base: Path, folder: Path, recipe: Recipe, progress: Any, mix: Mix) -> None:
-    """SFT on the gold conversations of the training part."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def demonstrations(base: Path, recipe: Recipe, mix: Mix) -> tuple[ChatMLRenderer, list[Example]]:
+    """The gold conversations of the training part as `base` will read them."""
+    from transformers import AutoTokenizer
 
     from trainer.chat.chatml import ChatMLRenderer
     from trainer.envs.bfcl.sft_data import examples
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    renderer = ChatMLRenderer(tokenizer, recipe.calls, recipe.tools)
+    return renderer, asyncio.run(examples(renderer, mix))
+
+
+def tune(
+    base: Path,
+    folder: Path,
+    recipe: Recipe,
+    renderer: ChatMLRenderer,
+    examples: list[Example],
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Fine-tune `base` on `examples` and write it, with its tokenizer and the losses, to `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from trainer.model import fast_bf16
     from trainer.sft import sft
 
     torch.manual_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    renderer = ChatMLRenderer(tokenizer, recipe.calls, recipe.tools)
-    data = asyncio.run(examples(renderer, mix))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    bar = progress.add_task(f"SFT on {len(data)} gold conversations", total=recipe.steps, loss=float("nan"))
     losses: list[float] = []
 
     def report(step: int, loss: float) -> None:
         losses.append(loss)
-        progress.update(bar, completed=step + 1, loss=loss)
+        on_step(step, loss)
 
     sft(
         model,
-        data,
+        examples,
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
@@ -154,50 +171,50 @@ def tune(base: Path, folder: Path, recipe: Recipe, progress: Any, mix: Mix) -> N
     )
     renderer.store_options()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
     (folder / "sft_losses.json").write_text(json.dumps(losses))
 
 
 def prepare(models: Path, recipe: Recipe) -> None:
     """Make both folders, or find them made."""
-    from rich import progress as show
-
-    from trainer.envs.bfcl.data import PACKAGE, folder
+    from trainer.envs.bfcl.data import folder
     from trainer.envs.bfcl.sft_data import Mix
 
-    mix = Mix(seed=recipe.seed)
     started = time.monotonic()
     source = gguf_file()
     folder()  # a missing benchmark is said before minutes are spent
     base, tuned = models / BASE, models / TUNED
     weights = digest(source)
-    columns = (
-        show.TextColumn("{task.description}"),
-        show.BarColumn(),
-        show.MofNCompleteColumn(),
-        show.TextColumn("loss {task.fields[loss]:.3f}"),
-        show.TimeElapsedColumn(),
-        show.TimeRemainingColumn(),
-    )
     made = cached(base, {"gguf": weights, "format": 1}, lambda fresh: extract(source, fresh))
-    print(f"{base}: {'extracted' if made else 'is there'}")
-    recipe_of = {
-        "gguf": weights,
-        "recipe": dataclasses.asdict(recipe),
-        "mix": dataclasses.asdict(mix),
-        "code": code_digest(),
-        "benchmark": PACKAGE,
-    }
-    with show.Progress(*columns) as progress:
-        made = cached(tuned, json.loads(json.dumps(recipe_of)), lambda fresh: tune(base, fresh, recipe, progress, mix))
+    print(f"{base}: {'extracted' if made else 'is there'}", flush=True)
+    renderer, examples = demonstrations(base, recipe, Mix(seed=recipe.seed))
+    content = hashlib.sha256(json.dumps([[e.ids, e.loss_mask] for e in examples]).encode()).hexdigest()
+    made_from = {"gguf": weights, "recipe": dataclasses.asdict(recipe), "examples": content}
+
+    def make(fresh: Path) -> None:
+        with progress_bar(f"SFT on {len(examples)} gold conversations", recipe.steps) as on_step:
+            tune(base, fresh, recipe, renderer, examples, on_step)
+
+    made = cached(tuned, made_from, make)
     print(f"{tuned}: {'trained' if made else 'is there'} ({time.monotonic() - started:.0f} s)")
 
 
-def code_digest() -> str:
-    """One hash over the sources that decide what the examples look like."""
-    here = Path(__file__).parent
-    sources = [*sorted((here / "envs" / "bfcl").glob("*.py")), *sorted((here / "chat").glob("*.py")), here / "sft.py"]
-    return hashlib.sha256("".join(digest(path) for path in sources).encode()).hexdigest()
+@contextmanager
+def progress_bar(title: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    from rich import progress as show
+
+    columns = ("{task.description}", show.BarColumn(), show.MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
+    times = (show.TimeElapsedColumn(), show.TimeRemainingColumn())
+    with show.Progress(*columns, *times) as bar:
+        task = bar.add_task(title, total=steps, loss=float("nan"))
+
+        def on_step(step: int, loss: float) -> None:
+            bar.update(task, completed=step + 1, loss=loss)
+            if not bar.console.is_terminal and (step + 1) % 10 == 0:
+                print(f"{title}: {step + 1}/{steps}, loss {loss:.3f}", flush=True)
+
+        yield on_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -151,7 +151,7 @@ def test_a_character_over_several_tokens_is_shown_once(name: str) -> None:
 def test_the_text_is_that_of_the_tokenizer(name: str) -> None:
     r = renderer(name)
     ids = r.prompt([SYSTEM, {"role": "user", "content": "café 日本 🚀"}], [TOOL])
-    assert r.decode(ids) == r._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert r.decode(ids) == r.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @both_tokenizers
@@ -168,14 +168,14 @@ def test_the_prompt_is_chatml(name: str) -> None:
 @both_tokenizers
 def test_plain_prompts_equal_the_models_own_template(name: str) -> None:
     r = renderer(name)
-    if r._tokenizer.chat_template is None:
-        r._tokenizer.chat_template = (
+    if r.tokenizer.chat_template is None:
+        r.tokenizer.chat_template = (
             "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
             "{% endfor %}{{ '<|im_start|>assistant\n' }}"
         )
-    theirs = r._tokenizer.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, tokenize=False)
+    theirs = r.tokenizer.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, tokenize=False)
     assert r.decode(r.prompt([SYSTEM, USER], [])) == theirs
-    assert r.prompt([SYSTEM, USER], []) == r._tokenizer(theirs, add_special_tokens=False)["input_ids"]
+    assert r.prompt([SYSTEM, USER], []) == r.tokenizer(theirs, add_special_tokens=False)["input_ids"]
 
 
 def test_a_reference_changes_the_system_block_only() -> None:

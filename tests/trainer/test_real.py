@@ -130,15 +130,15 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_weights() -> None:
 
 
 def test_tuning_writes_a_folder_that_knows_its_syntax(tmp_path: Path) -> None:
-    from rich.progress import Progress
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     tiny_model().save_pretrained(base)
     tokenizer().save_pretrained(base)
     recipe = real.Recipe(steps=2, batch_size=2, learning_rate=1e-2)
-    with Progress(disable=True) as progress:
-        real.tune(base, tuned, recipe, progress, Mix(max_tokens=3_000))
+    renderer, made = real.demonstrations(base, recipe, Mix(max_tokens=3_000))
+    with real.progress_bar("SFT", 2) as on_step:
+        real.tune(base, tuned, recipe, renderer, made, on_step)
     assert len(json.loads((tuned / "sft_losses.json").read_text())) == 2
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tuned).state_dict()

@@ -61,7 +61,7 @@ class ChatMLRenderer:
         vocabulary = tokenizer.get_vocab()
         if missing := [token for token in (START, END) if token not in vocabulary]:
             raise UserError(f"model.renderer: chatml needs the tokens {' '.join(missing)}, which this tokenizer lacks")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._text = ByteLevel(tokenizer)
         self._start, self._end = vocabulary[START], vocabulary[END]
         self.stop_ids = frozenset({self._end})
@@ -69,13 +69,13 @@ class ChatMLRenderer:
 
     def store_options(self) -> None:
         """Make the tokenizer carry these options wherever it is saved."""
-        self._tokenizer.init_kwargs[OPTIONS] = {"calls": self.calls, "tools": self.tools}
+        self.tokenizer.init_kwargs[OPTIONS] = {"calls": self.calls, "tools": self.tools}
 
     # Messages to tokens
 
     def encode(self, text: str) -> list[int]:
         """Plain text: whatever it spells, no special token comes out."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
