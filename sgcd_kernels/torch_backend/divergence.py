@@ -26,9 +26,9 @@ class PairStats:
 
     def fold(self, z_p: Tensor, z_q: Tensor) -> None:
         """Fold a block of logits in; `z_p` and `z_q` are kept."""
-        e_p, shrink_p = self.p.fold(z_p)
-        e_q, shrink_q = self.q.fold(z_q)
-        self._shrink(shrink_p, shrink_q)
+        e_p, shift_p = self.p.fold(z_p)
+        e_q, shift_q = self.q.fold(z_q)
+        self._shrink(shift_p, shift_q)
         # The root of e_p e_q would underflow where the halves of the exponents do not.
         half = (z_p - self.p.m.unsqueeze(1)).mul_(0.5).add_((z_q - self.q.m.unsqueeze(1)).mul_(0.5))
         self.overlap = self.overlap + half.exp_().sum(1)
@@ -36,16 +36,17 @@ class PairStats:
         self.a_p = self.a_p + torch.where(e_p > 0, delta, 0.0).mul_(e_p).sum(1)  # 0 ln 0 = 0, also where ln is inf
         self.a_q = self.a_q + torch.where(e_q > 0, delta, 0.0).mul_(e_q).sum(1)
 
-    def _shrink(self, shrink_p: Tensor, shrink_q: Tensor) -> None:
+    def _shrink(self, shift_p: Tensor, shift_q: Tensor) -> None:
+        shrink_p, shrink_q = shift_p.exp(), shift_q.exp()
         # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
         self.a_p = torch.where(shrink_p > 0, self.a_p * shrink_p, 0.0)
         self.a_q = torch.where(shrink_q > 0, self.a_q * shrink_q, 0.0)
-        self.overlap = self.overlap * (shrink_p.sqrt() * shrink_q.sqrt())
+        self.overlap = self.overlap * ((shift_p + shift_q) / 2).exp()  # equal shifts shrink it as they do Z
 
     def merge(self, group: ProcessGroup | None) -> None:
-        shrink_p, shrink_q = self.p.merge(group), self.q.merge(group)
-        if shrink_p is not None and shrink_q is not None:
-            self._shrink(shrink_p, shrink_q)
+        shift_p, shift_q = self.p.merge(group), self.q.merge(group)
+        if shift_p is not None and shift_q is not None:
+            self._shrink(shift_p, shift_q)
             self.a_p, self.a_q, self.overlap = (sum_over(x, group) for x in (self.a_p, self.a_q, self.overlap))
 
     def results(self) -> dict[str, Tensor]:

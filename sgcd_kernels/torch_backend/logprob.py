@@ -28,22 +28,22 @@ class RowStats:
         self.target = like.new_zeros(tokens)
 
     def rescale(self, m: Tensor) -> Tensor:
-        """Move to the maximum `m` >= self.m; give the factor by which sums shrink."""
+        """Move to the maximum `m` >= self.m; give the shift of exponents, by whose exp all sums shrink."""
         shift = torch.where(self.z > 0, self.m - m, 0.0)  # before the first block there is nothing to shift
         shrink = shift.exp()
         self.s = shrink * torch.where(self.z > 0, self.s + shift * self.z, self.s)
         self.z = shrink * self.z
         self.m = m
-        return shrink
+        return shift
 
     def fold(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold a block in; give e^{z-m} of the block and the factor older sums shrink by."""
-        shrink = self.rescale(torch.maximum(self.m, logits.amax(1)))
+        """Fold a block in; give e^{z-m} of the block and the shift of the older exponents."""
+        shift = self.rescale(torch.maximum(self.m, logits.amax(1)))
         centred = (logits - self.m.unsqueeze(1)).clamp_(min=FLOOR)
         e = centred.exp()
         self.z = self.z + e.sum(1)
         self.s = self.s + centred.mul_(e).sum(1)
-        return e, shrink
+        return e, shift
 
     def pick_target(self, logits: Tensor, targets: Tensor, first_word: int) -> None:
         """Remember the target's logit if it lies in this block."""
@@ -53,12 +53,12 @@ class RowStats:
         self.target = torch.where(inside, picked, self.target)
 
     def merge(self, group: ProcessGroup | None) -> Tensor | None:
-        """Combine with the other ranks' shards; give the factor that other sums of this rank shrink by."""
+        """Combine with the other ranks' shards; give the shift of its own exponents."""
         if group is None:
             return None
-        shrink = self.rescale(max_over(self.m, group))
+        shift = self.rescale(max_over(self.m, group))
         self.z, self.s, self.target = (sum_over(x.contiguous(), group) for x in (self.z, self.s, self.target))
-        return shrink
+        return shift
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(log p(y), entropy, lse)"""
