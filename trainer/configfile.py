@@ -96,17 +96,20 @@ def dump(config: Config) -> dict[str, Any]:
 
 def claim(config: Config) -> None:
     """Write the config into its output directory, or refuse when another run lives there."""
-    path = config.output_dir / RESOLVED
-    ours = dump(config)
-    if path.exists():
-        _refuse_another(dict(_flatten(_read(path))), dict(_flatten(ours)), config.output_dir)
+    refuse_another(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / RESOLVED
     temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(ours, sort_keys=False, allow_unicode=True))
+    temporary.write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
     temporary.replace(path)
 
 
-def _refuse_another(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: Path) -> None:
+def refuse_another(config: Config) -> None:
+    """A `UserError` when the output directory holds a run whose steps another config made."""
+    run_dir = config.output_dir
+    if not (run_dir / RESOLVED).exists():
+        return
+    theirs, ours = dict(_flatten(_read(run_dir / RESOLVED))), dict(_flatten(dump(config)))
     for key in [*ours, *(k for k in theirs if k not in ours)]:
         if key in FREE or theirs.get(key, _ABSENT) == ours.get(key, _ABSENT):
             continue

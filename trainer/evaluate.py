@@ -130,7 +130,7 @@ def summarise(
         **({"sgc": ratio(whole), **_interval("sgc", whole)} if whole else {}),
         "pass@1": ratio(solved),
         **{f"pass^{k}": value for k, value in pass_hat(attempts, samples).items()},
-        "refuser": fmean(refusals.values()) if refusals else float("nan"),
+        **({"refuser": fmean(refusals.values())} if refusals else {}),
         "tasks": len(rate),
         "scenarios": len(whole),
         "mean_length": fmean(sum(r.generated) for r in rollouts),

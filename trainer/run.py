@@ -71,10 +71,12 @@ def train(source: Path, overrides: Sequence[str]) -> int:
     config = configfile.load(source, overrides)
     with only_writer(config.output_dir):
         configfile.claim(config)
-        from trainer import loop, view
+        from trainer import loop
 
         loop.train(config)
-        print(f"view: {view.write(config.output_dir)}")
+        from trainer import view as viewer
+
+        print(f"view: {viewer.write(config.output_dir)}")
     return 0
 
 

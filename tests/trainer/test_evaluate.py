@@ -1,0 +1,168 @@
+"""Evaluation counts what it says it counts, in a real environment with a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trainer import toy
+from trainer import checkpoint, evaluate
+from trainer.config import Config
+from trainer.engines.hf import HFEngine
+from trainer.types import EnvironmentBroken, Message, Rollout, Task
+
+
+def attempt(task: Task, reward: float) -> Rollout:
+    said = [{"role": "assistant", "content": "even"}]
+    return Rollout(task, [], [], [1], ids=[2], generated=[True], messages=said, reward=reward, stop="answer")
+
+
+def scenario(name: str, n: int = 3) -> list[Task]:
+    return [Task(f"{name}_{i}", "toy", "dev", name, "information", "") for i in range(n)]
+
+
+def summary(rewards: dict[str, Sequence[Sequence[float]]], samples: int = 1) -> dict[str, float]:
+    """The figures of scenarios whose tasks had these rewards."""
+    tasks = {name: scenario(name, len(of_tasks)) for name, of_tasks in rewards.items()}
+    rollouts = [
+        attempt(task, reward)
+        for name, of_tasks in rewards.items()
+        for task, of_task in zip(tasks[name], of_tasks, strict=True)
+        for reward in of_task
+    ]
+    return evaluate.summarise([t for ts in tasks.values() for t in ts], rollouts, {}, samples=samples)
+
+
+def test_one_attempt_counts_tasks_and_whole_scenarios() -> None:
+    m = summary({"a": [[1], [1], [1]], "b": [[1], [1], [0]], "c": [[0], [0], [0]]})
+    assert m["tgc"] == m["pass@1"] == pytest.approx(5 / 9)
+    assert m["sgc"] == pytest.approx(1 / 3)
+    assert (m["tasks"], m["scenarios"]) == (9, 3)
+
+
+def test_a_broken_attempt_is_left_out_and_never_a_failure() -> None:
+    m = summary({"a": [[1], [1], []], "b": [[1], [0], [1]]})
+    assert m["tgc"] == pytest.approx(4 / 5)
+    assert m["sgc"] == 0, "scenario a is not known to be whole, b is not solved"
+    assert m["scenarios"] == 1
+    assert summary({"a": [[]]}) == {}
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=5), min_size=1, max_size=4))
+def test_pass_hat_k_is_the_mean_over_all_choices_of_k_attempts(rewards: list[list[float]]) -> None:
+    found = evaluate.pass_hat({str(i): r for i, r in enumerate(rewards)}, samples=3)
+    for k in (2, 3):
+        by_hand = fmean(fmean(all(c) for c in combinations(r, k)) for r in rewards)
+        assert found[k] == pytest.approx(by_hand)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=2, max_size=12))
+def test_the_interval_holds_the_estimate_and_is_the_same_each_time(rewards: list[list[float]]) -> None:
+    given_rewards = {str(i): [[r] for r in rs] for i, rs in enumerate(rewards)}
+    m = summary(given_rewards)
+    assert 0 <= m["tgc_low"] <= m["tgc"] + 1e-12
+    assert m["tgc"] - 1e-12 <= m["tgc_high"] <= 1
+    assert m["sgc_low"] - 1e-12 <= m["sgc"] <= m["sgc_high"] + 1e-12
+    torch.rand(3)
+    assert summary(given_rewards) == m
+
+
+def test_the_bootstrap_resamples_scenarios_not_tasks() -> None:
+    together = [(3.0, 3.0), (0.0, 3.0)] * 10  # a scenario's tasks succeed or fail together
+    apart = [(1.0, 1.0), (0.0, 1.0)] * 30  # the same tasks, each its own scenario
+    wide, narrow = evaluate.bootstrap(together), evaluate.bootstrap(apart)
+    assert wide[1] - wide[0] > 1.4 * (narrow[1] - narrow[0])  # sqrt(3) in theory
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        solved = (torch.rand(40, generator=generator) < 0.4).double()
+        low, high = evaluate.bootstrap([(s, 1.0) for s in solved.tolist()], draws=400)
+        hits += low <= 0.4 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def engine() -> HFEngine:
+    return HFEngine(toy.model(), slots=8, stop_ids=toy.renderer().stop_ids, max_length=96, seed=5)
+
+
+def config(**changes: object) -> Config:
+    small = {"model": {"max_length": 96}, "env": {"max_turns": 3}, "max_completion_length": 12, "eval_samples": 4}
+    return Config.model_validate({**small, **changes})
+
+
+def test_an_evaluation_of_the_toy_world_adds_up_and_disturbs_nothing() -> None:
+    players = [engine(), engine()]
+    done: list[int] = []
+    players[0].generator.manual_seed(99)  # wherever training stood
+    before = players[0].generator.get_state()
+    first, second = (
+        asyncio.run(evaluate.evaluate(p, toy.ParitySuite(), toy.renderer(), config(), advance=done.append))
+        for p in players
+    )
+    assert first.metrics == second.metrics
+    assert torch.equal(players[0].generator.get_state(), before)
+    assert sum(done) == 6
+    assert len(first.rollouts) == 3 * 4
+    assert first.metrics["eval/parity/tgc"] == pytest.approx(fmean(r.reward for r in first.rollouts))
+    assert 0 < first.metrics["eval/parity/tgc"] < 1, "a case that could not tell right from wrong"
+    rates = [fmean(r.reward for r in first.rollouts if r.task.id == f"dev-{i}") for i in range(3)]
+    assert first.metrics["eval/parity/sgc"] == pytest.approx(rates[0] * rates[1] * rates[2])
+    assert {f"eval/parity/pass^{k}" for k in (2, 3, 4)} <= first.metrics.keys()
+    assert first.metrics["eval/parity/errored"] == 0
+
+
+class Agreeable(toy.ParitySuite):
+    def refusal(self) -> Message:
+        return {"role": "assistant", "content": "no thanks"}  # two words: what this world wants
+
+
+def test_the_refuser_is_really_played() -> None:
+    for suite, expected in ((toy.ParitySuite(), 0.0), (Agreeable(), 1.0)):
+        paid = asyncio.run(evaluate.refuse(suite, suite.tasks("dev"), timeout=5))
+        assert paid == {f"dev-{i}": expected for i in range(3)}
+        assert [entry for entry in suite.log if entry in ("reset", "step", "outcome", "close")] == [
+            "reset", "step", "outcome", "close",
+        ] * 3  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [EnvironmentBroken("gone"), ValueError("bug"), 3.0], ids=["broken", "bug", "hang"])
+def test_a_world_that_breaks_under_the_refuser_is_left_out(fault: object) -> None:
+    suite = Agreeable(faults=[("step", fault)])
+    assert asyncio.run(evaluate.refuse(suite, suite.tasks("dev"), timeout=0.2)) == {"dev-1": 1.0, "dev-2": 1.0}
+
+
+def test_the_eval_command_loads_a_checkpoint_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = toy.model()
+    model.save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.neg_()  # another policy than the folder's
+    path = checkpoint.save(tmp_path, 3, model=model, optimiser=torch.optim.AdamW(model.parameters()))
+    small = config(
+        model={"path": str(tmp_path / "model"), "max_length": 480},
+        env={"max_turns": 1, "eval_split": "dev"},
+        output_dir=tmp_path,
+        eval_samples=1,
+    )
+    start, trained = evaluate.run(small), evaluate.run(small, path)
+    assert [r.ids for r in start.rollouts] != [r.ids for r in trained.rollouts]
+    record = json.loads((tmp_path / "eval_dev.json").read_text())
+    assert record["weights"] == str(path)
+    assert len(record["tasks"]) == record["metrics"]["eval/workday/tasks"] == 57
+    assert {len(t["rewards"]) for t in record["tasks"].values()} == {1}
+    shown = capsys.readouterr().out
+    assert "95 % interval" in shown and "refuser" in shown and "eval_dev.json" in shown
