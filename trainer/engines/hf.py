@@ -275,11 +275,11 @@ class HFEngine:
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
-    def _forward(self, ids: Tensor, positions: Tensor, columns: Tensor, rows: slice | Tensor, width: int) -> Tensor:
-        """Hidden states of tokens [R, T] at `positions`, written to `columns`; each sees what is at or before it."""
+    def _forward(self, ids: Tensor, positions: Tensor, rows: slice | Tensor, width: int) -> Tensor:
+        """Hidden states of tokens [R, T] at `positions` of their rows; each sees what is at or before it."""
         weight = head(self.model)[0]
         self.cache.reserve(width)
-        self.cache.plan(rows, columns.clamp_max(self.cache.scratch), width)
+        self.cache.plan(rows, positions, width)
         unseen = torch.arange(width, device=self.device) > positions[..., None]
         mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=self.device)
         mask.masked_fill_(unseen, torch.finfo(weight.dtype).min)
@@ -307,11 +307,9 @@ class HFEngine:
         rows = torch.tensor(indices, device=self.device)
         end = self.known[rows] - 1
         positions = self.length[rows, None] + torch.arange(longest, device=self.device)
-        padding = positions >= end[:, None]
         ids = self.tokens[rows[:, None], positions.clamp_max(self.max_length)]
-        columns = positions.masked_fill(padding, self.max_length)
-        self._forward(ids, positions, columns, rows, int(end.max()))
-        self.prefilled_tokens += int((~padding).sum())
+        self._forward(ids, positions, rows, int(end.max()))
+        self.prefilled_tokens += int((end - self.length[rows]).sum())
         self.length[rows] = end
 
     def _tick(self) -> None:
@@ -319,9 +317,8 @@ class HFEngine:
         rows = max(i for i, row in enumerate(self._rows) if row.request) + 1
         active, length = self.active[:rows], self.length[:rows]
         width = int(length.masked_fill(~active, 0).max()) + 1
-        columns = torch.where(active, length, self.max_length)[:, None]
         ids = self.tokens[:rows].gather(1, length[:, None])
-        states = self._forward(ids, length[:, None], columns, slice(0, rows), width)
+        states = self._forward(ids, length[:, None], slice(0, rows), width)
         length += active
         ready = (active & (length == self.known[:rows])).nonzero()[:, 0]
         self.ticks += 1

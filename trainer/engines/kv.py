@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values as [slots, kv_heads, capacity, head_dim] tensors, one pair a layer; capacity grows by doubling.
 
-    The last column is scratch: what must be computed but belongs to nobody (padding, idle rows) is written there, and
-    no attention mask ever lets a query see it.
+    A column at or beyond a row's length may hold anything (padding and idle rows write there too): no mask lets a query
+    see it before the token that belongs there has been written.
     """
 
     def __init__(self, slots: int, max_length: int) -> None:
@@ -31,13 +31,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.index: tuple[Tensor, Tensor] | None = None
         self.width = 0
 
-    @property
-    def scratch(self) -> int:
-        """The column that nobody reads."""
-        return self.capacity - 1
-
     def reserve(self, width: int) -> None:
-        """Make room for rows of `width` tokens."""
+        """Make room for rows of `width` tokens, and one column more that takes the padding's overflow."""
         if width < self.capacity:
             return
         self.capacity = min(self.max_length + 1, max(2 * self.capacity, width + 1))
@@ -52,12 +47,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         """For the next forward: token [i, j] goes to column positions[i, j] of row rows[i]; queries see `width`."""
         row_ids = torch.arange(rows.start, rows.stop, device=positions.device) if isinstance(rows, slice) else rows
         self.rows, self.width = rows, width
-        self.index = (row_ids[:, None].expand_as(positions), positions)
+        self.index = (row_ids[:, None].expand_as(positions), positions.clamp_max(self.capacity - 1))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [rows, kv_heads, tokens, head_dim] where the plan says; give the keys and values that queries may see."""
+        """Write [rows, kv_heads, tokens, head_dim] where the plan says; return what the queries may see."""
         if layer_idx == len(self.stores):
             self.stores.append((self._fresh(key_states), self._fresh(value_states)))
         keys, values = self.stores[layer_idx]

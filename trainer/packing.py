@@ -1,0 +1,75 @@
+"""From rollouts to the rectangles a model reads, and back to the tokens that carry a loss.
+
+A model's row is prompt + rollout, padded on the right. Student and teacher rows differ in the prompt only, so both give
+one hidden state for each generated token, in the same order: they are aligned by that order, never by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from trainer.model import hidden_states
+from trainer.sft import right_pad
+from trainer.types import Rollout
+
+
+@dataclass(frozen=True)
+class LossTokens:
+    """The generated tokens of some rollouts, end to end: what losses and credit are computed on."""
+
+    rollouts: list[Rollout]
+    targets: Tensor  # [N]
+    turns: Tensor  # [N]
+    cu_seqlens: Tensor  # [B + 1]
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], device: torch.device) -> LossTokens:
+        targets = [i for r in rollouts for i, own in zip(r.ids, r.generated) if own]
+        turns = [t for r in rollouts for t, own in zip(r.turns, r.generated) if own]
+        ends = accumulate((sum(r.generated) for r in rollouts), initial=0)
+        as_tensor = (torch.tensor(x, dtype=torch.long, device=device) for x in (targets, turns, list(ends)))
+        return LossTokens(list(rollouts), *as_tensor)
+
+    def spread(self, values: Tensor) -> Tensor:  # [B] -> [N]
+        """One value a rollout as one a token."""
+        return values.to(self.targets.device).repeat_interleave(self.cu_seqlens.diff())
+
+    def unpack(self, values: Tensor, fill: float) -> list[Tensor]:  # [N] -> [T] each
+        """A value a loss token as one tensor a rollout, aligned with `rollout.ids`; `fill` at observed tokens."""
+        rows = []
+        for rollout, own in zip(self.rollouts, torch.split(values.detach().cpu(), self.cu_seqlens.diff().tolist())):
+            row = torch.full((len(rollout.ids),), fill, dtype=values.dtype)
+            row[torch.tensor(rollout.generated, dtype=torch.bool)] = own
+            rows.append(row)
+        return rows
+
+
+def forward(model: object, prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout], pad_id: int) -> Tensor:
+    """Hidden states [N, H] that predict the generated tokens of `rollouts`, read after `prompts`."""
+    rows = [[*prompt, *rollout.ids] for prompt, rollout in zip(prompts, rollouts, strict=True)]
+    ids = right_pad(rows, pad_id)
+    at = [
+        row * ids.shape[1] + len(prompt) + token - 1  # the token before predicts it
+        for row, (prompt, rollout) in enumerate(zip(prompts, rollouts))
+        for token, own in enumerate(rollout.generated)
+        if own
+    ]
+    parameter = next(model.parameters())  # type: ignore[attr-defined]
+    states = hidden_states(model, ids.to(parameter.device)).flatten(0, 1)
+    return states[torch.tensor(at, device=parameter.device)]
+
+
+def microbatches(rollouts: Sequence[Rollout], budget: int) -> list[list[int]]:
+    """Indices of rollouts in batches of at most `budget` tokens, padding included; neighbours in length together."""
+    size = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(rollouts)), key=lambda i: size[i]):  # rising: the newest row is the widest
+        if not batches or (len(batches[-1]) + 1) * size[index] > budget:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
