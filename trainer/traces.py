@@ -50,7 +50,7 @@ def write_step(path: Path, groups: Sequence[Group], scored: Sequence[Sequence[An
 def read_step(path: Path) -> list[dict[str, Any]]:
     """Read what `write_step` wrote."""
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.strip()]
 
 
 def describe(group: Group, scored: Sequence[Any], pieces: Pieces) -> dict[str, Any]:
