@@ -55,8 +55,8 @@ def linear_divergence(
 
     `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649) and "tv";
     they cost a second pass. `top_k` adds the KLs over the teacher's K likeliest words, the observed token and one
-    bucket for all others (SDPO, arXiv 2601.20802); they never exceed the full KLs but for rounding (the tail
-    is 1 minus a sum, so in fp32 they are good to about 1e-5 nats).
+    bucket for all others (SDPO, arXiv 2601.20802); they never exceed the full KLs but for rounding. They too cost
+    a second pass (one for all).
 
     A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a word of probability 0: where
     both have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it, forward_kl is.

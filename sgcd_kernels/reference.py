@@ -7,6 +7,7 @@ It works on packed rows only, holds N x V logits, and checks nothing. Masks are 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def policy_loss(
     """The GRPO family, sequence by sequence and token by token."""
     high = epsilon if epsilon_high is None else epsilon_high
     old = logp.detach() if old_logp is None else old_logp
-    bounds = list(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    bounds = list(pairwise(cu_seqlens))
     sums, counts = [], []
     for start, stop in bounds:
         tokens = [t for t in range(start, stop) if mask[t]]

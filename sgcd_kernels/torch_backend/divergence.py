@@ -83,7 +83,7 @@ def divergence_forward(
     for t0, t1 in list(blocks.token_ranges()) or [(0, 0)]:  # an empty batch still has its fields
         rows = load_rows(student, t0, t1), load_rows(teacher, t0, t1)
         stats = PairStats(t1 - t0, like)
-        best = None if top_k is None else TeacherTopK(top_k, targets[t0:t1], blocks.num_words)
+        best = None if top_k is None else TeacherTopK(top_k, targets[t0:t1])
         for start, stop in blocks.word_ranges() if t1 > t0 else ():
             z_p, z_q = pair_logits(student, teacher, rows, start, stop)
             stats.p.pick_target(z_p, targets[t0:t1], offset + start)
@@ -93,12 +93,11 @@ def divergence_forward(
                 best.fold(z_p, z_q, start)
         stats.merge(group)
         part = stats.results()
-        if features:
-            part |= _second_pass(
-                student, teacher, blocks, rows, (part["student_lse"], part["teacher_lse"]), features, beta
-            )
-        if best is not None:
-            part |= best.results(stats.p, stats.q)
+        if features or best is not None:
+            pass_two = _SecondPass((part["student_lse"], part["teacher_lse"]), features, beta, best)
+            for start, stop in blocks.word_ranges() if t1 > t0 else ():
+                pass_two.fold(*pair_logits(student, teacher, rows, start, stop), start)
+            part |= pass_two.results(stats)
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -119,27 +118,32 @@ def pair_logits(student: Projection, teacher: Projection, rows: tuple[Rows, Rows
     return z_p.to(dtype), z_q.to(dtype)
 
 
-def _second_pass(
-    student: Projection,
-    teacher: Projection,
-    blocks: Blocks,
-    rows: tuple[Rows, Rows],
-    lse: Pair,
-    features: tuple[str, ...],
-    beta: float,
-) -> dict[str, Tensor]:
-    """What needs both normalisers first."""
-    out = {name: torch.zeros_like(lse[0]) for name in features}
-    for start, stop in blocks.word_ranges() if lse[0].numel() else ():
-        z_p, z_q = pair_logits(student, teacher, rows, start, stop)
-        log_p, log_q = z_p.sub_(lse[0].unsqueeze(1)), z_q.sub_(lse[1].unsqueeze(1))
-        if "tv" in out:
-            out["tv"] += (log_p.exp() - log_q.exp()).abs_().sum(1).mul_(0.5)
-        if "jsd" in out:
-            log_p_m, log_q_m = log_mixture_ratios(log_p, log_q, beta)
-            out["jsd"] += (log_p.exp_().mul_(log_p_m).mul_(1 - beta) + log_q.exp_().mul_(log_q_m).mul_(beta)).sum(1)
-    limits = {"tv": 1.0, "jsd": math.log(2)}
-    return {name: value.clamp(0, limits[name]) for name, value in out.items()}
+class _SecondPass:
+    """What needs both normalisers, or the teacher's top K, first."""
+
+    def __init__(self, lse: Pair, features: tuple[str, ...], beta: float, best: TeacherTopK | None) -> None:
+        self.lse, self.beta, self.best = lse, beta, best
+        self.sums = {name: torch.zeros_like(lse[0]) for name in features}
+        self.tail_p, self.tail_q = torch.zeros_like(lse[0]), torch.zeros_like(lse[1])
+
+    def fold(self, z_p: Tensor, z_q: Tensor, first_word: int) -> None:
+        """Fold a block in; the logits are used up."""
+        log_p, log_q = z_p.sub_(self.lse[0].unsqueeze(1)), z_q.sub_(self.lse[1].unsqueeze(1))
+        if self.best is not None:
+            # Summed, not 1 minus the rest: beside a certain word that would leave nothing but rounding.
+            self.tail_p += self.best.drop_from(log_p.exp(), first_word).sum(1)
+            self.tail_q += self.best.drop_from(log_q.exp(), first_word).sum(1)
+        if "tv" in self.sums:
+            self.sums["tv"] += (log_p.exp() - log_q.exp()).abs_().sum(1).mul_(0.5)
+        if "jsd" in self.sums:
+            to_p, to_q = log_mixture_ratios(log_p, log_q, self.beta)
+            self.sums["jsd"] += log_p.exp_().mul_(to_p).mul_(1 - self.beta).sum(1)
+            self.sums["jsd"] += log_q.exp_().mul_(to_q).mul_(self.beta).sum(1)
+
+    def results(self, stats: PairStats) -> dict[str, Tensor]:
+        limits = {"tv": 1.0, "jsd": math.log(2)}
+        out = {name: value.clamp(0, limits[name]) for name, value in self.sums.items()}
+        return out if self.best is None else out | self.best.results(stats.p, stats.q, self.tail_p, self.tail_q)
 
 
 def log_mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:

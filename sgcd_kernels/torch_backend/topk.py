@@ -11,8 +11,8 @@ from sgcd_kernels.torch_backend.logprob import RowStats
 class TeacherTopK:
     """The teacher's best K logits of t rows so far, with the student's at the same words."""
 
-    def __init__(self, k: int, targets: Tensor, vocab: int) -> None:
-        self.k, self.targets, self.vocab = k, targets, vocab
+    def __init__(self, k: int, targets: Tensor) -> None:
+        self.k, self.targets = k, targets
         self.q: Tensor | None = None  # [t, <= K]
         self.p: Tensor | None = None
         self.words: Tensor | None = None
@@ -27,29 +27,29 @@ class TeacherTopK:
             p, words = p.gather(1, at), words.gather(1, at)
         self.q, self.p, self.words = q, p, words
 
-    def results(self, p: RowStats, q: RowStats) -> dict[str, Tensor]:
-        """KL both ways over the buckets, [t]."""
+    def drop_from(self, e: Tensor, first_word: int) -> Tensor:
+        """Set the buckets' own words to 0 in a block of probabilities, in place."""
+        assert self.words is not None
+        local = torch.cat([self.words, self.targets.unsqueeze(1)], 1) - first_word
+        row, column = ((local >= 0) & (local < e.shape[1])).nonzero(as_tuple=True)
+        e[row, local[row, column]] = 0
+        return e
+
+    def results(self, p: RowStats, q: RowStats, tail_p: Tensor, tail_q: Tensor) -> dict[str, Tensor]:
+        """KL both ways over the buckets, [t], given the probability of the tails, [t]."""
         if self.q is None or self.p is None or self.words is None:
-            return {"topk_reverse_kl": p.z, "topk_forward_kl": p.z}  # no rows
+            return {"topk_reverse_kl": tail_p, "topk_forward_kl": tail_p}  # no rows
         seen = (self.words == self.targets.unsqueeze(1)).any(1, keepdim=True)
-        log_p, mass_p = _buckets(self.p, p, seen)
-        log_q, mass_q = _buckets(self.q, q, seen)
-        tail_p, tail_q = _tail(mass_p, self.k >= self.vocab), _tail(mass_q, self.k >= self.vocab)
-        gap = torch.where(log_p.isneginf() & log_q.isneginf(), 0.0, log_p - log_q)
-        tail_gap = torch.where(tail_p > 0, (tail_p / tail_q).log(), 0.0)
-        reverse = torch.where(mass_p > 0, gap, 0.0).mul(mass_p).sum(1) + tail_p * tail_gap
-        forward = torch.where(mass_q > 0, -gap, 0.0).mul(mass_q).sum(1) - tail_q * tail_gap
+        log_p, log_q = _log_buckets(self.p, p, tail_p, seen), _log_buckets(self.q, q, tail_q, seen)
+        prob_p, prob_q = log_p.exp(), log_q.exp()
+        gap = log_p - log_q  # nan where both are -inf, but there neither has probability
+        reverse = torch.where(prob_p > 0, gap, 0.0).mul_(prob_p).sum(1)
+        forward = torch.where(prob_q > 0, gap.neg_(), 0.0).mul_(prob_q).sum(1)
         return {"topk_reverse_kl": reverse.clamp(min=0), "topk_forward_kl": forward.clamp(min=0)}
 
 
-def _buckets(best: Tensor, stats: RowStats, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probs, probabilities) of the K words and the observed token, which is 0 if it is one of them."""
+def _log_buckets(best: Tensor, stats: RowStats, tail: Tensor, seen: Tensor) -> Tensor:  # [t, K + 2]
+    """Log-probs of the K words, the observed token (-inf if it is one of them), and the tail."""
     target = stats.target.unsqueeze(1).masked_fill(seen, -torch.inf)
-    log_probs = torch.cat([best, target], 1) - stats.m.unsqueeze(1) - stats.z.log().unsqueeze(1)
-    return log_probs, log_probs.exp()
-
-
-def _tail(mass: Tensor, empty: bool) -> Tensor:
-    """What the buckets leave. Not below the rounding of a sum near 1: else rounding alone could make a KL infinite."""
-    left = (1 - mass.sum(1)).clamp(min=torch.finfo(mass.dtype).eps)
-    return torch.zeros_like(left) if empty else left
+    words = torch.cat([best, target], 1) - stats.m.unsqueeze(1) - stats.z.log().unsqueeze(1)
+    return torch.cat([words, tail.log().unsqueeze(1)], 1)

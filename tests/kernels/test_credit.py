@@ -113,7 +113,7 @@ def test_a_span_by_hand() -> None:
 def test_floor_keeps_a_useless_reference_from_spiking() -> None:
     d = [0.005, 0.0, 0.009, 0.0]
     assert sgcd(d) == [0, 0, 0, 0]
-    assert max(sgcd(d, d_floor=1e-6)) == 1
+    assert max(sgcd(d, d_floor=1e-6, span_value="own")) == 1
 
 
 def test_quantile_is_over_eligible_tokens_only() -> None:

@@ -118,7 +118,7 @@ def test_bounds(seed: int, std: float, shift: float, k: int) -> None:
     assert (got.tv <= 1).all()
     assert (got.bhattacharyya <= 1).all()
     for top, full in ((got.topk_reverse_kl, got.reverse_kl), (got.topk_forward_kl, got.forward_kl)):
-        assert (top <= full * (1 + 1e-5) + 1e-4).all()  # a tail is 1 minus a sum: its logarithm has few digits in fp32
+        assert (top <= full * (1 + 1e-5) + 2e-6).all()
     assert (got.tv**2 / 2 <= got.reverse_kl / 4 + 2e-6).all()  # Pinsker, the half of it
 
 

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
-import weakref
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
+from sgcd_kernels.torch_backend import blocks
 
 BUDGET = 4 << 20  # small, so that a small shape has far more logits than fit
 N, H, V = 1500, 32, 6000  # 36 MB of fp32 logits
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that ops make: how many bytes of them are alive, and the most there ever were."""
+    """Follows the storages that ops make, inputs aside: the most bytes of them that were ever alive at one time."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.live, self.peak, self.seen = 0, 0, set[int]()
+        self.peak = 0
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
+def inputs(n: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    x, w = torch.randn(n, H, dtype=dtype), torch.randn(v, H, dtype=dtype)
+    return x.requires_grad_(), w.requires_grad_(), torch.randint(v, (n,)), torch.randn(n, H, dtype=dtype)
+
+
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
+OPS: dict[str, Call] = {
+    "linear_logprob": lambda x, w, y, t: linear_logprob(x, w, y).logp.sum().backward(),
+    "linear_divergence": lambda x, w, y, t: linear_divergence(x, w, y, t, features=("jsd", "tv"), top_k=10),
+    "linear_policy_loss": lambda x, w, y, t: linear_policy_loss(x, w, y, t[:, 0].float(), loss_type="dapo")[
+        0
+    ].backward(),
+    "linear_distill_loss": lambda x, w, y, t: linear_distill_loss(x, w, t, kind="jsd").backward(),
+}
+
+
+def peak(op: str, n: int, v: int, dtype: torch.dtype = torch.float32) -> int:
+    """The most bytes alive at one time, less the gradients and their fp32 sums, which are results."""
+    tensors = inputs(n, v, dtype)
+    gc.collect()
+    with LiveBytes(tensors) as counter:
+        OPS[op](*tensors)
+    results = sum(t.grad.nbytes for t in tensors[:2] if t.grad is not None)
+    sums = 0 if op == "linear_divergence" or dtype == torch.float32 else 4 * n * H
+    return counter.peak - results - sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_workspace_stays_in_its_budget(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocks.WORKSPACE_BYTES, "cpu", BUDGET)
+    per_token = 64 * 4  # statistics: some 64 numbers a token, whatever V
+    largest = peak(op, N, V, dtype)
+    assert largest <= BUDGET + per_token * N
+    assert largest >= BUDGET / 8, "the counter sees nothing, or the budget is not used"
+    assert peak(op, N, 4 * V, dtype) <= BUDGET + per_token * N
+    assert peak(op, 4 * N, V, dtype) <= BUDGET + per_token * 4 * N
