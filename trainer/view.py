@@ -109,7 +109,7 @@ def thin(records: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]
     """At most MAX_POINTS records, evenly, and always those that hold an evaluation."""
     stride = math.ceil(len(records) / MAX_POINTS)
     if stride > 1:
-        notes.append(f"curves show every {stride}th of {len(records)} steps, and every evaluation")
+        notes.append(f"curves show one in {stride} of {len(records)} steps, and every evaluation")
     return [r for i, r in enumerate(records) if i % stride == 0 or any(name.startswith("eval/") for name in r)]
 
 

@@ -59,7 +59,7 @@ function timeShares() {
 }
 
 function ticks(low, high) {
-  const raw = (high - low) / 3, unit = 10 ** Math.floor(Math.log10(raw));
+  const raw = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= raw * 0.999);
   const found = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-6; v += step) found.push(+v.toPrecision(10));
@@ -146,7 +146,7 @@ function scale(group) {
   const values = group.siblings.flatMap((s) => s.pieces.map((_, i) => FIELDS[field][2](token(s, i)))).filter(known);
   if (!values.length) return null;
   const middle = field === "W" ? 1 : 0;
-  const high = Math.max(...values, field === "W" ? 2 : field === "s" ? 1 : middle + 1e-9), low = Math.min(...values, middle);
+  const high = Math.max(...values, field === "W" ? 2 : field === "s" ? 1 : middle), low = Math.min(...values, middle);
   return { middle, high, low };
 }
 function colour(value, range) {
@@ -162,6 +162,7 @@ function drawLegend(range) {
   const box = $("legend");
   box.replaceChildren(el("span", {}, FIELDS[field][1]));
   if (!range) return box.append(el("span", {}, "was not measured in this group"));
+  if (range.high - range.low < 1e-8) return box.append(el("span", {}, "is 0 at every token of this group"));
   const ramp = el("span", { class: "ramp" });
   const stops = Array.from({ length: 9 }, (_, i) => colour(range.low + (i / 8) * (range.high - range.low), range) || "transparent");
   ramp.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
