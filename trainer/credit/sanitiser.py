@@ -75,10 +75,16 @@ def mask(kind: str) -> str:
     return f"[masked {kind}]"
 
 
+CONTROLS = {c: None for c in [*range(32), 127] if chr(c) not in "\n\t"}
+
+
 def normalise(text: str) -> str:
     """One spelling for what looks alike (NFKC), and nothing invisible: neither a literal nor an order hides in it."""
-    plain = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
-    return "".join(c for c in plain if unicodedata.category(c) not in ("Cf", "Cs", "Co") and (c >= " " or c in "\n\t"))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        text = "".join(c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cc"))
+    text = text.translate(CONTROLS)
+    return INVISIBLE.sub("", text) if "\\" in text else text
 
 
 def luhn(digits: str) -> bool:
