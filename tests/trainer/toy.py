@@ -80,7 +80,7 @@ class ParityEnvironment:
         if not calls:
             self.words = len((message.get("content") or "").split())
             return [], True
-        return [{"role": "tool", "tool_call_id": c["id"], "content": "seen w1 w2"} for c in calls], False
+        return [{"role": "tool", "tool_call_id": c["id"], "content": "seen w1 w2 w3"} for c in calls], False
 
     async def outcome(self) -> Outcome:
         await self._maybe_fail("outcome")

@@ -1,0 +1,219 @@
+"""Whole runs of the toy world: the same bits twice, the same bits after a kill, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sgcd_kernels import CreditConfig
+from tests.trainer import toy
+from trainer import checkpoint, envs, loop
+from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
+from trainer.types import Group, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    toy.model("llama").save_pretrained(path)
+    toy.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
+
+
+def config(folder: Path, output_dir: Path, **fields: Any) -> Config:
+    return Config(
+        **{
+            "output_dir": output_dir,
+            "model": ModelConfig(path=str(folder), max_length=200),
+            "env": EnvConfig(name="parity", max_turns=3, timeout=10.0),
+            "engine": EngineConfig(slots=16),
+            "credit": CreditConfig(d_floor=1e-3),
+            "num_generations": 4,
+            "groups_per_step": 3,
+            "max_completion_length": 12,
+            "max_steps": 3,
+            "eval_steps": 2,
+            "save_steps": 1,
+            "trace_steps": 2,
+            "learning_rate": 1e-3,
+            **fields,
+        }
+    )
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock said."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time/", "perf/", "reference/seconds")
+    return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    return load_file(newest / "model.safetensors")
+
+
+def identical(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_two_runs_are_the_same_bits_and_another_seed_is_not(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        loop.train(config(folder, tmp_path / name, seed=seed))
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert identical(tmp_path / "a", tmp_path / "b")
+    assert not identical(tmp_path / "a", tmp_path / "c")
+    check_record(records(tmp_path / "a"))
+    check_traces(tmp_path / "a")
+
+
+def check_record(lines: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert "eval/parity/tgc" in lines[0]
+    for line in lines[1:]:
+        assert line["sampling/logprob_diff_max"] < 1e-4
+        assert line["by_group/trained"] == 3
+        assert line["credit/invalid"] == 0
+        assert line["credit/w_mean"] > 1
+        assert line["rollout/errored"] == 0
+        assert line["entropy"] > 0
+    assert [line["step"] for line in lines if "eval/parity/tgc" in line] == [0, 2, 3]
+
+
+def check_traces(run: Path) -> None:
+    assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step_1.jsonl", "step_2.jsonl", "step_3.jsonl"]
+    groups = [json.loads(line) for line in (run / "rollouts" / "step_2.jsonl").read_text().splitlines()]
+    assert len(groups) == 3
+    for sibling in (s for g in groups for s in g["siblings"]):
+        lengths = {
+            len(sibling[k]) for k in ("pieces", "ids", "generated", "turns", "classes", "logprobs", "d", "W", "span")
+        }
+        assert len(lengths) == 1
+    assert all(g["reference"] for g in groups)
+
+
+@pytest.mark.parametrize("killed_in", ["update", "save"])
+def test_a_killed_run_resumes_to_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    whole, cut = config(folder, tmp_path / "whole"), config(folder, tmp_path / "cut")
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        kill_at_step_3(patch, killed_in)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(cut)
+    loop.train(cut)
+    assert records(whole.output_dir) == records(cut.output_dir)
+    assert identical(whole.output_dir, cut.output_dir)
+
+
+def kill_at_step_3(patch: pytest.MonkeyPatch, where: str) -> None:
+    """Stop after the optimiser has moved, or after the metrics were written and before the checkpoint was."""
+    if where == "save":
+        save = loop.Run.save
+
+        def fail(run: loop.Run) -> Path:
+            if run.step == 3:
+                raise KeyboardInterrupt
+            return save(run)
+
+        patch.setattr(loop.Run, "save", fail)
+        return
+    learn = loop.update.Learner.update
+
+    def half(self: Any, groups: Any, step: int, clock: Any) -> Any:
+        found = learn(self, groups, step, clock)
+        if step == 3:
+            raise KeyboardInterrupt
+        return found
+
+    patch.setattr(loop.update.Learner, "update", half)
+
+
+def test_evaluating_more_often_changes_no_step(folder: Path, tmp_path: Path) -> None:
+    loop.train(config(folder, tmp_path / "often", eval_steps=1, max_steps=2))
+    loop.train(config(folder, tmp_path / "never", eval_steps=0, max_steps=2, eval_on_start=False))
+    assert identical(tmp_path / "often", tmp_path / "never")
+
+
+def test_arms_without_credit_are_grpo_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    loop.train(config(folder, tmp_path / "grpo", arm="grpo"))
+    loop.train(config(folder, tmp_path / "none", writer=WriterConfig(name="none")))
+    loop.train(config(folder, tmp_path / "gamma", credit=CreditConfig(d_floor=1e-3, gamma=0.0)))
+    loop.train(config(folder, tmp_path / "sgcd"))
+    assert identical(tmp_path / "grpo", tmp_path / "none")
+    assert identical(tmp_path / "grpo", tmp_path / "gamma")
+    assert not identical(tmp_path / "grpo", tmp_path / "sgcd")
+    assert not any(k.startswith(("credit/", "reference/")) for line in records(tmp_path / "grpo") for k in line)
+
+
+def test_direct_sd_runs(folder: Path, tmp_path: Path) -> None:
+    loop.train(config(folder, tmp_path / "sd", arm="direct_sd", max_steps=1))
+    assert records(tmp_path / "sd")[1]["loss"] > 0
+
+
+def test_a_writer_that_fails_costs_the_references_not_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        name = "failing"
+
+        async def write(self, groups: list[Group]) -> None:
+            for group in groups:
+                group.reference_info = {"writer": self.name, "error": "timeout"}
+
+    monkeypatch.setattr(loop.writers, "load", lambda *a: Failing())
+    loop.train(config(folder, tmp_path / "run", max_steps=1))
+    line = records(tmp_path / "run")[1]
+    assert (line["reference/supplied"], line["reference/errors"]) == (0, 3)
+
+
+def test_a_step_without_mixed_groups_is_taken_and_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(toy.ParityEnvironment, "outcome", all_fail)
+    loop.train(config(folder, tmp_path / "run", max_steps=1, max_resample_times=1))
+    line = records(tmp_path / "run")[1]
+    assert (line["by_group/trained"], line["rollout/resampled"]) == (0, 1)
+    assert "no group is mixed" in capsys.readouterr().out
+
+
+async def all_fail(self: Any) -> Any:
+    from trainer.types import Outcome
+
+    return Outcome(0.0)
+
+
+def test_an_inert_reference_is_shouted_about(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop.train(config(folder, tmp_path / "run", max_steps=1, credit=CreditConfig(d_floor=1e6)))
+    assert records(tmp_path / "run")[1]["credit/invalid"] == 1
+    assert "every weight is 1" in capsys.readouterr().out
+
+
+def test_a_run_that_may_not_be_resumed_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    loop.train(config(folder, tmp_path / "run", max_steps=1))
+    with pytest.raises(UserError, match="output_dir"):
+        loop.train(config(folder, tmp_path / "run", max_steps=1, resume_from_checkpoint=False))
+
+
+def test_an_unreachable_model_is_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path: .* is not a folder"):
+        loop.train(config(tmp_path / "nowhere", tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        loop.train(config(tmp_path / "empty", tmp_path / "run"))
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load"):
+        loop.train(config(tmp_path / "empty", tmp_path / "run"))

@@ -1,0 +1,80 @@
+"""The order of tasks, and sampling until enough groups are mixed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.trainer import toy
+from trainer.sampling import Batch, TaskOrder, collect
+from trainer.types import Group, Rollout, Task
+
+TASKS = toy.ParitySuite(tasks=10).tasks("train")
+
+
+def outcome(task: Task, *rewards: float) -> Group:
+    return Group(task, [Rollout(task, [], [], [1], reward=r) for r in rewards])
+
+
+def run(order: TaskOrder, mixed: set[str], groups: int = 3, times: int = 3, dynamic: bool = True) -> Batch:
+    async def sample(task: Task) -> tuple[Group, int]:
+        return outcome(task, 0.0, 1.0 if task.id in mixed else 0.0), 1
+
+    return asyncio.run(collect(sample, order, groups=groups, dynamic=dynamic, max_resample_times=times))
+
+
+def test_an_epoch_holds_every_task_once_and_epochs_differ() -> None:
+    order = TaskOrder(TASKS, seed=1)
+    epochs = [[t.id for t in order.take(10)] for _ in range(3)]
+    assert all(sorted(e) == sorted(t.id for t in TASKS) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 3
+    assert [t.id for t in TaskOrder(TASKS, seed=2).take(10)] != epochs[0]
+
+
+def test_the_order_goes_on_from_its_state() -> None:
+    order = TaskOrder(TASKS, seed=1)
+    order.take(13)
+    state = order.state_dict()
+    expected = order.take(9)
+    again = TaskOrder(TASKS, seed=1)
+    again.load_state_dict(state)
+    assert again.take(9) == expected
+
+
+def test_no_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="tasks"):
+        TaskOrder([], 0)
+
+
+def test_sampling_stops_when_enough_groups_are_mixed() -> None:
+    batch = run(TaskOrder(TASKS, 0), {t.id for t in TASKS})
+    assert (len(batch.train), len(batch.sampled), batch.rounds, batch.errored) == (3, 3, 0, 3)
+
+
+def test_sampling_goes_on_until_enough_and_trains_on_mixed_groups_only() -> None:
+    order = TaskOrder(TASKS, 0)
+    ids = [t.id for t in order.take(10)]
+    order.load_state_dict({"position": 0})
+    batch = run(order, {ids[0], ids[3], ids[6]})
+    assert [g.task.id for g in batch.train] == [ids[0], ids[3], ids[6]]
+    assert (batch.rounds, len(batch.sampled)) == (2, 9)  # a step's worth each time: a third is mixed
+    assert batch.metrics()["rollout/resampled"] == 2
+
+
+def test_sampling_gives_up_and_trains_on_what_is_there() -> None:
+    batch = run(TaskOrder(TASKS, 0), set(), times=2)
+    assert (batch.train, len(batch.sampled), batch.rounds) == ([], 9, 2)
+
+
+def test_without_dynamic_sampling_every_group_trains() -> None:
+    batch = run(TaskOrder(TASKS, 0), set(), dynamic=False)
+    assert (len(batch.train), batch.rounds) == (3, 0)
+
+
+def test_a_group_of_one_is_dropped() -> None:
+    async def sample(task: Task) -> tuple[Group, int]:
+        return outcome(task, 1.0), 14
+
+    batch = asyncio.run(collect(sample, TaskOrder(TASKS, 0), groups=2, dynamic=False, max_resample_times=0))
+    assert (batch.train, batch.dropped, batch.errored) == ([], 2, 28)
