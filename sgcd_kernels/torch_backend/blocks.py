@@ -53,7 +53,8 @@ def plan(projections: tuple[Projection, ...], live: int, *, row_copies: int, wor
     device = first.hidden.device.type
     # An eighth is kept for what the library packs inside a product.
     budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]) * 7 // 8 // first.stats_dtype.itemsize
-    tokens = max(1, min(n, MAX_TOKENS, budget // (4 * max(1, row_copies) * width)))
+    # Half of it bounds the tokens, with room for 256 words. V has no say: ranks with unequal shards must agree.
+    tokens = max(1, min(n, MAX_TOKENS, budget // 2 // (row_copies * width + live * 256)))
     words = (budget - row_copies * tokens * width) // (live * tokens + word_copies * width)
     words = max(64, words // 64 * 64)
     return Blocks(n, vocab, tokens, min(words, vocab))

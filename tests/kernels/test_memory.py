@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
 from sgcd_kernels.torch_backend import blocks
 
-BUDGET = 4 << 20  # small, so that a small shape has far more logits than fit
-N, H, V = 1500, 32, 6000  # 36 MB of fp32 logits
+BUDGET = 1 << 20  # small, so that a small shape has far more logits than fit
+N, H, V = 300, 16, 3000  # 3.6 MB of fp32 logits
 
 
 class LiveBytes(TorchDispatchMode):
@@ -67,11 +67,12 @@ def peak(op: str, n: int, v: int, dtype: torch.dtype = torch.float32) -> int:
     return counter.peak - results - sums
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "dtype"), [*((op, torch.float32) for op in OPS), ("linear_policy_loss", torch.bfloat16)]
+)
 def test_workspace_stays_in_its_budget(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(blocks.WORKSPACE_BYTES, "cpu", BUDGET)
-    per_token = 64 * 4  # statistics: some 64 numbers a token, whatever V
+    per_token = 80 * 4  # statistics: some 80 numbers a token, whatever V
     largest = peak(op, N, V, dtype)
     assert largest <= BUDGET + per_token * N
     assert largest >= BUDGET / 8, "the counter sees nothing, or the budget is not used"

@@ -125,7 +125,7 @@ def test_credit_weights(message: str, arguments: dict) -> None:
 
 
 def test_module_names_the_nearest_hyperparameter() -> None:
-    with pytest.raises(ValueError, match="hyperparameter is 'losstype'.*did you mean 'loss_type'"):
+    with pytest.raises(ValueError, match=r"hyperparameter is 'losstype'.*did you mean 'loss_type'"):
         FusedLinearSGCDLoss(losstype="grpo")
 
 
