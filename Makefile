@@ -67,8 +67,9 @@ $(READY): pyproject.toml constraints.txt setup.py
 	  then python=$$candidate; break; fi; done; \
 	if [ -z "$$python" ]; then echo "no Python 3.10-3.12 with venv on PATH: install one (Debian: python3 python3-venv)" >&2; exit 2; fi; \
 	[ -x $(PY) ] || "$$python" -m venv $(VENV)
-	@echo "setting up $(VENV) (once, a minute or two)"
+	@echo "setting up $(VENV), once: torch $(TORCH) ..."
 	@$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
+	@echo "setting up $(VENV), once: everything else ..."
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[trainer,dev]'
 	@$(PY) -m pip install --quiet --no-deps $(BFCL)
 	@touch $@

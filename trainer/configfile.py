@@ -107,7 +107,9 @@ def claim(config: Config) -> None:
 def refuse_another(config: Config) -> None:
     """A `UserError` when the output directory holds a run whose steps another config made."""
     run_dir = config.output_dir
-    if not (run_dir / RESOLVED).exists():
+    records = [run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step_*")]
+    begun = any(record.exists() and record.stat().st_size for record in records)
+    if not begun or not (run_dir / RESOLVED).exists():  # a run that failed before its first step is no run
         return
     theirs, ours = dict(_flatten(_read(run_dir / RESOLVED))), dict(_flatten(dump(config)))
     for key in [*ours, *(k for k in theirs if k not in ours)]:

@@ -61,6 +61,7 @@ def test_a_prompt_without_room_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_a_run_directory_of_another_config_is_named(folder: Path, tmp_path: Path) -> None:
     configfile.claim(config(folder, tmp_path, seed=1))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     found = rows(config(folder, tmp_path, seed=2))
     assert found["run directory"][0] == "FAIL" and "seed is 1 there and 2 here" in found["run directory"][1]
 

@@ -123,6 +123,7 @@ def test_a_key_in_the_config_is_refused_and_never_repeated(tmp_path: Path, field
 
 def test_a_run_may_go_on_longer_and_report_more(tmp_path: Path) -> None:
     configfile.claim(Config(output_dir=tmp_path, max_steps=5))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     configfile.claim(Config(output_dir=tmp_path, max_steps=50, eval_steps=1, trace_steps=1, save_steps=3))
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["max_steps"] == 50
 
@@ -132,6 +133,7 @@ def test_a_run_may_go_on_longer_and_report_more(tmp_path: Path) -> None:
 )
 def test_a_run_directory_of_another_config_is_refused(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     configfile.claim(Config(output_dir=tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = (tmp_path / "config.yaml").read_bytes()
     other = Config.model_validate({"output_dir": tmp_path, **change})
     with pytest.raises(
@@ -139,6 +141,12 @@ def test_a_run_directory_of_another_config_is_refused(tmp_path: Path, change: di
     ):
         configfile.claim(other)
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_never_took_a_step_gives_way(tmp_path: Path) -> None:
+    configfile.claim(Config.model_validate({"output_dir": tmp_path, "model": {"path": "mistyped"}}))
+    configfile.claim(Config(output_dir=tmp_path))
+    assert configfile.load(tmp_path) == Config(output_dir=tmp_path)
 
 
 def test_a_run_that_was_moved_knows_where_it_is(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import configfile
+from tests.trainer import toy
+from trainer import checkpoint, configfile
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/workday_sgcd.yaml"
@@ -79,6 +82,7 @@ def test_a_model_path_that_leads_nowhere(tmp_path: Path, command: str) -> None:
 
 def test_another_config_in_the_run_directory(tmp_path: Path) -> None:
     configfile.claim(configfile.load(ROOT / CONFIG, ["--output_dir", str(tmp_path)]))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     done = run("train", CONFIG, "--output_dir", str(tmp_path), "--seed", "9")
     assert_one_line(done, "holds another run", "seed is 0 there and 9 here", "--output_dir")
 
@@ -101,3 +105,35 @@ def test_an_unknown_key_names_the_nearest_and_repeats_no_secret(tmp_path: Path) 
     assert_one_line(done, "unknown key 'writer.api_key'", "'writer.api_key_env'")
     assert key not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    toy.model().save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    out = tmp_path / "run"
+    small = {
+        "model.path": tmp_path / "model", "output_dir": out, "groups_per_step": 1, "num_generations": 2,
+        "dynamic_sample": False, "max_completion_length": 8, "env.max_turns": 1, "save_steps": 1, "trace_steps": 0,
+        "eval_steps": 0, "eval_on_start": False,
+    }  # fmt: skip
+    arguments = ["train", CONFIG, *(f"--{key}={value}" for key, value in small.items())]
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainer.run", *arguments, "--max_steps=100000"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        while not child.stdout.readline().startswith("checkpoint"):
+            assert child.poll() is None, child.stderr and child.stderr.read()
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=30)
+    assert child.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted: the same command goes on from the newest checkpoint"
+    assert "Traceback" not in said
+    newest = checkpoint.latest(out)
+    assert newest is not None
+    done = int(newest.name.removeprefix("step_"))
+    finished = run(*arguments, f"--max_steps={done + 2}")
+    assert finished.returncode == 0, finished.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done + 3)), "no step is missing or there twice"
+    assert finished.stdout.splitlines()[-1] == f"view: {out / 'view.html'}"
