@@ -165,9 +165,9 @@ def _all_of(name: str, mask: Tensor | None, leading: torch.Size, device: torch.d
 
 
 def _sequence_bounds(leading: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
-    """Packed tokens without `cu_seqlens` (only for losses that allow it) count as one sequence."""
+    """Credit is normalised and cut within a rollout, so packed tokens must say where one begins."""
     if cu_seqlens is not None:
         return cu_seqlens
-    if len(leading) == 2:
-        return torch.arange(leading[0] + 1) * leading[1]
-    return torch.tensor([0, leading[0]])
+    if len(leading) == 1:
+        raise ValueError("cu_seqlens is None, needs [B + 1] for packed hidden [N, H]: credit stays within a sequence")
+    return torch.arange(leading[0] + 1) * leading[1]

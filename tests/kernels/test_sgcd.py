@@ -163,3 +163,8 @@ def test_module_is_the_function() -> None:
     assert "credit/mean_weight" in metrics
     assert "loss_type=dapo" in repr(module)
     assert not list(module.parameters())
+
+
+def test_packed_tokens_need_sequence_bounds_for_every_loss_type() -> None:
+    with pytest.raises(ValueError, match="cu_seqlens is None, needs"):
+        sgcd_loss(**batch() | {"cu_seqlens": None, "advantages": torch.randn(N)}, loss_type="dapo")
