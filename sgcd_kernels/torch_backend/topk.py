@@ -40,6 +40,9 @@ class TeacherTopK:
         if self.q is None or self.p is None or self.words is None:
             return {"topk_reverse_kl": tail_p, "topk_forward_kl": tail_p}  # no rows
         seen = (self.words == self.targets.unsqueeze(1)).any(1, keepdim=True)
+        # A tail that underflows on one side only is no reason for an infinite KL; one empty on both sides adds nothing.
+        floor = torch.finfo(tail_p.dtype).tiny * ((tail_p > 0) | (tail_q > 0))
+        tail_p, tail_q = torch.maximum(tail_p, floor), torch.maximum(tail_q, floor)
         log_p, log_q = _log_buckets(self.p, p, tail_p, seen), _log_buckets(self.q, q, tail_q, seen)
         prob_p, prob_q = log_p.exp(), log_q.exp()
         gap = log_p - log_q  # nan where both are -inf, but there neither has probability

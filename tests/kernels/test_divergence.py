@@ -131,6 +131,13 @@ def test_top_and_tail_never_exceed_the_full_divergence(k: int) -> None:
         assert (got.topk_reverse_kl > 0).all()
 
 
+def test_a_tail_that_underflows_on_one_side_stays_finite() -> None:
+    w = torch.tensor([[0.0], [-1.0]])
+    got = linear_divergence(torch.tensor([[100.0]]), w, torch.tensor([0]), torch.tensor([[200.0]]), top_k=1)
+    assert 0 <= got.topk_reverse_kl.item() < 1e-30
+    assert got.topk_forward_kl.item() == 0
+
+
 def test_all_words_in_the_top_is_the_full_divergence() -> None:
     x, w, y, t = pair(6, 5, 40)
     got = linear_divergence(x, w, y, t, top_k=40)
