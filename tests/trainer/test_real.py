@@ -17,12 +17,18 @@ if not os.environ.get("CI"):
 
 from trainer import real
 from trainer.chat.chatml import ChatMLRenderer
+from trainer.clock import Clock
+from trainer.config import Config, ModelConfig
+from trainer.credit.contrast import ContrastWriter
 from trainer.envs.bfcl import data, suite
-from trainer.envs.bfcl.demos import demonstrate
+from trainer.envs.bfcl.demos import demonstrate, gold_messages
 from trainer.envs.bfcl.sft_data import Mix, example, examples
+from trainer.envs.bfcl.world import World
 from trainer.model import compute_in_bf16
+from trainer.rollout import run_group
 from trainer.sft import Example, microbatches, sft_loss
-from trainer.types import UserError
+from trainer.types import Completion, Message, Sampling, UserError
+from trainer.update import Learner
 
 
 def tokenizer() -> Any:
@@ -191,3 +197,54 @@ def test_smollm2_is_extracted(tmp_path: Path) -> None:
     ids = words(prompt, return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in words.decode(answer)
+
+
+class ScriptedEngine:
+    """Says given messages, one a turn: gold for the first siblings, nothing of use for the others."""
+
+    def __init__(self, renderer: ChatMLRenderer, scripts: list[list[Message]]) -> None:
+        self.renderer = renderer
+        self.scripts = [list(script) for script in scripts]
+        self.playing: dict[int, list[Message]] = {}
+
+    async def generate(self, prompt_ids: Any, n: int, sampling: Sampling) -> list[Completion]:
+        episode = asyncio.current_task()
+        script = self.playing.get(id(episode)) or self.scripts.pop(0)
+        ids = self.renderer.turn(script[0])
+        self.playing[id(episode)] = script[1:]
+        return [Completion(ids, [-1.0] * len(ids), "stop")]
+
+
+def test_a_step_of_sgcd_on_bfcl(renderer: ChatMLRenderer) -> None:
+    """Siblings of one conversation, the contrast reference, the teacher, credit and the update, with a tiny model."""
+    bfcl = suite(categories=["base"], max_user_turns=1)
+    task = next(t for t in bfcl.tasks("train") if len(t.data["entry"].gold[0]) == 2)
+    entry = task.data["entry"]
+    answer: Message = {"role": "assistant", "content": "Done."}
+    gold = [*gold_messages(entry.gold[0], World(entry)), answer]
+    engine = ScriptedEngine(renderer, [gold, gold, [bfcl.refusal()], [gold[0], answer]])
+    config = Config(
+        num_generations=4,
+        model=ModelConfig(max_length=20_000, renderer="chatml"),
+        learning_rate=1e-2,
+        credit={"d_floor": 1e-6},
+    )
+    group, broken = asyncio.run(run_group(engine, bfcl, renderer, task, Sampling(), config.env, 20_000, 4))
+    assert ([r.reward for r in group.rollouts], broken) == ([1.0, 1.0, 0.0, 0.0], 0)
+    assert [r.stop for r in group.rollouts] == ["answer"] * 4
+    asyncio.run(ContrastWriter().write([group]))
+    first, second = (call.name for call in entry.gold[0])
+    assert group.reference.startswith(f"steps {first} {second} answer . check ")
+
+    model = tiny_model()
+    before = model.lm_head.weight.detach().clone()
+    learner = Learner.of(config, model, renderer, bfcl)
+    found, scored = learner.update([group], 1, Clock())
+    assert not torch.equal(model.lm_head.weight, before)
+    assert found["grad_norm"] > 0
+    for row in scored[0]:
+        own = torch.tensor(row.rollout.generated)
+        assert row.divergence[own].min() >= 0
+        assert row.divergence[own].max() > 0  # the teacher reads the reference
+        assert row.weights.min() >= 1
+        assert (row.weights[~own] == 1).all()
