@@ -64,13 +64,8 @@ class BfclSuite:
         self.categories = tuple(categories)
         self.max_user_turns = max_user_turns
         self.max_gold_calls = max_gold_calls
-        data.folder()
+        self.splits: Mapping[str, int] = {split: len(self.entries(split)) for split in data.SPLITS}
         self._tasks = functools.cache(self._make_tasks)
-
-    @property
-    def splits(self) -> Mapping[str, int]:
-        """Split -> number of tasks."""
-        return {split: sum(1 for _ in self.entries(split)) for split in data.SPLITS}
 
     def entries(self, split: str) -> list[Entry]:
         """The entries behind `tasks(split)`, in the same order."""
