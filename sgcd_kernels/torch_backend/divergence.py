@@ -94,10 +94,10 @@ def divergence_forward(
         stats.merge(group)
         part = stats.results()
         if features or best is not None:
-            pass_two = _SecondPass((part["student_lse"], part["teacher_lse"]), features, beta, best)
+            pass_two = _SecondPass(stats, features, beta, best)
             for start, stop in blocks.word_ranges() if t1 > t0 else ():
                 pass_two.fold(*pair_logits(student, teacher, rows, start, stop), start)
-            part |= pass_two.results(stats)
+            part |= pass_two.results()
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -121,14 +121,14 @@ def pair_logits(student: Projection, teacher: Projection, rows: tuple[Rows, Rows
 class _SecondPass:
     """What needs both normalisers, or the teacher's top K, first."""
 
-    def __init__(self, lse: Pair, features: tuple[str, ...], beta: float, best: TeacherTopK | None) -> None:
-        self.lse, self.beta, self.best = lse, beta, best
-        self.sums = {name: torch.zeros_like(lse[0]) for name in features}
-        self.tail_p, self.tail_q = torch.zeros_like(lse[0]), torch.zeros_like(lse[1])
+    def __init__(self, stats: PairStats, features: tuple[str, ...], beta: float, best: TeacherTopK | None) -> None:
+        self.stats, self.beta, self.best = stats, beta, best
+        self.sums = {name: torch.zeros_like(stats.p.z) for name in features}
+        self.tail_p, self.tail_q = torch.zeros_like(stats.p.z), torch.zeros_like(stats.q.z)
 
     def fold(self, z_p: Tensor, z_q: Tensor, first_word: int) -> None:
         """Fold a block in; the logits are used up."""
-        log_p, log_q = z_p.sub_(self.lse[0].unsqueeze(1)), z_q.sub_(self.lse[1].unsqueeze(1))
+        log_p, log_q = self.stats.p.normalise(z_p), self.stats.q.normalise(z_q)
         if self.best is not None:
             # Summed, not 1 minus the rest: beside a certain word that would leave nothing but rounding.
             self.tail_p += self.best.drop_from(log_p.exp(), first_word).sum(1)
@@ -140,10 +140,12 @@ class _SecondPass:
             self.sums["jsd"] += log_p.exp_().mul_(to_p).mul_(1 - self.beta).sum(1)
             self.sums["jsd"] += log_q.exp_().mul_(to_q).mul_(self.beta).sum(1)
 
-    def results(self, stats: PairStats) -> dict[str, Tensor]:
+    def results(self) -> dict[str, Tensor]:
         limits = {"tv": 1.0, "jsd": math.log(2)}
         out = {name: value.clamp(0, limits[name]) for name, value in self.sums.items()}
-        return out if self.best is None else out | self.best.results(stats.p, stats.q, self.tail_p, self.tail_q)
+        return (
+            out if self.best is None else out | self.best.results(self.stats.p, self.stats.q, self.tail_p, self.tail_q)
+        )
 
 
 def log_mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:

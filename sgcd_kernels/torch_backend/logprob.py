@@ -60,6 +60,10 @@ class RowStats:
         self.z, self.s, self.target = (sum_over(x.contiguous(), group) for x in (self.z, self.s, self.target))
         return shift
 
+    def normalise(self, logits: Tensor) -> Tensor:
+        """Log-probs of a block, in place. In two steps: at large logits one rounded lse would cost digits."""
+        return logits.sub_(self.m.unsqueeze(1)).sub_(self.z.log().unsqueeze(1))
+
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(log p(y), entropy, lse)"""
         log_z = self.z.log()

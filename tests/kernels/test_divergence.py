@@ -118,7 +118,8 @@ def test_bounds(seed: int, std: float, shift: float, k: int) -> None:
     assert (got.tv <= 1).all()
     assert (got.bhattacharyya <= 1).all()
     for top, full in ((got.topk_reverse_kl, got.reverse_kl), (got.topk_forward_kl, got.forward_kl)):
-        assert (top <= full * (1 + 1e-5) + 2e-6).all()
+        rounding = 2e-6 * (1 + (got.student_lse - got.teacher_lse).abs())  # a KL is a difference of numbers this large
+        assert (top <= full * (1 + 1e-5) + rounding).all()
     assert (got.tv**2 / 2 <= got.reverse_kl / 4 + 2e-6).all()  # Pinsker, the half of it
 
 
