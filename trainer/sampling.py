@@ -2,7 +2,7 @@
 
 A group whose siblings all succeed or all fail has no advantage and teaches nothing. Dynamic sampling asks for more
 tasks until `groups_per_step` groups are mixed, at most `max_resample_times` times; then the step trains on what is
-there, and the metrics say so.
+there, and the metrics say so. Rounds are whole: a group that is slow counts as much as one that is quick.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class TaskOrder:
         self._seed = seed
         self._epochs: dict[int, list[int]] = {}  # the last order used
         self.position = 0  # tasks given since the start of the run
+        self.mixed_share = 1.0  # of the groups of the last step: how many tasks the next one will need
 
     def take(self, n: int) -> list[Task]:
         """The next `n` tasks."""
@@ -46,11 +47,12 @@ class TaskOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands."""
-        return {"position": self.position}
+        return {"position": self.position, "mixed_share": self.mixed_share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.position = int(state["position"])
+        self.mixed_share = float(state["mixed_share"])
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ async def collect(
 ) -> Batch:
     """Sample groups until `groups` of them are mixed (dynamic), or just `groups` groups."""
     sampled: list[Group] = []
-    errored, asked, rounds = 0, groups, 0
-    dropped = 0
+    errored, dropped, rounds = 0, 0, 0
+    asked = tasks_for(groups, order.mixed_share) if dynamic else groups
     while True:
         results = await together(sample(task) for task in order.take(asked))
         errored += sum(broken for _, broken in results)
@@ -90,12 +92,15 @@ async def collect(
         if not dynamic or len(mixed) >= groups or rounds == max_resample_times:
             break
         rounds += 1
-        asked = _next_round(groups, len(mixed), len(sampled))
+        asked = tasks_for(groups - len(mixed), len(mixed) / max(1, len(sampled)))
+    order.mixed_share = len(mixed) / max(1, len(sampled))
     train = mixed[:groups] if dynamic else sampled
     return Batch(train, sampled, errored, dropped, rounds)
 
 
-def _next_round(wanted: int, mixed: int, sampled: int) -> int:
-    """As many tasks as the share of mixed groups so far makes likely to suffice, one step's at most."""
-    missing = wanted - mixed
-    return min(wanted, math.ceil(missing * sampled / mixed)) if mixed else wanted
+def tasks_for(groups: int, mixed_share: float) -> int:
+    """How many tasks give `groups` mixed groups, if that share of them is mixed; at most twice as many.
+
+    A round is as slow as its longest episode however few they are, so a large first round beats several small ones.
+    """
+    return min(2 * groups, math.ceil(groups / mixed_share)) if mixed_share else 2 * groups

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.trainer import toy
-from trainer.sampling import Batch, TaskOrder, collect
+from trainer.sampling import Batch, TaskOrder, collect, tasks_for
 from trainer.types import Group, Rollout, Task
 
 TASKS = toy.ParitySuite(tasks=10).tasks("train")
@@ -55,16 +55,28 @@ def test_sampling_stops_when_enough_groups_are_mixed() -> None:
 def test_sampling_goes_on_until_enough_and_trains_on_mixed_groups_only() -> None:
     order = TaskOrder(TASKS, 0)
     ids = [t.id for t in order.take(10)]
-    order.load_state_dict({"position": 0})
-    batch = run(order, {ids[0], ids[3], ids[6]})
-    assert [g.task.id for g in batch.train] == [ids[0], ids[3], ids[6]]
-    assert (batch.rounds, len(batch.sampled)) == (2, 9)  # a step's worth each time: a third is mixed
+    order.load_state_dict({"position": 0, "mixed_share": 1.0})
+    batch = run(order, {ids[0], ids[3], ids[8]})
+    assert [g.task.id for g in batch.train] == [ids[0], ids[3], ids[8]]
+    assert (batch.rounds, len(batch.sampled)) == (2, 9)  # three, four for the two that are missing, two for the last
+    assert order.mixed_share == pytest.approx(1 / 3)
     assert batch.metrics()["rollout/resampled"] == 2
 
 
 def test_sampling_gives_up_and_trains_on_what_is_there() -> None:
     batch = run(TaskOrder(TASKS, 0), set(), times=2)
-    assert (batch.train, len(batch.sampled), batch.rounds) == ([], 9, 2)
+    assert (batch.train, len(batch.sampled), batch.rounds) == ([], 3 + 6 + 6, 2)
+
+
+def test_the_next_step_asks_for_as_many_as_the_last_one_needed() -> None:
+    order = TaskOrder(TASKS, 0)
+    even = {t.id for t in TASKS[::2]}
+    run(order, even)
+    share, before = order.mixed_share, order.position
+    batch = run(order, {t.id for t in TASKS})
+    assert len(batch.sampled) == order.position - before == tasks_for(3, share)
+    assert (len(batch.train), batch.rounds) == (3, 0)
+    assert [tasks_for(8, share) for share in (1.0, 0.8, 0.5, 0.1, 0.0)] == [8, 10, 16, 16, 16]
 
 
 def test_without_dynamic_sampling_every_group_trains() -> None:

@@ -166,6 +166,17 @@ def test_tokens_that_spell_an_answer_keep_weight_one(model: Any, made: list[Grou
     assert all(bool((s.weights[torch.tensor(s.rollout.ids) == also] == 1).all()) for s in first)
 
 
+def test_spans_end_with_their_turn(model: Any, made: list[Group]) -> None:
+    """With a patience that never runs out, only the end of a turn ends a span."""
+    made[0].reference = made[1].reference = REFERENCE
+    endless = replace(SHARP, start=1e-6, reset=0.0, entropy_margin=100.0)
+    scored = score(model, made, endless)
+    assert any(len(set(s.rollout.turns)) > 1 for s in scored)
+    for s in scored:
+        for span in set(s.span_ids.tolist()) - {-1}:
+            assert len({s.rollout.turns[i] for i in (s.span_ids == span).nonzero()[:, 0].tolist()}) == 1
+
+
 @pytest.mark.parametrize("rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted"])
 def test_every_rule_gets_what_it_needs(model: Any, made: list[Group], rule: Any) -> None:
     made[0].reference = made[1].reference = REFERENCE

@@ -55,13 +55,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 def naive_loss(model: Any, made: list[Group], weights: list[torch.Tensor], loss_type: str) -> torch.Tensor:
-    """-A W log p, one rollout at a time, from logits."""
+    """-A W log p at temperature 0.8, one rollout at a time, from logits."""
     matrix, bias = head(model)
     terms = []
     rollouts = [r for g in made for r in g.rollouts]
     for rollout, advantage, w in zip(rollouts, group_advantages(made, True), weights):
         ids = torch.tensor([rollout.prompt_ids + rollout.ids])
-        logp = torch.nn.functional.linear(hidden_states(model, ids)[0], matrix, bias).log_softmax(-1)
+        logp = (torch.nn.functional.linear(hidden_states(model, ids)[0], matrix, bias) / 0.8).log_softmax(-1)
         logp = logp[len(rollout.prompt_ids) - 1 : -1].gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
         own = torch.tensor(rollout.generated)
         terms.append((-advantage * w * logp)[own])
@@ -77,7 +77,7 @@ def test_gradient_is_that_of_the_naive_weighted_loss(
     model: Any, sampled: list[Group], loss_type: Any, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the micro-batches: the whole batch's denominator, and W on every generated token."""
-    learning = learner(model, loss_type=loss_type, tokens_per_microbatch=budget)
+    learning = learner(model, loss_type=loss_type, tokens_per_microbatch=budget, temperature=0.8)
     monkeypatch.setattr(Learner, "_apply", lambda self, rate: 0.0)
     _, scored = learning.update(referenced(sampled), 1, Clock())
     weights = [s.weights for row in scored for s in row]

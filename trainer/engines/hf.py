@@ -30,7 +30,7 @@ from trainer.engines.sample import sample
 from trainer.model import head
 from trainer.types import Completion, Sampling
 
-PREFILL_FROM = 16  # unread tokens from which a forward of their own beats one a tick (measured, docs/LOG.md)
+PREFILL_FROM = 16  # unread tokens from which a forward of their own is made (measured: 4 costs 4 % more, 64 17 %)
 SHARE_FROM = 16  # a shared prefix shorter than this is not worth a copy
 PREFILL_CELLS = 8_000_000  # bound on rows * tokens * width of one prefill: its attention mask has that many cells
 
