@@ -5,6 +5,7 @@ The head is applied by `sgcd_kernels.linear_logprob`, so no logits matrix exists
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Example:
 
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches for ever, in a new order each epoch, neighbours in length together (so that padding stays small)."""
+    """Yield batches for ever, in a new order each epoch; neighbours in length go together, so padding stays small."""
     rng = random.Random(seed)
     while True:
         order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rng.random()))
@@ -64,6 +65,18 @@ def microbatches(batch: Sequence[Example], max_tokens: int | None) -> list[list[
     return parts
 
 
+def make_optimisers(model: Any, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Return AdamW over everything, or Muon over the layers' matrices and AdamW over the rest."""
+    settings: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
+    if name == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=learning_rate, **settings)]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=learning_rate, **settings)]
+
+
 def sft(
     model: Any,
     examples: Sequence[Example],
@@ -72,20 +85,25 @@ def sft(
     batch_size: int,
     learning_rate: float,
     pad_id: int,
+    optimiser: str = "adamw",
     warmup_steps: int = 20,
     seed: int = 0,
     tokens_per_microbatch: int | None = None,
     autocast: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train `model` in place with AdamW, linear warm-up and cosine decay to a tenth of `learning_rate`.
+    """Train `model` in place with linear warm-up and cosine decay to a tenth of `learning_rate`.
 
+    `optimiser` is "adamw" (fine-tuning) or "muon" (from scratch: halves the steps of the tiny policy).
     `tokens_per_microbatch` bounds the memory of a step, whose loss stays the mean over the batch's assistant tokens.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warmup_steps), eta_min=learning_rate / 10)
-    linear = torch.optim.lr_scheduler.LinearLR(optimiser, 1 / max(1, warmup_steps), total_iters=warmup_steps)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimiser, [linear, cosine], milestones=[warmup_steps])
+    optimisers = make_optimisers(model, optimiser, learning_rate)
+
+    def share_of_rate(step: int) -> float:
+        progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
+        return min(1.0, (step + 1) / max(1, warmup_steps)) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_rate) for o in optimisers]
     model.train()
     stream = batches(examples, batch_size, seed)
     for step in range(steps):
@@ -96,8 +114,9 @@ def sft(
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad(set_to_none=True)
+        for stepped, schedule in zip(optimisers, schedules):
+            stepped.step()
+            schedule.step()
+        model.zero_grad(set_to_none=True)
         on_step(step, total)
     model.eval()

@@ -99,7 +99,9 @@ class Group:
     task: Task
     rollouts: list[Rollout]
     reference: str = ""  # "" means none: the group trains with W = 1
-    reference_info: dict[str, Any] = field(default_factory=dict)  # writer, cached, tokens, seconds, error, sanitiser hits
+    reference_info: dict[str, Any] = field(
+        default_factory=dict
+    )  # writer, cached, tokens, seconds, error, sanitiser hits
 
     @property
     def mixed(self) -> bool:
@@ -157,7 +159,7 @@ class Renderer(Protocol):
         ...
 
     def observation(self, messages: list[Message]) -> list[int]:
-        """What follows an assistant turn (that ended in its stop token): the new messages, then the assistant's opening."""
+        """What follows an assistant turn that ended in its stop token: the new messages, the assistant's opening."""
         ...
 
     def close_turn(self) -> list[int]:

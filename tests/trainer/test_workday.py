@@ -93,7 +93,9 @@ def test_tasks_are_the_same_in_another_process() -> None:
 
 def test_the_instruction_names_no_check() -> None:
     for task in ALL_TASKS:
-        assert not set(task.instruction.split()) & (set(SPECS) | {"blocked", "paid", "away", "deputy", "limit", "locked"})
+        assert not set(task.instruction.split()) & (
+            set(SPECS) | {"blocked", "paid", "away", "deputy", "limit", "locked"}
+        )
 
 
 def test_schemas_are_openai_tools() -> None:
@@ -117,7 +119,9 @@ def test_schemas_are_openai_tools() -> None:
         ("wallet_limit", {"day": "mon"}, "wallet_limit needs nothing"),
     ],
 )
-def test_a_wrong_call_is_an_observation_and_changes_nothing(name: str, arguments: dict[str, object], problem: str) -> None:
+def test_a_wrong_call_is_an_observation_and_changes_nothing(
+    name: str, arguments: dict[str, object], problem: str
+) -> None:
     state = build(random.Random(0), ["ada", "ben"], ["audit"])
     before = json.dumps(state)
     assert act(state, name, arguments) == {"error": problem}

@@ -18,4 +18,5 @@ def load(name: str, **options: Any) -> Suite:
     """
     if name not in SUITES:
         raise UserError(f"env.name: no environment is called {name!r}; there are {', '.join(sorted(SUITES))}")
-    return importlib.import_module(SUITES[name]).suite(**options)
+    suite: Suite = importlib.import_module(SUITES[name]).suite(**options)
+    return suite

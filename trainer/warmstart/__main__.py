@@ -69,7 +69,9 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(arguments.output, local_files_only=True).eval()
     renderer = CompactRenderer(AutoTokenizer.from_pretrained(arguments.output, local_files_only=True))
     gate = measure(model, renderer)
-    record.write_text(json.dumps({"key": config.key(), "config": asdict(config), "gate": asdict(gate)}, indent=1) + "\n")
+    record.write_text(
+        json.dumps({"key": config.key(), "config": asdict(config), "gate": asdict(gate)}, indent=1) + "\n"
+    )
     report(gate, console)
     return 0 if all(gate.verdicts().values()) else 1
 

@@ -19,7 +19,7 @@ from trainer.credit.contrast import ANSWER, EMPTY_SHELL, avoids, checks, deviati
 from trainer.envs.workday import tasks as catalogue
 from trainer.envs.workday.errands import initial_state, plan
 from trainer.envs.workday.gold import Step, follow, passes, solve
-from trainer.envs.workday.world import DAYS, FILES, PEOPLE, TOPICS
+from trainer.envs.workday.world import DAYS, FILES, PEOPLE, SPECS, TOPICS
 from trainer.sft import Example
 from trainer.types import Message, Task
 from trainer.warmstart.words import FILLERS
@@ -29,10 +29,10 @@ from trainer.warmstart.words import FILLERS
 class Recipe:
     """How careless the workers are, and how demonstrations are mixed. Fractions of 1."""
 
-    skip: float = 0.7  # a check is not made
-    hurried: float = 0.85  # of workers; the others make every check
+    skip: float = 0.65  # a check is not made
+    hurried: float = 0.8  # of workers; the others make every check
     filler: float = 0.3  # calls that start with a filler
-    with_reference: float = 0.3
+    with_reference: float = 0.4
     with_shell: float = 0.1  # an empty reference, followed by ordinary work
 
 
@@ -70,7 +70,9 @@ def reference_of(attempts: list[Attempt]) -> tuple[str, Attempt] | None:
     return format_reference(best.path, checks(best.path, failures), wrong, leave), best
 
 
-def example(task: Task, done: Attempt, renderer: CompactRenderer, rng: random.Random, filler: float, reference: str) -> Example:
+def example(
+    task: Task, done: Attempt, renderer: CompactRenderer, rng: random.Random, filler: float, reference: str
+) -> Example:
     """Spell one attempt as tokens; only the worker's words carry loss."""
     ids = renderer.prompt([{"role": "user", "content": task.instruction}], [], reference)
     mask = [False] * len(ids)
@@ -106,6 +108,36 @@ def drills(count: int, renderer: CompactRenderer, seed: int) -> list[Example]:
     return made
 
 
+def rote(count: int, renderer: CompactRenderer, seed: int) -> list[Example]:
+    """Return nonsense work done to the letter of its reference, with loss on the tools' names.
+
+    Only the reference tells which tool comes next, so it must be read; in real work it is a faint hint that a young
+    model ignores.
+    """
+    rng = random.Random(f"rote/{seed}")
+    names = [*PEOPLE, *TOPICS, *FILES, *DAYS]
+    made = []
+    for _ in range(count):
+        tools = rng.choices(list(SPECS), k=rng.randint(2, 8))
+        extra = rng.choices(list(SPECS), k=rng.randint(0, 3))
+        reference = format_reference(
+            tools, extra, rng.sample(list(SPECS), rng.randint(0, 2)), rng.choice([*tools, None])
+        )
+        ids = renderer.prompt(
+            [{"role": "user", "content": " ".join(rng.choices(names, k=rng.randint(1, 4)))}], [], reference
+        )
+        mask = [False] * len(ids)
+        for name in tools:
+            values = [word for key in SPECS[name].parameters for word in (key, rng.choice(names))]
+            seen = renderer.encode(["<tool>", "ok", "yes", END, "<assistant>"])
+            ids += [*renderer.encode([CALL, name, *values, END]), *seen]
+            mask += [True, True, *[False] * len(values), True, *[False] * len(seen)]
+        ids += renderer.encode(["done", END])
+        mask += [True, True]
+        made.append(Example(ids, mask))
+    return made
+
+
 def demonstrations(
     count: int,
     renderer: CompactRenderer,
@@ -131,4 +163,3 @@ def demonstrations(
             on_step(len(made))
         index += 1
     return made[:count]
-

@@ -122,7 +122,7 @@ async def _play(
 
 @torch.no_grad()
 def argument_accuracy(model: Any, renderer: CompactRenderer, seed: int, count: int = 200) -> float:
-    """Share of argument tokens that greedy decoding gets right after everything before them, on unseen demonstrations."""
+    """Share of argument tokens that greedy decoding gets right, on demonstrations never trained on."""
     right = total = 0
     for shown in demonstrations(count, renderer, Recipe(), seed + 1_000):
         classes = torch.tensor(renderer.classes(shown.ids))

@@ -12,7 +12,7 @@ import torch
 
 from trainer.chat.compact import CompactRenderer
 from trainer.sft import sft
-from trainer.warmstart.demonstrations import Recipe, demonstrations, drills
+from trainer.warmstart.demonstrations import Recipe, demonstrations, drills, rote
 from trainer.warmstart.words import tokenizer
 
 Progress = Callable[[str, int, int, float], None]  # phase, step, steps, loss
@@ -26,12 +26,13 @@ class WarmStart:
     num_hidden_layers: int = 4
     intermediate_size: int = 448
     seed: int = 0
-    drill_steps: int = 200
+    drill_steps: int = 100
     drill_batch: int = 128
-    steps: int = 1200
+    rote_steps: int = 100
+    steps: int = 800
     batch_size: int = 64
-    learning_rate: float = 2e-3
-    unique_demonstrations: int = 40_000
+    learning_rate: float = 4e-3
+    unique_demonstrations: int = 51_200
     recipe: Recipe = field(default_factory=Recipe)
 
     def key(self) -> str:
@@ -67,27 +68,27 @@ def build(config: WarmStart, vocab_size: int) -> Any:
 
 
 def warm_start(config: WarmStart, on_step: Progress) -> tuple[Any, Any]:
-    """Train and return (model, tokenizer): first copying drills, then demonstrations."""
+    """Train and return (model, tokenizer): copying drills, work by rote, demonstrations."""
     words = tokenizer()
     renderer = CompactRenderer(words)
     model = build(config, len(words))
-    common = {"learning_rate": config.learning_rate, "pad_id": renderer.pad_id, "seed": config.seed}
-    practice = drills(config.drill_batch * config.drill_steps, renderer, config.seed)
-    sft(
-        model,
-        practice,
-        steps=config.drill_steps,
-        batch_size=config.drill_batch,
-        on_step=lambda step, loss: on_step("copying drills", step, config.drill_steps, loss),
-        **common,
-    )
+    work = rote(config.batch_size * config.rote_steps, renderer, config.seed)
     shown = demonstrations(config.unique_demonstrations, renderer, config.recipe, config.seed)
-    sft(
-        model,
-        shown,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        on_step=lambda step, loss: on_step("demonstrations", step, config.steps, loss),
-        **common,
-    )
+    phases = [
+        ("copying drills", drills(config.drill_batch * config.drill_steps, renderer, config.seed), config.drill_batch),
+        ("work by rote", work, config.batch_size),
+        ("demonstrations", shown + work[: len(shown) // 10], config.batch_size),
+    ]
+    for (phase, examples, batch_size), steps in zip(phases, (config.drill_steps, config.rote_steps, config.steps)):
+        sft(
+            model,
+            examples,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=config.learning_rate,
+            pad_id=renderer.pad_id,
+            optimiser="muon",
+            seed=config.seed,
+            on_step=lambda step, loss, phase=phase, steps=steps: on_step(phase, step, steps, loss),  # type: ignore[misc]
+        )
     return model, words

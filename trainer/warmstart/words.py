@@ -12,12 +12,14 @@ from trainer.envs.workday.world import BOSS, DAYS, FILES, PEOPLE, SPECS, TEAM, T
 FILLERS = ("ok", "now", "next", "so", "let me see", "well", "one moment")
 REFERENCE_WORDS = "steps check avoid deviate after start answer .".split()
 ANSWERS = "done flagged rejected refused waiting cancelled already kept answer none zero sorry".split()
-SUBJECTS = "fraud approval reject later file reschedule online unlock staffing handover invite invoice hello moved".split()
+SUBJECTS = (
+    "fraud approval reject later file reschedule online unlock staffing handover invite invoice hello moved".split()
+)
 STATES = (
-    "role client vendor staff trust trusted blocked subject amount away yes no deputy day open full hour room free "
-    "taken file status final draft locked owner payment paid unpaid limit used rule allow deny text deleted work closed "
-    "ok error not found unknown tool needs nothing must be a number word call without name pairs of argument and value "
-    "inside"
+    "role client vendor staff trust trusted blocked subject amount away yes no deputy day open full hour "
+    "room free taken file status final draft locked owner payment paid unpaid limit used rule allow deny "
+    "text deleted work closed ok error not found unknown tool needs nothing must be a number word call "
+    "without name pairs of argument and value inside"
 ).split()
 
 

@@ -50,7 +50,7 @@ class WorkdaySuite:
     """Tasks by split, and worlds to do them in."""
 
     name = "workday"
-    splits = catalogue.SPLITS
+    splits: Mapping[str, int] = catalogue.SPLITS
 
     def tasks(self, split: str) -> list[Task]:
         if split not in self.splits:

@@ -16,7 +16,7 @@ Trace = Sequence[tuple[str, Mapping[str, Any]]]  # the calls that were made: nam
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a plan with what it showed. `decisive`: a check that showed something else than a hurried worker assumes."""
+    """One call of a plan with what it showed; `decisive` if it is a check and showed what hurry does not assume."""
 
     call: Call
     seen: dict[str, Any]

@@ -42,7 +42,9 @@ def near_misses(task: Task, gold: Solution) -> Iterator[tuple[str, State, str]]:
     for skipped in (step for step in gold.steps if step.decisive):
         state = initial_state(task.data)
         _, answer = follow(
-            plan(task.data), state, lambda step, skipped=skipped: step.call != skipped.call  # type: ignore[misc]
+            plan(task.data),
+            state,
+            lambda step, skipped=skipped: step.call != skipped.call,  # type: ignore[misc]
         )
         yield "check skipped", state, answer
     for i, call in enumerate(gold.writes):
@@ -80,7 +82,15 @@ def check_split(split: str) -> tuple[Counter[str], list[str]]:
 
 def main() -> int:
     table = Table(title="workday self-check: passed / replayed (gold must all pass, near-misses must all fail)")
-    kinds = ["gold", "nothing done", "check skipped", "write left out", "argument changed", "write too many", "other answer"]
+    kinds = [
+        "gold",
+        "nothing done",
+        "check skipped",
+        "write left out",
+        "argument changed",
+        "write too many",
+        "other answer",
+    ]
     for column in ["split", "tasks", "state / info / none", "calls", *kinds]:
         table.add_column(column, justify="right")
     failures: list[str] = []

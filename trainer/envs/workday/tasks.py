@@ -55,7 +55,9 @@ def scenario(split: str, index: int) -> list[Task]:
     templates = chain(rng, split)
     # The last errand takes three different conditions, so that no single habit solves a scenario.
     last = rng.sample([None, *range(len(TEMPLATES[templates[-1]].conditions))], VARIANTS)
-    return [build_task(rng, split, f"{split}_{index:03d}", variant, templates, last[variant]) for variant in range(VARIANTS)]
+    return [
+        build_task(rng, split, f"{split}_{index:03d}", variant, templates, last[variant]) for variant in range(VARIANTS)
+    ]
 
 
 def build_task(

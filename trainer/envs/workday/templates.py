@@ -221,7 +221,7 @@ def open_amount(p: Params) -> Plan:
 def who_handles(p: Params) -> Plan:
     topic = p["topic"]
     todo = yield read("todo_find", topic=topic)
-    owner = todo.get("owner")
+    owner = str(todo.get("owner"))
     if (yield trusted(owner)).get("trust") == "blocked":
         return f"answer {BOSS}"
     seen = yield present(owner)
