@@ -64,6 +64,7 @@ class BfclSuite:
         self.categories = tuple(categories)
         self.max_user_turns = max_user_turns
         self.max_gold_calls = max_gold_calls
+        data.folder()  # a missing package is said here
         self.splits: Mapping[str, int] = {split: len(self.entries(split)) for split in data.SPLITS}
         self._tasks = functools.cache(self._make_tasks)
 
