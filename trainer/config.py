@@ -25,6 +25,7 @@ class ModelConfig(Section):
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # the decoder computes in bf16; auto: if the hardware can
     attn_implementation: str = "sdpa"
     max_length: int = Field(1024, gt=0)  # prompt + response, tokens
+    cpu_threads: int = Field(0, ge=0)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
 
 
 class EnvConfig(Section):

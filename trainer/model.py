@@ -35,6 +35,8 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path: cannot load {config.path} ({reason[:300]})") from error
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())

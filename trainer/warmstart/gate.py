@@ -8,6 +8,7 @@ lower it, an empty shell must leave it alone; and values must be copied right.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,7 +23,7 @@ from trainer.engines.hf import HFEngine
 from trainer.envs.workday.environment import WorkdaySuite
 from trainer.model import head, hidden_states
 from trainer.rollout import run_group, together
-from trainer.sft import right_pad
+from trainer.sft import Example, right_pad
 from trainer.types import Group, Message, Sampling, Task, TokenClass, Tool
 from trainer.warmstart.demonstrations import Recipe, attempt, demonstrations, reference_of
 
@@ -125,11 +126,20 @@ def argument_accuracy(model: Any, renderer: CompactRenderer, seed: int, count: i
     """Share of argument tokens that greedy decoding gets right, on demonstrations never trained on."""
     right = total = 0
     for shown in demonstrations(count, renderer, Recipe(), seed + 1_000):
-        classes = torch.tensor(renderer.classes(shown.ids))
-        wanted = torch.tensor(shown.loss_mask) & (classes == TokenClass.ARGUMENT)
+        wanted = torch.tensor(argument_positions(shown, renderer))
         ids = right_pad([shown.ids], renderer.pad_id)
-        states = hidden_states(model, ids)[0][wanted.nonzero()[:, 0] - 1]
-        guessed = (states @ head(model)[0].T).argmax(-1)
+        guessed = (hidden_states(model, ids)[0][wanted - 1] @ head(model)[0].T).argmax(-1)
         right += int((guessed == ids[0][wanted]).sum())
-        total += len(guessed)
+        total += len(wanted)
     return right / total
+
+
+def argument_positions(shown: Example, renderer: CompactRenderer) -> list[int]:
+    """Return where the worker says an argument's name or value; fillers and answers are not arguments."""
+    found: list[int] = []
+    for mine, turn in itertools.groupby(range(len(shown.ids)), key=lambda i: shown.loss_mask[i]):
+        positions = list(turn)
+        if mine:
+            classes = renderer.classes([shown.ids[i] for i in positions])
+            found += [i for i, kind in zip(positions, classes) if kind == TokenClass.ARGUMENT]
+    return found
