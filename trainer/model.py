@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     """Load (model, tokenizer, renderer) from the folder `config.path`; nothing is ever downloaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from trainer import chat
 
+    disable_progress_bar()  # reading a shard is no progress that anybody waits for
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"

@@ -162,10 +162,6 @@ class Renderer(Protocol):
         """What follows an assistant turn that ended in its stop token: the new messages, the assistant's opening."""
         ...
 
-    def close_turn(self) -> list[int]:
-        """Tokens to append (not generated) when a turn was cut by length, so that an observation may follow."""
-        ...
-
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
         """The assistant message that `ids` spell, and "" or what is wrong with its tool call. Never raises."""
         ...

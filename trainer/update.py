@@ -94,7 +94,13 @@ class Learner:
             losses, scored = self._accumulate(pupils, step, clock)
             rate = self.config.learning_rate * min(1.0, step / max(1, self.config.lr_warmup_steps))
             norm = self._apply(rate)
-        metrics = {"loss": losses, "grad_norm": norm, "learning_rate": rate, **mismatch(scored)}
+        metrics = {
+            "loss": losses,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "leak/masked_literal_hits": float(sum(sum(p.shielded) for p in pupils)),
+            **mismatch(scored),
+        }
         rows = iter(scored)
         return metrics, [[next(rows) for _ in group.rollouts] for group in groups]
 

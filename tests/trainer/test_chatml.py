@@ -77,7 +77,7 @@ def said(message: Message) -> list[tuple[str, Any]]:
 
 
 def parse(r: ChatMLRenderer, text: str) -> tuple[Message, str]:
-    return r.parse([*r.encode(text), *r.close_turn()])
+    return r.parse([*r.encode(text), *r.stop_ids])
 
 
 both_tokenizers = pytest.mark.parametrize("name", ["own", "smollm2"])
@@ -286,7 +286,7 @@ def test_token_classes(calls: str, text: str, expected: dict[str, str]) -> None:
     """With one token a byte, the characters of each class are exactly what they should be."""
     r = renderer("own", calls)
     ids = [token for char in text for token in r.encode(char)]
-    classes = r.classes([*ids, *r.close_turn()])
+    classes = r.classes([*ids, *r.stop_ids])
     assert classes[-1] == TokenClass.FORMAT
     for name in ("CALL_NAME", "ARGUMENT", "REASONING", "ANSWER"):
         spelled = r.decode([i for i, c in zip(ids, classes) if c == TokenClass[name]]).strip()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.chat.compact import SPECIAL, CompactRenderer
-from trainer.credit.context import leakage, literal_mask, teacher_prompt
+from trainer.credit.context import literal_mask, teacher_prompt
 from trainer.types import Rollout
 
 from .siblings import task
@@ -87,17 +87,3 @@ def test_literals_across_pieces_and_escapes(pieces: list[str], literals: list[st
     renderer: Any = Characters(pieces)
     rollout = Rollout(task(), [], [], [], list(range(len(pieces))), [True] * len(pieces))
     assert literal_mask(renderer, rollout, literals) == [c == "1" for c in hit]
-
-
-def test_leakage_counts_what_only_the_teacher_was_shown(renderer: CompactRenderer) -> None:
-    reference = "steps look act answer . check look 'dana' 14"
-    quiet = leakage(renderer, spoken(renderer, "it is ok"), reference, [])
-    assert quiet == {"reference_phrase_rate": 0.0, "literal_overlap": 0.0, "masked_literal_hits": 0.0}
-    loud = leakage(renderer, spoken(renderer, "steps look act answer check"), reference, [])
-    assert loud["reference_phrase_rate"] == 1.0
-    told = leakage(renderer, spoken(renderer, "dana 14"), reference, ["14"])
-    assert told["literal_overlap"] == 1.0
-    assert told["masked_literal_hits"] == 1.0
-    shown = leakage(renderer, spoken(renderer, "dana 14", seen="dana 14"), reference, [])
-    assert shown["literal_overlap"] == 0.0
-    assert leakage(renderer, spoken(renderer, ""), "", [])["reference_phrase_rate"] == 0.0

@@ -100,9 +100,6 @@ class ChatMLRenderer:
     def observation(self, messages: list[Message]) -> list[int]:
         return [*self.encode("\n"), *self._blocks(messages), *self._opening()]
 
-    def close_turn(self) -> list[int]:
-        return [self._end]
-
     def turn(self, message: Message) -> list[int]:
         """An assistant message as the policy would sample it, stop token included: for demonstrations."""
         calls = [

@@ -64,9 +64,6 @@ class CompactRenderer:
     def observation(self, messages: list[Message]) -> list[int]:
         return self.encode([*(word for m in messages for word in self._message(m)), ASSISTANT])
 
-    def close_turn(self) -> list[int]:
-        return [self.end]
-
     def _message(self, message: Message) -> list[str]:
         content = message.get("content") or ""
         if message["role"] == "tool":

@@ -55,7 +55,9 @@ def report(gate: Gate, console: Console) -> None:
 
 def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="train even if the weights are up to date")
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"where the weights go (default {FOLDER})")
