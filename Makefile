@@ -15,6 +15,9 @@ READY_REAL := $(VENV)/.ready-real
 RUN := $(PY) -m trainer.run
 ARGS ?=
 
+# OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
+export GOMP_SPINCOUNT ?= 1000
+
 .PHONY: help train test test-slow lint train-real warmstart selfcheck view clean
 
 help:
