@@ -29,10 +29,10 @@ class WarmStart:
     drill_steps: int = 100
     drill_batch: int = 128
     rote_steps: int = 100
-    steps: int = 800
+    steps: int = 1500
     batch_size: int = 64
     learning_rate: float = 4e-3
-    unique_demonstrations: int = 51_200
+    unique_demonstrations: int = 96_000
     recipe: Recipe = field(default_factory=Recipe)
 
     def key(self) -> str:

@@ -34,7 +34,8 @@ def chain(rng: random.Random, split: str) -> tuple[str, ...]:
         if rng.random() < 1 / 3:
             return (*rng.sample(ACTIONS, 2), rng.choice(NAMES))
         return draw_pair(rng, seen=False)
-    return draw_pair(rng, seen=True) if rng.random() < 1 / 3 else (rng.choice(NAMES),)
+    share_of_pairs = 1 / 2 if split.startswith("warm") else 1 / 3  # in a chain, values are harder to keep apart
+    return draw_pair(rng, seen=True) if rng.random() < share_of_pairs else (rng.choice(NAMES),)
 
 
 def draw_pair(rng: random.Random, seen: bool) -> tuple[str, str]:
