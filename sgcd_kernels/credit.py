@@ -13,12 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sgcd_kernels.backends import eager
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
 from sgcd_kernels.spans import find_spans
 from sgcd_kernels.types import Credit
-from sgcd_kernels.validation import check_cu_seqlens, per_token
+from sgcd_kernels.validation import check_cu_seqlens, check_tensor, per_token
 
 
+@eager
 @torch.no_grad()
 def credit_weights(
     divergence: Tensor,  # [N], d
@@ -57,26 +59,30 @@ def credit_weights(
 
     These may fall below 1, and `gamma` and `clip` do not apply. Their saliency is r for gear and 0 otherwise.
 
-    Raises ValueError for shapes that do not fit, for a missing input, and for a NaN or infinity at an eligible token.
+    Raises ValueError for shapes that do not fit, and for an input that the rule reads (`NEEDS`) and that is missing or
+    holds a NaN or infinity at an eligible token. What it does not read may hold anything.
     """
+    check_config(config)
+    check_tensor("divergence", divergence)
     if divergence.dim() != 1:
         raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
     cu = check_cu_seqlens(cu_seqlens, divergence.numel())
     device = divergence.device
     dtype = torch.promote_types(divergence.dtype, torch.float32)
-    check = _Eligible(divergence.shape, device, mask)
     given = {
-        "divergence": check.floats("divergence", divergence),
-        "teacher_entropy": check.floats("teacher_entropy", teacher_entropy),
-        "advantages": check.floats("advantages", _per_token_advantages(advantages, cu, divergence)),
-        "log_ratio": check.floats("log_ratio", log_ratio),
-        "forward_kl": check.floats("forward_kl", forward_kl),
-        "bhattacharyya": check.floats("bhattacharyya", bhattacharyya),
-        "student_entropy": check.floats("student_entropy", student_entropy),
+        "divergence": divergence,
+        "teacher_entropy": teacher_entropy,
+        "advantages": _per_token_advantages(advantages, cu, divergence),
+        "log_ratio": log_ratio,
+        "forward_kl": forward_kl,
+        "bhattacharyya": bhattacharyya,
+        "student_entropy": student_entropy,
     }
-    for name in NEEDS.get(config.rule, ()):
-        if given[name] is None:
-            raise ValueError(f"{name} is None, needs one value a token for rule {config.rule!r}")
+    flat = {name: per_token(name, x, divergence.shape, device) for name, x in given.items() if x is not None}
+    keep = torch.ones(divergence.shape, dtype=torch.bool)
+    if mask is not None:
+        keep = per_token("mask", mask, divergence.shape, device).cpu() != 0
+    read = {name: _finite(name, flat.get(name), keep, config.rule) for name in NEEDS[config.rule]}
     turns = None if turn_ids is None else per_token("turn_ids", turn_ids, divergence.shape, device).cpu()
     out = Credit(
         torch.ones(divergence.numel(), dtype=dtype),
@@ -86,13 +92,14 @@ def credit_weights(
     spans = 0
     bounds = cu.tolist()
     for index, (start, stop) in enumerate(pairwise(bounds)):
-        at = start + check.keep[start:stop].nonzero().squeeze(1)
+        at = start + keep[start:stop].nonzero().squeeze(1)
         if at.numel() == 0 or config.rule == "none":
             continue
         sequence = _Sequence(
-            {name: value[at].to(dtype) for name, value in given.items() if value is not None},
+            {name: value[at].to(dtype) for name, value in read.items()},
             None if turns is None else turns[at].tolist(),
             index,
+            at.numel(),
         )
         weights, saliency, ids = RULES[config.rule](sequence, config)
         out.weights[at], out.saliency[at] = weights.to(dtype), saliency.to(dtype)
@@ -105,9 +112,10 @@ def credit_weights(
 class _Sequence:
     """The eligible tokens of one sequence, on the CPU."""
 
-    inputs: dict[str, Tensor]  # each [T]
+    inputs: dict[str, Tensor]  # each [T]; only what the rule reads
     turns: list[int] | None
     index: int
+    tokens: int  # T
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
@@ -116,26 +124,27 @@ class _Sequence:
 Triple = tuple[Tensor, Tensor, Tensor]  # weights, saliency, span ids, each [T]
 
 
-class _Eligible:
-    """Checks a per-token input and brings it to the CPU."""
+def check_config(config: object) -> None:
+    if not isinstance(config, CreditConfig):
+        raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")
 
-    def __init__(self, shape: torch.Size, device: torch.device, mask: Tensor | None) -> None:
-        self.shape, self.device = shape, device
-        keep = None if mask is None else per_token("mask", mask, shape, device).cpu() != 0
-        self.keep = torch.ones(shape, dtype=torch.bool) if keep is None else keep
 
-    def floats(self, name: str, value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        flat = per_token(name, value.detach(), self.shape, self.device).cpu()
-        broken = int((~flat.isfinite() & self.keep).sum())
-        if broken:
-            raise ValueError(f"{name} holds {broken} NaN or infinite values at eligible tokens, needs finite ones")
-        return flat
+def _finite(name: str, value: Tensor | None, keep: Tensor, rule: str) -> Tensor:
+    """On the CPU, finite at eligible tokens."""
+    if value is None:
+        raise ValueError(f"{name} is None, needs one value a token for rule {rule!r}")
+    value = value.cpu()
+    broken = int((~value.isfinite() & keep).sum())
+    if broken:
+        raise ValueError(f"{name} holds {broken} NaN or infinite values at eligible tokens, needs finite ones")
+    return value
 
 
 def _per_token_advantages(advantages: Tensor | None, cu: Tensor, like: Tensor) -> Tensor | None:
-    if advantages is None or advantages.shape == like.shape:
+    if advantages is None:
+        return None
+    check_tensor("advantages", advantages)
+    if advantages.shape == like.shape:
         return advantages
     if advantages.shape != (cu.numel() - 1,):
         got, needs = list(advantages.shape), f"[{like.numel()}] (a token) or [{cu.numel() - 1}] (a sequence)"
@@ -169,7 +178,7 @@ def _sgcd(seq: _Sequence, cfg: CreditConfig) -> Triple:
 
 
 def _uniform(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    ones = torch.ones_like(seq["divergence"])
+    ones = torch.ones(seq.tokens, dtype=torch.float64)  # rounded once, to the dtype of the results
     return ones * min(1 + cfg.gamma, cfg.clip), ones, torch.full(ones.shape, -1, dtype=torch.long)
 
 
@@ -222,13 +231,19 @@ def _share_of_maximum(entropy: Tensor) -> Tensor:
     return entropy / entropy.max().clamp(min=1e-6)
 
 
-NEEDS = {
-    "gear": ("advantages", "log_ratio"),
+NEEDS: dict[str, tuple[str, ...]] = {  # all that a rule reads
+    "sgcd": ("divergence", "teacher_entropy"),
+    "none": (),
+    "uniform": (),
+    "matched_uniform": ("divergence", "teacher_entropy"),
+    "permuted": ("divergence", "teacher_entropy"),
+    "gear": ("advantages", "log_ratio", "teacher_entropy"),
     "rlsd": ("advantages", "log_ratio"),
     "sc_grpo": ("forward_kl",),
-    "egrsd": ("advantages", "log_ratio"),
+    "egrsd": ("advantages", "log_ratio", "teacher_entropy"),
     "dgpo": ("bhattacharyya", "student_entropy"),
 }
+USE_GAMMA = ("sgcd", "uniform", "matched_uniform", "permuted")
 RULES: dict[str, Callable[[_Sequence, CreditConfig], Triple]] = {
     "sgcd": _sgcd,
     "uniform": _uniform,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from sgcd_kernels.validation import check_choice, check_float
+from sgcd_kernels.validation import check_choice, check_float, check_int
 
 Rule = Literal[
     "sgcd", "gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted", "none"
@@ -56,10 +56,11 @@ class CreditConfig:
         check_float("start", self.start, 0.0, 1.0)
         check_float("entropy_ratio", self.entropy_ratio, 1.0)
         check_float("entropy_margin", self.entropy_margin, 0.0)
-        if not 0 <= self.reset <= self.start:
+        check_float("reset", self.reset, 0.0)
+        if self.reset > self.start:
             raise ValueError(f"reset is {self.reset}, needs 0 <= reset <= start = {self.start}")
-        if not (isinstance(self.patience, int) and self.patience >= 1):
-            raise ValueError(f"patience is {self.patience}, needs an integer >= 1")
+        check_int("patience", self.patience, 1)
+        check_int("seed", self.seed)
         for name in ("d_floor", "sc_grpo_floor", "dgpo_tau"):
             check_float(name, getattr(self, name), 0.0, open_low=True)
         for name in ("egrsd_gamma", "dgpo_kappa"):

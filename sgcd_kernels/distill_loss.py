@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import no_autocast, resolve
+from sgcd_kernels.backends import eager, no_autocast, resolve
 from sgcd_kernels.divergence import on_rows, projection_pair
 from sgcd_kernels.logprob import as_input_dtypes
 from sgcd_kernels.types import Projection
-from sgcd_kernels.validation import check_choice, check_float, kept_rows, per_token, scatter
+from sgcd_kernels.validation import check_choice, check_float, check_jsd_beta, kept_rows, per_token, scatter
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 REDUCTIONS = ("none", "mean", "sum")
 
 
+@eager
 def linear_distill_loss(
     student_hidden: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]
@@ -41,16 +42,17 @@ def linear_distill_loss(
     Differentiable in the student's hidden, weight and bias; the teacher gets no gradient, also where it shares the
     student's weight. Temperature applies once to both and no T^2 factor is put in. reduction="none" gives one value a
     token (fp32, 0 where masked), "mean" divides by the unmasked tokens (0 if there are none). Teacher head, softcap and
-    non-finite inputs are as in `linear_divergence`. A jsd needs 0 < beta < 1.
+    non-finite inputs are as in `linear_divergence`. A jsd needs beta in
+    [1e-6, 1 - 1e-6].
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, and for any `group`: vocab-parallel
     distillation is not supported.
     """
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}, needs 0 < beta < 1 for kind 'jsd' (at either end the loss is constantly 0)")
     check_float("beta", beta, 0.0, 1.0)
+    if kind == "jsd":
+        check_jsd_beta(beta)
     if group is not None:
         raise ValueError("group is not supported by linear_distill_loss; needs None")
     student, teacher = projection_pair(
@@ -89,16 +91,23 @@ class _LinearDistill(torch.autograd.Function):
         with no_autocast(hidden.device):
             fields = resolve("divergence_forward", impl, p)(p, teacher, unused, features, beta, None, None)
         value: Tensor = fields[kind]
-        ctx.save_for_backward(hidden, weight, bias, fields["student_lse"], fields["teacher_lse"], value)
-        ctx.call = (teacher, student.temperature, student.softcap, kind, beta, impl)
+        # All tensors, the teacher's too: autograd then notices one that changes before backward, and may offload them.
+        temperature = student.temperature if isinstance(student.temperature, Tensor) else None
+        frozen_side = (teacher.hidden, teacher.weight, teacher.bias, teacher.rows, temperature)
+        statistics = (fields["student_lse"], fields["teacher_lse"], value)
+        ctx.save_for_backward(hidden, weight, bias, *statistics, *frozen_side)
+        ctx.scalars = (student.temperature if temperature is None else 1.0, student.softcap, kind, beta, impl)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_value: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, student_lse, teacher_lse, value = ctx.saved_tensors
-        teacher, temperature, softcap, kind, beta, impl = ctx.call
-        p = Projection(hidden, weight, bias, temperature, softcap, teacher.rows)
+        hidden, weight, bias, student_lse, teacher_lse, value, *frozen_side = ctx.saved_tensors
+        teacher_hidden, teacher_weight, teacher_bias, rows, temperatures = frozen_side
+        scalar, softcap, kind, beta, impl = ctx.scalars
+        temperature = scalar if temperatures is None else temperatures
+        p = Projection(hidden, weight, bias, temperature, softcap, rows)
+        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, temperature, softcap, rows)
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with no_autocast(hidden.device):
             grads = resolve("distill_backward", impl, p)(

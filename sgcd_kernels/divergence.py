@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import no_autocast, resolve
+from sgcd_kernels.backends import eager, no_autocast, resolve
 from sgcd_kernels.shard import shard_range
 from sgcd_kernels.types import DivergenceStats, Projection
 from sgcd_kernels.validation import (
     check_choice,
     check_device,
     check_float,
+    check_int,
+    check_jsd_beta,
     check_targets,
+    check_tensor,
+    frozen,
     kept_rows,
     projection,
     scatter,
@@ -24,6 +28,7 @@ from sgcd_kernels.validation import (
 FEATURES = ("jsd", "tv")
 
 
+@eager
 @torch.no_grad()
 def linear_divergence(
     student_hidden: Tensor,  # [N, H] or [B, T, H]
@@ -53,29 +58,35 @@ def linear_divergence(
     KL(q || p) = (lse_p - lse_q) - A_q / Z_q: the difference of logits is what is summed, so that small divergences keep
     their digits, and identical distributions give exactly 0. Every divergence is clamped to >= 0.
 
-    `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649) and "tv";
-    they cost a second pass. `top_k` adds the KLs over the teacher's K likeliest words, the observed token and one
-    bucket for all others (SDPO, arXiv 2601.20802); they never exceed the full KLs but for rounding. They too cost
-    a second pass (one for all).
+    `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649, beta in
+    [1e-6, 1 - 1e-6]) and "tv"; they cost a second pass. `top_k` adds the KLs over the teacher's K likeliest words, the
+    observed token and one bucket for all others (SDPO, arXiv 2601.20802); they never exceed the full KLs but for
+    rounding. They too cost a second pass (one for all).
 
     A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a word of probability 0: where
-    both have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it, forward_kl is.
+    both have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it, forward_kl is. The
+    top-K KL of that way is +inf too if the word has a bucket of its own. Under a softcap c an infinite bias forbids
+    nothing: the logit is then -c or c.
 
     `group`: both weights are this rank's rows of vocab-sharded heads, targets are global ids; `features` and `top_k`
     are not supported there.
 
     Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
     """
+    if isinstance(features, str):
+        raise ValueError(f"features is {features!r}, a string; needs a sequence of names, such as ({features!r},)")
     for feature in features:
         check_choice("features", feature, FEATURES)
     check_float("beta", beta, 0.0, 1.0)
+    if "jsd" in features:
+        check_jsd_beta(beta)
     student, teacher = projection_pair(
         student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, temperature, softcap
     )
     leading = student_hidden.shape[:-1]
     vocab = shard_range(weight, group)[1]
-    if top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"top_k is {top_k}, needs 1 <= top_k <= V = {vocab}")
+    if top_k is not None:
+        check_int("top_k", top_k, 1, vocab)
     if group is not None and (features or top_k is not None):
         raise ValueError("group does not support features or top_k; needs features=() and top_k=None")
     flat = check_targets(targets, leading, student_hidden.device, vocab, ignore_index)
@@ -99,6 +110,7 @@ def projection_pair(
 ) -> tuple[Projection, Projection]:
     """Check student and teacher and give both heads, the teacher's detached."""
     student = projection(student_hidden, weight, bias, temperature, softcap)
+    check_tensor("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         needs = list(student_hidden.shape[:-1])
         raise ValueError(
@@ -107,12 +119,15 @@ def projection_pair(
     check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     if teacher_weight is None:
         teacher_weight, teacher_bias = weight, bias if teacher_bias is None else teacher_bias
-    elif teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"teacher_weight has V = {teacher_weight.shape[0]}, needs V = {weight.shape[0]} as weight")
-    detached = None if teacher_bias is None else teacher_bias.detach()
+    check_tensor("teacher_weight", teacher_weight)
+    if teacher_bias is not None:
+        check_tensor("teacher_bias", teacher_bias)
+        teacher_bias = frozen(teacher_bias)
     teacher = projection(
-        teacher_hidden.detach(), teacher_weight.detach(), detached, temperature, softcap, prefix="teacher_"
+        frozen(teacher_hidden), frozen(teacher_weight), teacher_bias, temperature, softcap, prefix="teacher_"
     )
+    if teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"teacher_weight has V = {teacher_weight.shape[0]}, needs V = {weight.shape[0]} as weight")
     return student, teacher
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import no_autocast, resolve
+from sgcd_kernels.backends import eager, no_autocast, resolve
 from sgcd_kernels.shard import shard_range
 from sgcd_kernels.types import LogprobStats, Projection, ProjectionGrads
 from sgcd_kernels.validation import check_targets, kept_rows, projection, scatter, take
 
 
+@eager
 def linear_logprob(
     hidden: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import no_autocast, resolve
+from sgcd_kernels.backends import eager, no_autocast, resolve
 from sgcd_kernels.divergence import on_rows
 from sgcd_kernels.shard import shard_range
 from sgcd_kernels.surrogate import LOSS_TYPES, PER_SEQUENCE, Segments, Surrogate, surrogate_loss
@@ -19,6 +19,8 @@ from sgcd_kernels.validation import (
     check_cu_seqlens,
     check_float,
     check_targets,
+    check_tensor,
+    frozen,
     kept_rows,
     per_token,
     projection,
@@ -26,6 +28,7 @@ from sgcd_kernels.validation import (
 )
 
 
+@eager
 def linear_policy_loss(
     hidden: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]
@@ -46,7 +49,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     lse: Tensor | None = None,  # like targets
-    num_items_in_batch: float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
     impl: str = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,21 +66,18 @@ def linear_policy_loss(
     - `lse` from a scoring pass over the same hidden and weight saves a product; the metric `entropy` is then absent.
     - `num_items_in_batch` under gradient accumulation: what the whole batch divides by, sequences for grpo and gspo,
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
-    - Tokens that are masked or ignored are not computed: what they hold, NaN too, has no influence. With none left the
-      loss is 0 and so are the gradients. A NaN at a loss token makes the loss NaN.
+    - Tokens that are masked or ignored are not computed: what they hold, NaN or a target that is no word, has no
+      influence. With none left the loss is 0 and so are the gradients. A NaN at a loss token makes the loss NaN.
     - `group`: `weight` and `bias` are this rank's rows of a vocab-sharded head, targets are global ids.
 
     Raises ValueError for shapes, dtypes, devices, targets or options that do not fit, and for grpo, gspo or dr_grpo on
     packed tokens without `cu_seqlens`.
     """
-    cfg = _checked(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
+    cfg = check_options(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
     p = projection(hidden, weight, bias, temperature, softcap)
     leading = hidden.shape[:-1]
-    flat = check_targets(targets, leading, hidden.device, shard_range(weight, group)[1], ignore_index)
-    keep = flat != ignore_index
-    if mask is not None:
-        keep &= per_token("mask", mask, leading, hidden.device) != 0
-    rows = kept_rows(keep)
+    flat = check_targets(targets, leading, hidden.device, shard_range(weight, group)[1], ignore_index, mask)
+    rows = kept_rows(flat != ignore_index)
     segments = segments_of(leading, cu_seqlens, loss_type, hidden.device)
     per_row = _PerRow(leading, hidden.device, rows, p.stats_dtype)
     call = _Call(
@@ -144,15 +144,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
         needs = tuple(bool(need) and call.grad for need in ctx.needs_input_grad[:3])
         with no_autocast(hidden.device):
             logp, lse, more = call.stats()
-            with torch.enable_grad():
-                logp = logp.detach().requires_grad_()
-                loss, found = call.loss(logp)
-                (d_logp,) = torch.autograd.grad(loss, logp)
-            metrics.update(found | more)
             ctx.grads = (None, None, None)
             if any(needs):
+                with torch.enable_grad():
+                    logp = logp.detach().requires_grad_()
+                    loss, found = call.loss(logp)
+                    (d_logp,) = torch.autograd.grad(loss, logp)
                 backward = resolve("logprob_backward", call.impl, call.p)
                 ctx.grads = backward(call.p, call.targets, lse, d_logp, needs, group=call.group)
+            else:
+                loss, found = call.loss(logp)
+            metrics.update(found | more)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.detach()
 
@@ -162,8 +164,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("linear_policy_loss: its gradients are computed in forward, so backward may run once")
         grads, ctx.grads = ctx.grads, None
+        # A Python number multiplies a half tensor in fp32; a tensor would first be rounded to half itself.
+        scale = float(d_loss)
         pairs = zip(grads, ctx.dtypes, strict=True)
-        return (*(None if g is None else g.mul_(d_loss.to(g.dtype)).to(dtype) for g, dtype in pairs), None, None)
+        return (*(None if g is None else g.mul_(scale).to(dtype) for g, dtype in pairs), None, None)
 
 
 class _PerRow:
@@ -175,24 +179,27 @@ class _PerRow:
     def __call__(self, name: str, value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
-        return take(per_token(name, value.detach(), self.leading, self.device).to(self.dtype), self.rows)
+        return take(frozen(per_token(name, value, self.leading, self.device)).to(self.dtype), self.rows)
 
 
-def _checked(
+def check_options(
     loss_type: str,
     epsilon: float,
     epsilon_high: float | None,
     beta: float,
-    num_items_in_batch: float | None,
+    num_items_in_batch: float | Tensor | None,
     ref_logp: Tensor | None,
 ) -> Surrogate:
+    """The options of the loss; refuses those that do not fit."""
     check_choice("loss_type", loss_type, LOSS_TYPES)
     check_float("epsilon", epsilon, 0.0)
     check_float("beta", beta, 0.0)
     if epsilon_high is not None:
         check_float("epsilon_high", epsilon_high, 0.0)
     if num_items_in_batch is not None:
-        check_float("num_items_in_batch", float(num_items_in_batch), 0.0, open_low=True)
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 1:  # as TRL has it
+            num_items_in_batch = num_items_in_batch.item()
+        check_float("num_items_in_batch", num_items_in_batch, 0.0, open_low=True)
         num_items_in_batch = float(num_items_in_batch)
     if beta != 0 and ref_logp is None:
         raise ValueError(f"ref_logp is None, needs the reference policy's log-probs for beta {beta}")
@@ -218,7 +225,8 @@ def segments_of(leading: torch.Size, cu_seqlens: Tensor | None, loss_type: str, 
 
 def spread(advantages: Tensor, segments: Segments, leading: torch.Size, dtype: torch.dtype) -> Tensor:  # [N]
     """One advantage a token, from one a token or one a sequence; detached."""
-    values = advantages.detach().to(dtype=dtype, device=segments.ids.device)
+    check_tensor("advantages", advantages)
+    values = frozen(advantages).to(dtype=dtype, device=segments.ids.device)
     if values.shape == leading:
         return values.reshape(-1)
     if values.shape == (segments.count,):

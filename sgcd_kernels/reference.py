@@ -102,9 +102,10 @@ def policy_loss(
         for t in tokens:
             if loss_type == "gspo":
                 mean = torch.stack([(logp[i] - old[i]).detach() for i in tokens]).mean()
-                ratio = torch.exp(mean) * torch.exp(logp[t] - logp[t].detach())
+                log_ratio = mean + logp[t] - logp[t].detach()
             else:
-                ratio = torch.exp(logp[t] - old[t])
+                log_ratio = logp[t] - old[t]
+            ratio = torch.exp(log_ratio.clamp(max=20))
             if loss_type == "cispo":
                 loss = -min(ratio.detach(), torch.tensor(1 + high)) * advantages[t] * logp[t]
             else:
@@ -113,7 +114,7 @@ def policy_loss(
             if importance_weights is not None:
                 loss = loss * importance_weights[t]
             if ref_logp is not None and beta:
-                gap = ref_logp[t] - logp[t]
+                gap = (ref_logp[t] - logp[t]).clamp(max=20)
                 loss = loss + beta * (torch.exp(gap) - gap - 1)
             total = total + loss
         sums.append(total)

@@ -8,6 +8,8 @@ Per token, with the ratio r = exp(logp - old_logp), advantage A, and both clip b
     cispo                       -stop_gradient(min(r, 1 + epsilon_high)) A logp          MiniMax-M1, arXiv 2506.13585
 
 times the importance weight, plus beta (exp(d) - d - 1) with d = ref_logp - logp (the k3 estimate of KL(p || ref)).
+ln r and d stop at 20, far beyond any clip: there the term is constant, where the exp would overflow, and 0 times its
+infinite slope make the gradient NaN.
 Sums are divided by
 
     grpo, gspo          each sequence's loss tokens, then the number of sequences
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_EXPONENT = 20.0
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 PER_SEQUENCE = ("grpo", "gspo", "dr_grpo")  # these need to know where sequences begin
 
@@ -43,14 +46,15 @@ class Surrogate:
 class Segments:
     """Which sequence each loss token belongs to."""
 
-    ids: Tensor  # [n] int64
+    ids: Tensor  # [n] int64, rising
     count: int
     longest: int  # tokens, masked ones too
 
     def mean(self, x: Tensor) -> Tensor:  # [n] -> [count]
         """Mean of each sequence; 0 for one without loss tokens."""
-        tokens = torch.bincount(self.ids, minlength=self.count).clamp(min=1)
-        return x.new_zeros(self.count).index_add(0, self.ids, x) / tokens
+        tokens = torch.bincount(self.ids, minlength=self.count)
+        # Not index_add, whose order of summation, and so whose last bit, varies from run to run on CUDA.
+        return torch.segment_reduce(x, "sum", lengths=tokens, unsafe=True) / tokens.clamp(min=1)
 
 
 def surrogate_loss(
@@ -69,7 +73,7 @@ def surrogate_loss(
         token_loss = token_loss * importance_weights
     metrics = _clip_metrics(ratio.detach(), advantages, cfg)
     if ref_logp is not None and cfg.beta != 0:
-        gap = ref_logp - logp
+        gap = (ref_logp - logp).clamp(max=MAX_EXPONENT)
         kl = gap.exp() - gap - 1
         token_loss = token_loss + cfg.beta * kl
         metrics["kl"] = _mean(kl.detach())
@@ -81,7 +85,7 @@ def _ratio(logp: Tensor, old_logp: Tensor, segments: Segments, cfg: Surrogate) -
     if cfg.loss_type == "gspo":
         sequence = segments.mean(log_ratio.detach())[segments.ids]
         log_ratio = sequence + logp - logp.detach()
-    return log_ratio.exp()
+    return log_ratio.clamp(max=MAX_EXPONENT).exp()
 
 
 def _policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, cfg: Surrogate) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,16 +25,42 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
     raise ValueError(f"{name} is {value!r}, needs one of {', '.join(options)}{hint}")
 
 
-def check_float(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def check_float(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse a number outside [low, high] ((low, high] if `open_low`), or not finite."""
-    above = value > low if open_low else value >= low
-    if not (math.isfinite(value) and above and value <= high):
-        bounds = f"{'(' if open_low else '['}{low}, {high}]"
-        raise ValueError(f"{name} is {value}, needs a finite number in {bounds}")
+    bounds = f"{'(' if open_low else '['}{low}, {high}]"
+    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    above = number > low if open_low else number >= low
+    if not (math.isfinite(number) and above and number <= high):
+        raise ValueError(f"{name} is {value!r}, needs a finite number in {bounds}")
+
+
+def check_int(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse what is no integer, or lies outside [low, high]."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and low <= int(value) <= high):  # type: ignore[call-overload]
+        raise ValueError(f"{name} is {value!r}, needs an integer in [{low}, {high}]")
+
+
+def check_jsd_beta(beta: float) -> None:
+    """At an end the JSD is constantly 0, and very near one nothing is left of it but rounding."""
+    if not 1e-6 <= beta <= 1 - 1e-6:
+        hint = "for beta 0 or 1 as TRL means them use forward_kl or reverse_kl"
+        raise ValueError(f"beta is {beta!r}, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; {hint}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+
+
+def frozen(value: Tensor) -> Tensor:
+    """Without a graph, and fit to enter another: what inference mode has made must be copied for that."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value.detach()
 
 
 def check_hidden(name: str, hidden: Tensor) -> torch.Size:
     """Accept [N, H] or [B, T, H] of a float dtype; give the leading shape."""
+    check_tensor(name, hidden)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {list(hidden.shape)}, needs [N, H] or [B, T, H]")
     if hidden.dtype not in FLOATS:
@@ -43,6 +70,7 @@ def check_hidden(name: str, hidden: Tensor) -> torch.Size:
 
 def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
     """Accept [V, H] of a float dtype, H and device those of `hidden`."""
+    check_tensor(name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
         raise ValueError(f"{name} has shape {list(weight.shape)}, needs {needs}")
@@ -58,6 +86,7 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 
 def per_token(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> Tensor:  # [N]
     """Accept one value a token, shaped like the leading dimensions of hidden."""
+    check_tensor(name, value)
     if value.shape != leading:
         raise ValueError(f"{name} has shape {list(value.shape)}, needs {list(leading)}, one value a token")
     if value.device != device:
@@ -79,6 +108,7 @@ def projection(
     leading = check_hidden(hidden_name, hidden)
     check_weight(f"{prefix}weight", weight, hidden_name, hidden)
     if bias is not None:
+        check_tensor(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{prefix}bias has shape {list(bias.shape)}, needs [{weight.shape[0]}], one value a word")
         check_device(f"{prefix}bias", bias, hidden_name, hidden)
@@ -95,17 +125,25 @@ def check_temperature(value: float | Tensor, leading: torch.Size, device: torch.
         return float(value)
     if value.dim() == 0:
         return check_temperature(float(value), leading, device)
-    flat = per_token("temperature", value.detach(), leading, device)
+    flat = per_token("temperature", frozen(value), leading, device)
     if flat.numel() and not bool((flat > 0).all() & flat.isfinite().all()):
         raise ValueError(f"temperature has a minimum of {float(flat.min())}, needs finite numbers > 0")
     return flat
 
 
-def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, vocab: int, ignore: int) -> Tensor:  # [N]
-    """Accept integers in [0, V) or `ignore_index`; give them flat, int64."""
+def check_targets(
+    targets: Tensor, leading: torch.Size, device: torch.device, vocab: int, ignore: int, mask: Tensor | None = None
+) -> Tensor:  # [N]
+    """Accept integers in [0, V) or `ignore_index`; give them flat, int64.
+
+    Where `mask` is false the target may be anything (padding, a placeholder) and comes back as `ignore_index`.
+    """
+    check_tensor("targets", targets)
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
     flat = per_token("targets", targets, leading, device).long()
+    if mask is not None:
+        flat = flat.masked_fill(per_token("mask", mask, leading, device) == 0, ignore)
     wrong = (flat != ignore) & ((flat < 0) | (flat >= vocab))
     if bool(wrong.any()):
         value = int(flat[wrong][0])
@@ -115,6 +153,7 @@ def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, vo
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:  # [B + 1]
     """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {got}, needs integers [B + 1]")

@@ -52,7 +52,8 @@ def plan(projections: tuple[Projection, ...], live: int, *, row_copies: int, wor
     width = sum(p.hidden.shape[1] for p in projections)
     device = first.hidden.device.type
     # An eighth is kept for what the library packs inside a product.
-    budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]) * 7 // 8 // first.stats_dtype.itemsize
+    widest = max(p.stats_dtype.itemsize for p in projections)  # a pair's blocks have the wider head's dtype
+    budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]) * 7 // 8 // widest
     # Half of it bounds the tokens, with room for 256 words. V has no say: ranks with unequal shards must agree.
     tokens = max(1, min(n, MAX_TOKENS, budget // 2 // (row_copies * width + live * 256)))
     words = (budget - row_copies * tokens * width) // (live * tokens + word_copies * width)
@@ -61,9 +62,13 @@ def plan(projections: tuple[Projection, ...], live: int, *, row_copies: int, wor
 
 
 def operand_dtype(p: Projection) -> torch.dtype:
-    """bf16 where the library multiplies bf16 into fp32, else the dtype of the statistics."""
-    native = p.hidden.device.type == "cuda" and p.hidden.dtype == p.weight.dtype == torch.bfloat16
-    return torch.bfloat16 if native else p.stats_dtype
+    """bf16 where the library multiplies bf16 into fp32, else the dtype of the statistics.
+
+    An fp32 head under bf16 hidden states is a master weight under autocast: it is rounded block by block as autocast
+    would do at once. In fp32 the products would cost some 15 times as much.
+    """
+    native = p.hidden.device.type == "cuda" and p.hidden.dtype == torch.bfloat16
+    return torch.bfloat16 if native and p.weight.dtype in (torch.bfloat16, torch.float32) else p.stats_dtype
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -85,11 +90,12 @@ def load_rows(p: Projection, start: int, stop: int) -> Rows:
     temperature = p.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature[index].to(p.stats_dtype).unsqueeze(1)
-    return Rows(p.hidden[index].to(operand_dtype(p)), temperature, index)
+    # Contiguous, because a product's last bit may depend on strides, and equal heads must give equal logits.
+    return Rows(p.hidden[index].to(operand_dtype(p)).contiguous(), temperature, index)
 
 
 def load_words(p: Projection, start: int, stop: int) -> Tensor:  # [w, H]
-    return p.weight[start:stop].to(operand_dtype(p))
+    return p.weight[start:stop].to(operand_dtype(p)).contiguous()
 
 
 def block_logits(p: Projection, rows: Rows, words: Tensor, start: int, stop: int) -> Tensor:  # [t, w]

@@ -143,7 +143,7 @@ def target_logp(
         local = targets[t0:t1] - offset
         inside = (local >= 0) & (local < p.weight.shape[0])
         local = local.clamp(0, p.weight.shape[0] - 1)
-        z = (rows.x.to(p.stats_dtype) * p.weight[local].to(p.stats_dtype)).sum(1, keepdim=True)
+        z = (rows.x.to(p.stats_dtype) * p.weight[local].to(rows.x.dtype).to(p.stats_dtype)).sum(1, keepdim=True)
         if p.bias is not None:
             z += p.bias[local].to(z.dtype).unsqueeze(1)
         z = finish_logits(p, z, rows.temperature).squeeze(1)

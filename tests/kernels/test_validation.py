@@ -55,7 +55,7 @@ def test_logprob(message: str, arguments: dict) -> None:
         ("teacher_weight has shape [9, 4], needs [V, 3]", {"teacher_hidden": X[:, :3]}),
         ("features is 'jds', needs one of jsd, tv; did you mean 'jsd'?", {"features": ("jds",)}),
         ("beta is 2.0", {"beta": 2.0}),
-        ("top_k is 10, needs 1 <= top_k <= V = 9", {"top_k": 10}),
+        ("top_k is 10, needs an integer in [1, 9]", {"top_k": 10}),
         ("top_k is 0", {"top_k": 0}),
     ],
 )
@@ -83,7 +83,7 @@ def test_divergence(message: str, arguments: dict) -> None:
         ("old_logp has shape [5], needs [6]", {"old_logp": A[:5]}),
         ("ref_logp is None, needs the reference policy's log-probs for beta 0.1", {"beta": 0.1}),
         ("epsilon is -0.1", {"epsilon": -0.1}),
-        ("num_items_in_batch is 0.0", {"num_items_in_batch": 0}),
+        ("num_items_in_batch is 0, needs a finite number in (0.0, inf]", {"num_items_in_batch": 0}),
         ("cu_seqlens is given with hidden [B, T, H]", {"hidden": X.view(2, 3, 4), "targets": Y.view(2, 3)}),
     ],
 )
@@ -98,7 +98,10 @@ def test_policy_loss(message: str, arguments: dict) -> None:
     [
         ("kind is 'reverse-kl', needs one of", {"kind": "reverse-kl"}),
         ("reduction is 'avg'", {"reduction": "avg"}),
-        ("beta is 0.0, needs 0 < beta < 1 for kind 'jsd'", {"kind": "jsd", "beta": 0.0}),
+        (
+            "beta is 0.0, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; for beta 0 or 1 as TRL means them use forward_kl",
+            {"kind": "jsd", "beta": 0.0},
+        ),
         ("group is not supported by linear_distill_loss", {"group": object()}),
     ],
 )
