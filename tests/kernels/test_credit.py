@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgcd_kernels import CreditConfig, credit_weights, reference
+from sgcd_kernels.credit import NEEDS, RULES
 
 CU = torch.tensor([0, 30, 30, 31, 90])
 
@@ -211,6 +212,23 @@ def test_a_missing_input_is_named(rule: str, missing: str) -> None:
         credit_weights(**signals(), config=CreditConfig(rule=rule))
 
 
+@pytest.mark.parametrize("rule", [*RULES, "none"])
+def test_a_rule_aborts_on_what_it_reads_and_on_nothing_else(rule: str) -> None:
+    names = ("divergence", "teacher_entropy", "advantages", "log_ratio", "forward_kl", "bhattacharyya")
+    g = torch.Generator().manual_seed(0)
+    inputs = {name: torch.rand(90, generator=g) for name in (*names, "student_entropy")}
+    config = CreditConfig(rule=rule)
+    want = credit_weights(**inputs, cu_seqlens=CU, config=config)
+    for name in inputs:
+        broken = inputs | {name: torch.full((90,), torch.nan)}
+        if name in NEEDS[rule]:
+            with pytest.raises(ValueError, match=f"{name} holds 90 NaN or infinite values"):
+                credit_weights(**broken, cu_seqlens=CU, config=config)
+        else:
+            got = credit_weights(**broken, cu_seqlens=CU, config=config)
+            assert all(torch.equal(ours, plain) for ours, plain in zip(got, want))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -229,6 +247,12 @@ def test_a_missing_input_is_named(rule: str, missing: str) -> None:
         ("span_value", "mean"),
         ("dgpo_tau", 0.0),
         ("rlsd_lambda", 1.1),
+        ("d_floor", "1e-2"),
+        ("gamma", None),
+        ("gamma", True),
+        ("reset", "0"),
+        ("patience", True),
+        ("seed", 1.5),
     ],
 )
 def test_config_refuses_by_field(field: str, value: Any) -> None:

@@ -191,6 +191,51 @@ def test_ignored_tokens_are_zero_and_batched_equals_packed() -> None:
     assert all(torch.equal(a.flatten(), b) for a, b in zip(batched, packed))
 
 
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 1 - 1e-3, 1 - 1e-6])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_jsd_near_its_ends_on_peaked_logits(beta: float, dtype: torch.dtype) -> None:
+    """There 1 - beta is all that is left where the teacher, or the student, has no mass."""
+    torch.manual_seed(0)
+    x, t, w = torch.randn(6, 8) * 6, torch.randn(6, 8) * 6, torch.randn(60, 8)
+    y = torch.zeros(6, dtype=torch.long)
+    got = linear_divergence(x.to(dtype), w.to(dtype), y, t.to(dtype), features=("jsd",), beta=beta).jsd
+    want = reference.jsd(reference.logits(x.double(), w.double()), reference.logits(t.double(), w.double()), beta)
+    tolerance = {"rtol": 1e-9, "atol": 1e-15} if dtype == F64 else {"rtol": 5e-3, "atol": 2e-7}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "columns", "weight"])
+def test_identical_values_in_another_memory_layout_give_exactly_zero(layout: str) -> None:
+    """A product's last bit may depend on strides."""
+    for n, h in ((3, 7), (17, 129), (5, 576)):
+        x, w, y, _ = pair(n, h, 1003, dtype=torch.float32)
+        t, teacher_weight = x, None
+        if layout == "transposed":
+            t = x.t().contiguous().t()
+        elif layout == "columns":
+            t = torch.stack([x, x], 1)[:, 1]
+        else:
+            teacher_weight = w.t().contiguous().t()
+        got = linear_divergence(x, w, y, t, teacher_weight)
+        assert (got.reverse_kl == 0).all() and (got.forward_kl == 0).all()
+        assert (got.bhattacharyya == 1).all()
+
+
+def test_a_forbidden_word_with_a_bucket_of_its_own_makes_the_top_k_infinite() -> None:
+    """The full KL is infinite either way; in the tail bucket the word disappears."""
+    w, bias = torch.eye(5), torch.zeros(5)
+    bias[0] = -torch.inf
+    x, t = torch.zeros(1, 5), torch.tensor([[3.0, 2.0, 0, 0, 0]])
+    student = linear_divergence(x, w, torch.tensor([3]), t, w, bias=bias, teacher_bias=torch.zeros(5), top_k=1)
+    assert student.forward_kl.item() == student.topk_forward_kl.item() == torch.inf
+    assert student.topk_reverse_kl.isfinite()
+    for target, infinite in ((0, True), (3, False)):
+        teacher = linear_divergence(x, w, torch.tensor([target]), t, w, bias=torch.zeros(5), teacher_bias=bias, top_k=1)
+        assert teacher.reverse_kl.item() == torch.inf
+        assert teacher.topk_reverse_kl.isinf().item() is infinite
+        assert teacher.topk_forward_kl.isfinite()
+
+
 @pytest.mark.parametrize("n", [0, 4])
 def test_nothing_to_compute(n: int) -> None:
     got = linear_divergence(torch.randn(n, 3), torch.randn(7, 3), torch.full((n,), -100), torch.randn(n, 3), **ALL)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from sgcd_kernels import linear_logprob, reference
 from sgcd_kernels.torch_backend import blocks
+from sgcd_kernels.types import Projection
 
 F64 = torch.float64
 
@@ -121,6 +123,20 @@ def test_half_gradients_keep_their_dtype_and_sum_in_fp32(small_blocks: None) -> 
     assert w.grad.dtype == torch.bfloat16
     assert float(w.grad[1]) == pytest.approx(-n / 70, rel=4e-3)
     assert float(w.grad[0]) == pytest.approx(n * 69 / 70, rel=4e-3)
+
+
+def test_a_master_weight_is_multiplied_in_bf16_on_cuda() -> None:
+    """fp32 products would cost 15 times as much; elsewhere bf16 is widened."""
+    pairs = {(torch.bfloat16, torch.float32): torch.bfloat16, (torch.bfloat16, torch.bfloat16): torch.bfloat16}
+    pairs |= {(torch.float32, torch.bfloat16): torch.float32, (torch.bfloat16, F64): F64}
+    for (hidden, weight), want in pairs.items():
+        with FakeTensorMode():
+            p = Projection(
+                torch.empty(2, 4, dtype=hidden, device="cuda"), torch.empty(3, 4, dtype=weight, device="cuda")
+            )
+        assert blocks.operand_dtype(p) == want
+        on_cpu = Projection(torch.empty(2, 4, dtype=hidden), torch.empty(3, 4, dtype=weight))
+        assert blocks.operand_dtype(on_cpu) == on_cpu.stats_dtype
 
 
 def test_wild_logits() -> None:

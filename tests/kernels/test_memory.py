@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
 from sgcd_kernels.torch_backend import blocks
+from sgcd_kernels.types import Projection
 
 BUDGET = 1 << 20  # small, so that a small shape has far more logits than fit
 N, H, V = 300, 16, 3000  # 3.6 MB of fp32 logits
@@ -65,6 +66,15 @@ def peak(op: str, n: int, v: int, dtype: torch.dtype = torch.float32) -> int:
     results = sum(t.grad.nbytes for t in tensors[:2] if t.grad is not None)
     sums = 0 if op == "linear_divergence" or dtype == torch.float32 else 4 * n * H
     return counter.peak - results - sums
+
+
+def test_the_wider_of_two_heads_sets_the_block_size() -> None:
+    narrow = Projection(torch.zeros(N, H), torch.zeros(V, H))
+    wide = Projection(torch.zeros(N, H, dtype=torch.float64), torch.zeros(V, H, dtype=torch.float64))
+    cuts = {
+        blocks.plan(pair, 8, row_copies=2, word_copies=3) for pair in ((narrow, wide), (wide, narrow), (wide, wide))
+    }
+    assert len(cuts) == 1
 
 
 @pytest.mark.parametrize(

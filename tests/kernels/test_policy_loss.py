@@ -47,8 +47,10 @@ def batch(dtype: torch.dtype = F64, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def expected(inputs: dict[str, Any], loss_type: str, **options: Any) -> torch.Tensor:
-    z = reference.logits(inputs["hidden"], inputs["weight"], inputs["bias"])
+def expected(
+    inputs: dict[str, Any], loss_type: str, temperature: Any = 1.0, softcap: float | None = None, **options: Any
+) -> torch.Tensor:
+    z = reference.logits(inputs["hidden"], inputs["weight"], inputs["bias"], temperature, softcap)
     logp = reference.logprob(z, inputs["targets"])[0]
     extra = {k: inputs[k] for k in ("old_logp", "ref_logp", "importance_weights") if k in inputs}
     return reference.policy_loss(
@@ -62,12 +64,18 @@ def leaves(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("optional", [(), ("old_logp",), ("old_logp", "ref_logp", "importance_weights")])
-def test_value_and_gradients_equal_reference(loss_type: str, optional: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 5.0), ("token", None)])
+def test_value_and_gradients_equal_reference(
+    loss_type: str, optional: tuple[str, ...], temperature: Any, softcap: float | None
+) -> None:
     inputs = batch()
+    if temperature == "token":
+        temperature = torch.linspace(0.5, 1.5, N, dtype=F64)
     for name in ("old_logp", "ref_logp", "importance_weights"):
         if name not in optional:
             del inputs[name]
     options = {"epsilon": 0.1, "epsilon_high": 0.25, "beta": 0.2 if "ref_logp" in optional else 0.0}
+    options |= {"temperature": temperature, "softcap": softcap}
     loss, metrics = linear_policy_loss(**inputs, loss_type=loss_type, **options)
     want = expected(inputs, loss_type, **options)
     torch.testing.assert_close(loss, want, rtol=1e-11, atol=1e-13)
@@ -235,6 +243,43 @@ def test_without_grad_no_gradient_is_computed() -> None:
     with torch.no_grad():
         loss, _ = linear_policy_loss(**batch())
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("old", [-200.0, -4.0, 200.0])
+@pytest.mark.parametrize("a", [1.0, 0.0, -1.0])
+def test_ratios_that_overflow_leave_finite_gradients(loss_type: str, old: float, a: float) -> None:
+    """An infinite ratio under a finite, clipped loss has the slope 0 times inf."""
+    inputs = batch(torch.float32)
+    for name in ("old_logp", "ref_logp", "importance_weights", "advantages"):
+        inputs[name] = inputs[name].float()
+    inputs["old_logp"][0], inputs["advantages"][:4] = old, a
+    inputs["ref_logp"][2] = 200.0
+    loss, metrics = linear_policy_loss(**inputs, loss_type=loss_type, beta=0.1)
+    exact = inputs | {k: inputs[k].detach().double().requires_grad_() for k in ("hidden", "weight", "bias")}
+    want = expected(exact, loss_type, beta=0.1)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-5)
+    for ours, plain in zip(torch.autograd.grad(loss, leaves(inputs)), torch.autograd.grad(want, leaves(exact))):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.double(), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_masked_targets_may_be_anything() -> None:
+    inputs = batch()
+    want, _ = linear_policy_loss(**inputs)
+    for placeholder in (-1, V, 1 << 40):
+        inputs["targets"] = inputs["targets"].masked_fill(~inputs["mask"], placeholder)
+        assert torch.equal(linear_policy_loss(**inputs)[0], want)
+
+
+def test_the_upstream_scale_is_not_rounded_to_bf16() -> None:
+    """bf16(1/3) is off by 2e-3, in every element the same way."""
+    once, scaled = batch(torch.bfloat16), batch(torch.bfloat16)
+    linear_policy_loss(**once)[0].backward()
+    (linear_policy_loss(**scaled)[0] * (1 / 3)).backward()
+    for a, b in zip(leaves(once)[:2], leaves(scaled)):  # a bias's gradient is kept in fp32
+        assert torch.equal(b.grad, (a.grad.float() * torch.tensor(1 / 3)).bfloat16())
 
 
 def test_backward_runs_once() -> None:

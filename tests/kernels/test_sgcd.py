@@ -132,6 +132,70 @@ def test_inert_credit_warns_and_intended_silence_does_not() -> None:
         sgcd_loss(**batch())
 
 
+def divergent(**signals: Any) -> list[Any]:
+    """sgcd_loss where the teacher agrees: (loss, GRPO's loss, metrics, warnings)."""
+    inputs = batch() | {"advantages": torch.ones(4)}
+    inputs["teacher_hidden"] = inputs["hidden"].detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss, metrics = sgcd_loss(**inputs, **signals)
+    return [loss, grpo(inputs), metrics, [str(w.message) for w in caught]]
+
+
+@pytest.mark.parametrize("rule", ["uniform", "sc_grpo", "egrsd", "gear", "dgpo", "rlsd", "permuted", "matched_uniform"])
+@pytest.mark.parametrize("gamma", [1.0, 0.0])
+def test_inert_credit_is_called_grpo_only_where_it_is(rule: str, gamma: float) -> None:
+    loss, plain, metrics, said = divergent(config=CreditConfig(rule=rule, gamma=gamma))
+    assert metrics["credit/inert"] == 1
+    if gamma == 0 and rule in ("uniform", "permuted", "matched_uniform"):
+        assert not said  # as it was asked to be
+        return
+    assert len(said) == 1
+    assert said[0].startswith("credit is inert: all divergences are 0 over ")
+    assert said[0].endswith("so this is plain GRPO") == torch.equal(loss, plain)
+    assert torch.equal(loss, plain) == (metrics["credit/mean_weight"] == 1)
+
+
+def test_without_an_eligible_token_credit_is_absent_not_inert() -> None:
+    _, _, metrics, said = divergent(credit_mask=torch.zeros(N))
+    assert metrics["credit/mean_weight"] == 1
+    assert metrics["credit/inert"] == 0
+    assert not said
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_without_turn_ids_a_span_ends_with_its_run_of_loss_tokens(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 generated tokens, 40 observed, 20 generated, twice; the teacher disagrees at token 5. Literals end no turn."""
+    t, v = 68, 50
+    w = torch.eye(v) * 6
+    x = torch.eye(v)[torch.zeros(2 * t).long()]
+    teacher, mask, credit_mask = x.clone(), torch.ones(2 * t), torch.ones(2 * t)
+    for start in (0, t):
+        teacher[start + 5] = torch.eye(v)[1]
+        mask[start + 8 : start + 48] = 0
+        credit_mask[start + 6] = 0
+    seen = []
+    monkeypatch.setattr(
+        "sgcd_kernels.sgcd.credit_weights", lambda *a, **k: seen.append(credit_weights(*a, **k)) or seen[0]
+    )
+    shape = (lambda value: value) if packed else (lambda value: value.reshape(2, t, *value.shape[1:]))
+    per_token = [shape(value) for value in (x, torch.zeros(2 * t).long(), teacher)]
+    cu = torch.tensor([0, t, 2 * t]) if packed else None
+    sgcd_loss(
+        per_token[0], w, per_token[1], per_token[2], torch.ones(2), cu, shape(mask), credit_mask=shape(credit_mask)
+    )
+    assert (seen[0].weights > 1).nonzero().squeeze(1).tolist() == [5, 7, t + 5, t + 7]
+
+
+def test_masked_targets_may_be_anything() -> None:
+    inputs = batch()
+    want, _ = sgcd_loss(**inputs)
+    inputs["targets"] = inputs["targets"].masked_fill(~inputs["mask"], -1)
+    assert torch.equal(sgcd_loss(**inputs)[0], want)
+
+
 @pytest.mark.parametrize("rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted"])
 def test_every_rule_runs_through_the_composition(rule: str) -> None:
     inputs = batch()

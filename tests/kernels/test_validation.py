@@ -14,6 +14,7 @@ from sgcd_kernels import (
     linear_divergence,
     linear_logprob,
     linear_policy_loss,
+    sgcd_loss,
 )
 
 X, W, Y = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
@@ -57,11 +58,17 @@ def test_logprob(message: str, arguments: dict) -> None:
         ("beta is 2.0", {"beta": 2.0}),
         ("top_k is 10, needs an integer in [1, 9]", {"top_k": 10}),
         ("top_k is 0", {"top_k": 0}),
+        ("top_k is 4.0, needs an integer", {"top_k": 4.0}),
+        ("top_k is True, needs an integer", {"top_k": True}),
+        ("features is 'jsd', a string; needs a sequence of names", {"features": "jsd"}),
+        ("beta is 0.0, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd", {"features": ("jsd",), "beta": 0.0}),
+        ("use forward_kl or reverse_kl", {"features": ("jsd",), "beta": 1 - 1e-9}),
+        ("teacher_hidden is None (NoneType), needs a tensor", {"teacher_hidden": None}),
     ],
 )
 def test_divergence(message: str, arguments: dict) -> None:
     inputs = {"student_hidden": X, "weight": W, "targets": Y, "teacher_hidden": X}
-    if "teacher_hidden" in arguments and arguments["teacher_hidden"].shape[1] != 4:
+    if arguments.get("teacher_hidden") is not None and arguments["teacher_hidden"].shape[1] != 4:
         inputs["teacher_weight"] = W
     with pytest.raises(ValueError, match=re.escape(message)):
         linear_divergence(**inputs | arguments)
@@ -83,6 +90,10 @@ def test_divergence(message: str, arguments: dict) -> None:
         ("old_logp has shape [5], needs [6]", {"old_logp": A[:5]}),
         ("ref_logp is None, needs the reference policy's log-probs for beta 0.1", {"beta": 0.1}),
         ("epsilon is -0.1", {"epsilon": -0.1}),
+        ("epsilon is '0.2', needs a finite number", {"epsilon": "0.2"}),
+        ("cu_seqlens is [0, 2, 6] (list), needs a tensor", {"cu_seqlens": [0, 2, 6]}),
+        ("advantages is [1.0, 2.0] (list), needs a tensor", {"advantages": [1.0, 2.0]}),
+        ("num_items_in_batch is 'all'", {"num_items_in_batch": "all"}),
         ("num_items_in_batch is 0, needs a finite number in (0.0, inf]", {"num_items_in_batch": 0}),
         ("cu_seqlens is given with hidden [B, T, H]", {"hidden": X.view(2, 3, 4), "targets": Y.view(2, 3)}),
     ],
@@ -119,12 +130,42 @@ def test_distill_loss(message: str, arguments: dict) -> None:
         ("turn_ids has shape [5]", {"turn_ids": torch.zeros(5)}),
         ("advantages has shape [4], needs [6] (a token) or [2] (a sequence)", {"advantages": A[:4]}),
         ("cu_seqlens goes from 0 to 5", {"cu_seqlens": torch.tensor([0, 5])}),
+        ("cu_seqlens is None (NoneType), needs a tensor", {"cu_seqlens": None}),
+        ("config is {'gamma': 1.0} (dict), needs a CreditConfig", {"config": {"gamma": 1.0}}),
     ],
 )
 def test_credit_weights(message: str, arguments: dict) -> None:
     inputs = {"divergence": A.abs(), "teacher_entropy": A.abs(), "cu_seqlens": CU}
     with pytest.raises(ValueError, match=re.escape(message)):
         credit_weights(**inputs | arguments)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("targets has shape [5], needs [6]", {"targets": Y[:5]}),
+        ("config is {'gamma': 1.0} (dict), needs a CreditConfig", {"config": {"gamma": 1.0}}),
+        ("loss_type is 'drgrpo'", {"loss_type": "drgrpo"}),
+        ("epsilon is '0.2'", {"epsilon": "0.2"}),
+        ("ref_logp is None", {"beta": 0.1}),
+        ("advantages has shape [3], needs [6] (a token) or [2] (a sequence)", {"advantages": A[:3]}),
+        ("advantages is None (NoneType), needs a tensor", {"advantages": None}),
+        ("cu_seqlens is [0, 2, 6] (list), needs a tensor", {"cu_seqlens": [0, 2, 6]}),
+        ("cu_seqlens goes from 0 to 5", {"cu_seqlens": torch.tensor([0, 5]), "loss_type": "dapo"}),
+        ("mask has shape [5], needs [6]", {"mask": torch.ones(5)}),
+        ("credit_mask has shape [5], needs [6]", {"credit_mask": torch.ones(5)}),
+        ("turn_ids has shape [5], needs [6]", {"turn_ids": torch.ones(5)}),
+        ("old_logp has shape [5], needs [6]", {"old_logp": A[:5]}),
+    ],
+)
+def test_sgcd_refuses_before_it_scores(message: str, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(*args: object, **kwargs: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("sgcd_kernels.sgcd.linear_divergence", score)
+    inputs = {"hidden": X, "weight": W, "targets": Y, "teacher_hidden": X, "advantages": A, "cu_seqlens": CU}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sgcd_loss(**inputs | arguments)
 
 
 def test_module_names_the_nearest_hyperparameter() -> None:
