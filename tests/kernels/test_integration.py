@@ -1,0 +1,132 @@
+"""What PyTorch does around the ops: inference mode, torch.compile, deterministic sums, saved tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sgcd_kernels import (
+    linear_distill_loss,
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+    sgcd_loss,
+)
+from sgcd_kernels.surrogate import Segments
+
+N, H, V = 12, 8, 60
+CU = torch.tensor([0, 5, 12])
+torch.manual_seed(0)
+X, W, T = torch.randn(N, H), torch.randn(V, H), torch.randn(N, H)
+Y, A, OLD = torch.randint(V, (N,)), torch.randn(N), -4 + torch.randn(N)
+
+
+def leaves() -> tuple[torch.Tensor, torch.Tensor]:
+    return X.clone().requires_grad_(), W.clone().requires_grad_()
+
+
+Op = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OPS: dict[str, Op] = {
+    "logprob": lambda x, w: linear_logprob(x, w, Y).logp.sum(),
+    "divergence": lambda x, w: linear_divergence(x, w, Y, T).reverse_kl.sum() + 0 * x.sum() + 0 * w.sum(),
+    "policy": lambda x, w: linear_policy_loss(x, w, Y, A, old_logp=OLD, cu_seqlens=CU)[0],
+    "distill": lambda x, w: linear_distill_loss(x, w, T),
+    "sgcd": lambda x, w: sgcd_loss(x, w, Y, T, A, CU)[0],
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inference_mode_gives_the_same_value(op: str) -> None:
+    want = OPS[op](*leaves()).detach()
+    with torch.inference_mode():
+        assert torch.equal(OPS[op](*leaves()), want)
+
+
+def test_no_autograd_where_nothing_needs_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("autograd ran")
+
+    monkeypatch.setattr(policy_loss.torch.autograd, "grad", refuse)
+    OPS["policy"](X, W)
+    with torch.no_grad():
+        OPS["policy"](*leaves())
+
+
+def test_tensors_of_inference_mode_enter_a_training_call() -> None:
+    x, w = leaves()
+    given = {"advantages": A, "old_logp": OLD, "ref_logp": OLD, "importance_weights": A.abs()}
+    with torch.inference_mode():
+        made = {name: value.clone() for name, value in given.items()}
+        teacher, teacher_weight, bias = T.clone(), W.clone(), torch.ones(V)
+        temperature = torch.full((N,), 0.7)
+    for kind in ("reverse_kl", "jsd"):
+        linear_distill_loss(
+            x, w, teacher, teacher_weight, teacher_bias=bias, kind=kind, temperature=temperature
+        ).backward()
+    sgcd_loss(x, w, Y, teacher, made["advantages"], CU, temperature=temperature)[0].backward()
+    ours, _ = linear_policy_loss(x, w, Y, **made, cu_seqlens=CU, beta=0.1)
+    plain, _ = linear_policy_loss(x, w, Y, **given, cu_seqlens=CU, beta=0.1)
+    assert torch.equal(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0])
+
+
+@pytest.mark.parametrize("name", ["teacher_hidden", "teacher_weight", "teacher_bias", "temperature"])
+def test_a_teacher_that_changes_before_backward_is_noticed(name: str) -> None:
+    x, w = leaves()
+    given = {"teacher_hidden": T.clone(), "teacher_weight": W.clone(), "teacher_bias": torch.zeros(V)}
+    given["temperature"] = torch.ones(N)
+    loss = linear_distill_loss(x, w, **given)
+    given[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_breaks_the_graph_once_around_an_op(op: str) -> None:
+    """What is before the op, what is after it here, and what is after it in OPS: three graphs, nothing of the op."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def around(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return OPS[op](x * 2, w) * 3
+
+    compiled = torch.compile(around, backend=count)
+    x, w = leaves()
+    loss, want = compiled(x, w), around(x, w)
+    assert torch.equal(loss, want)
+    for ours, plain in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(want, (x, w))):
+        assert torch.equal(ours, plain)
+    assert len(graphs) <= 3
+    assert sum(len(graph.graph.nodes) for graph in graphs) <= 25
+
+
+class Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sequence_sums_use_no_atomics() -> None:
+    """index_add and its like sum in any order on CUDA: the loss would change from run to run."""
+    x = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    segments = Segments(torch.tensor([1, 1, 1, 3, 3, 3, 3]), 5, 4)
+    with Called() as called:
+        mean = segments.mean(x)
+    assert not {name for name in called.names if "index_add" in name or "scatter" in name or "index_put" in name}
+    want = torch.stack([x[:0].sum(), x[:3].mean(), x[:0].sum(), x[3:].mean(), x[:0].sum()])
+    torch.testing.assert_close(mean, want)
+    upstream = torch.randn(5, dtype=torch.float64)
+    ours, plain = (torch.autograd.grad(y, x, upstream)[0] for y in (mean, want))
+    torch.testing.assert_close(ours, plain)
+    assert torch.equal(Segments(torch.zeros(0).long(), 3, 0).mean(torch.zeros(0)), torch.zeros(3))
