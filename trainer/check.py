@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "pydantic", "openai", "safetensors")
 BYTES_PER_PARAMETER = 12  # weights and two moments in fp32
-DRIFT = {"float32": 1e-3, "bfloat16": 0.5}  # most that engine and trainer may differ in a log-prob
+DRIFT = {"off": 1e-3, "bfloat16": 0.5, "auto": 0.5}  # by autocast: most that engine and trainer may differ
 PROBE_REFERENCE = "check first , then act"
 
 
@@ -132,7 +132,7 @@ def model(probe: Probe) -> str:
     loaded, tokenizer, renderer = policy.load(probe.config.model)
     probe.found |= {"model": loaded, "tokenizer": tokenizer, "renderer": renderer}
     millions = sum(p.numel() for p in loaded.parameters()) / 1e6
-    return f"{type(loaded).__name__}, {millions:.1f} M parameters, {probe.config.model.dtype}"
+    return f"{type(loaded).__name__}, {millions:.1f} M parameters, autocast {probe.config.model.autocast}"
 
 
 def environment(probe: Probe) -> str:
@@ -203,7 +203,7 @@ def scoring(probe: Probe) -> str:
     drift = max(
         float((s.student_logp - torch.tensor(s.rollout.logprobs))[m].abs().max()) for s, m in zip(scored, masks)
     )
-    if drift > DRIFT[probe.config.model.dtype] and probe.config.top_p == 1:
+    if drift > DRIFT[probe.config.model.autocast] and probe.config.top_p == 1:
         raise UserError(f"engine and trainer differ by {drift:.3g} in a log-prob; ratios would be biased")
     return f"{len(divergence)} tokens, mean divergence {divergence.mean():.3g}, engine and trainer agree to {drift:.1g}"
 

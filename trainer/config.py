@@ -21,8 +21,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
     renderer: Literal["compact", "chatml"] = "compact"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights and the optimiser
-    autocast: Literal["off", "bfloat16", "auto"] = "off"  # the decoder computes in bf16; auto: if the hardware can
+    autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
     attn_implementation: str = "sdpa"
     max_length: int = Field(1024, gt=0)  # prompt + response, tokens
     cpu_threads: int = Field(0, ge=0)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB

@@ -33,7 +33,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path: cannot load {config.path} ({reason[:300]})") from error

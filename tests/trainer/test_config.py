@@ -85,6 +85,7 @@ MISTAKES = {
     "max_steps: 2.5": "max_steps: got 2.5, needs a whole number",
     "learning_rate: .inf": "learning_rate: got inf, needs a finite number",
     "arm: sgdc": "arm: got 'sgdc', needs 'grpo', 'sgcd' or 'direct_sd'",
+    "model: {dtype: bfloat16}": "unknown key 'model.dtype'",  # AdamW's weights are fp32; autocast computes in bf16
     "model: tiny": "model: got 'tiny', needs a section",
     "credit: 3": "credit: got 3, needs a section",
     "credit: {gamma: -1}": "credit: gamma is -1",
