@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -49,6 +51,7 @@ def test_every_task_tells_gold_from_nothing_done_and_near_misses(split: str) -> 
     assert counts["gold: passed"] == catalogue.SPLITS[split]
     assert counts["check skipped: failed"] > 20
     assert counts["argument changed: failed"] > 200
+    assert counts["wrong write first: failed"] > 200
 
 
 def test_gold_passes_through_the_environment_itself() -> None:
@@ -86,9 +89,24 @@ def test_no_action_tasks_are_few() -> None:
 
 
 def test_tasks_are_the_same_in_another_process() -> None:
-    task = catalogue.tasks("train")[0]
-    assert catalogue.scenario("train", 0)[0] == task
-    assert initial_state(task.data) == initial_state(task.data)
+    code = (
+        "from trainer.envs.workday.tasks import tasks;print([(x.instruction, x.data['seed']) for x in tasks('train')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str([(x.instruction, x.data["seed"]) for x in catalogue.tasks("train")])
+
+
+def test_damage_that_the_state_no_longer_shows_fails() -> None:
+    task = next(t for t in ALL_TASKS if any(c.name == "files_delete" for c in solve(t.data).writes))
+    file = next(c.arguments["file"] for c in solve(task.data).writes if c.name == "files_delete")
+    done = gold_messages(task)
+    assert play(task, done)[0] == 1.0
+    assert play(task, [call("files_share", file=file, to="team"), *done]) == (0.0, "stray_write:files_share")
+
+
+def test_an_episode_that_never_ends_in_words_is_not_done() -> None:
+    for task in catalogue.tasks("train"):
+        assert play(task, gold_messages(task)[:-1]) == (0.0, "unfinished")
 
 
 def test_the_instruction_names_no_check() -> None:
@@ -160,7 +178,7 @@ def test_skipping_every_check_fails_where_a_condition_holds() -> None:
         state = initial_state(task.data)
         steps, answer = follow(plan(task.data), state, lambda step: False)
         gold = solve(task.data)
-        if passes(task.data, gold, state, answer):
+        if passes(task.data, gold, state, [step.made for step in steps], answer):
             assert not any(step.decisive for step in gold.steps)
         assert all(step.call.kind != "check" for step in steps)
 
@@ -175,6 +193,7 @@ def test_an_information_task_must_be_answered_and_nothing_else_touched() -> None
     task = next(t for t in catalogue.tasks("dev") if t.task_class == "information" and len(t.data["parts"]) == 1)
     done = gold_messages(task)
     assert play(task, done)[0] == 1.0
+    assert play(task, done[:-1]) == (0.0, "unfinished")
     assert play(task, [*done[:-1], {"role": "assistant", "content": "answer sorry"}]) == (0.0, "wrong_answer")
     assert play(task, [call("mail_send", to="team", subject="hello"), *done]) == (0.0, "stray_write:mail_send")
     assert suite().answer_literals(task) == [solve(task.data).answer.split()[-1]]

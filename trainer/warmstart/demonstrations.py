@@ -52,7 +52,7 @@ def attempt(task: Task, rng: random.Random, recipe: Recipe) -> Attempt:
     state = initial_state(task.data)
     hurried = rng.random() < recipe.hurried
     steps, answer = follow(plan(task.data), state, lambda step: not hurried or rng.random() >= recipe.skip)
-    return Attempt(steps, answer, passes(task.data, solve(task.data), state, answer))
+    return Attempt(steps, answer, passes(task.data, solve(task.data), state, [step.made for step in steps], answer))
 
 
 def reference_of(attempts: list[Attempt]) -> tuple[str, Attempt] | None:

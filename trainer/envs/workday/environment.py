@@ -19,8 +19,9 @@ class WorkdayEnvironment:
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
         self.task = task
         self.state = initial_state(task.data)
-        self.trace: list[tuple[str, dict[str, Any]]] = []
-        self.answer = ""
+        self.trace: list[tuple[str, dict[str, Any]]] = []  # every call, for the label
+        self.done: list[tuple[str, dict[str, Any]]] = []  # those that took effect
+        self.answer: str | None = None  # None: the episode has not ended in words
         return [{"role": "user", "content": task.instruction}], schemas()
 
     async def step(self, message: Message) -> tuple[list[Message], bool]:
@@ -33,13 +34,17 @@ class WorkdayEnvironment:
     def _call(self, call: Mapping[str, Any]) -> Message:
         function = call["function"]
         arguments = json.loads(function["arguments"])
-        self.trace.append((function["name"], arguments))
         seen = act(self.state, function["name"], arguments)
+        self.trace.append((function["name"], arguments))
+        if "error" not in seen:
+            self.done.append((function["name"], arguments))
         return {"role": "tool", "tool_call_id": call["id"], "name": function["name"], "content": json.dumps(seen)}
 
     async def outcome(self) -> Outcome:
         gold = solve(self.task.data)
-        if passes(self.task.data, gold, self.state, self.answer):
+        if self.answer is None:
+            return Outcome(0.0, {"label": "unfinished"})
+        if passes(self.task.data, gold, self.state, self.done, self.answer):
             return Outcome(1.0, {"label": "passed"})
         return Outcome(0.0, {"label": label(gold, self.trace)})
 

@@ -22,6 +22,10 @@ class Step:
     seen: dict[str, Any]
 
     @property
+    def made(self) -> tuple[str, dict[str, Any]]:
+        return self.call.name, self.call.arguments
+
+    @property
     def decisive(self) -> bool:
         return self.call.kind == "check" and any(self.seen.get(k) != v for k, v in self.call.assume.items())
 
@@ -69,10 +73,15 @@ def answered(answer: str, gold: str) -> bool:
     return answer.split()[-1:] == gold.split()[-1:]
 
 
-def passes(data: Mapping[str, Any], gold: Solution, state: State, answer: str) -> bool:
-    """The verifier: the exact final state (collateral damage fails) and, where something was asked, the answer."""
+def passes(data: Mapping[str, Any], gold: Solution, state: State, trace: Trace, answer: str) -> bool:
+    """The verifier: the exact final state, no write but gold's, and, where something was asked, the answer.
+
+    The second rule is for damage that the state no longer shows: a file shared with everybody and then deleted.
+    """
     asks = any(part.kind.asks for part in data["parts"])
-    return state == gold.state and (not asks or answered(answer, gold.answer))
+    wanted = [(call.name, call.arguments) for call in gold.writes]
+    damage = any(SPECS[name].writes and (name, arguments) not in wanted for name, arguments in trace if name in SPECS)
+    return state == gold.state and not damage and (not asks or answered(answer, gold.answer))
 
 
 def label(gold: Solution, trace: Trace) -> str:

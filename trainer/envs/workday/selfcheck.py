@@ -1,8 +1,8 @@
 """`python -m trainer.envs.workday.selfcheck`: replay gold, nothing-done and near-misses for every task of every split.
 
 Gold must always pass. Doing nothing must always fail, no-action tasks aside (and there it must pass). Near-misses must
-always fail: a decisive check skipped, a write left out, a write with one argument changed, a write too many, another
-answer.
+always fail: a decisive check skipped, a write left out, a write with one argument changed, a wrong write before
+the right one, a write too many, another answer.
 """
 
 from __future__ import annotations
@@ -18,44 +18,57 @@ from trainer.envs.workday import tasks as catalogue
 from trainer.envs.workday.errands import initial_state, plan
 from trainer.envs.workday.gold import Solution, follow, passes, solve
 from trainer.envs.workday.templates import Call
-from trainer.envs.workday.world import AMOUNTS, DAYS, FILES, HOURS, State, act
+from trainer.envs.workday.world import AMOUNTS, DAYS, HOURS, State, act
 from trainer.types import Task
 
 
-def replay(task: Task, calls: list[Call]) -> State:
+def tried(task: Task, gold: Solution, calls: list[Call], answer: str) -> bool:
+    """Make `calls` in a fresh world and say whether the verifier lets it pass."""
+    state, done = make(task, calls)
+    return passes(task.data, gold, state, [(call.name, call.arguments) for call in done], answer)
+
+
+def make(task: Task, calls: list[Call]) -> tuple[State, list[Call]]:
+    """Make `calls` in a fresh world; give its state and the calls that took effect."""
     state = initial_state(task.data)
-    for call in calls:
-        act(state, call.name, call.arguments)
-    return state
+    return state, [call for call in calls if "error" not in act(state, call.name, call.arguments)]
 
 
 def other_value(key: str, value: Any, task: Task) -> Any:
-    """Return another valid value for an argument."""
-    pools: dict[str, list[Any]] = {"day": DAYS, "hour": HOURS, "amount": AMOUNTS, "file": FILES}
-    pools |= {"topic": task.data["topics"], "subject": ["hello", "other"], "text": ["hello", "other"]}
+    """Return another value for an argument, one with which the tool works."""
+    topics = task.data["topics"]
+    pools: dict[str, list[Any]] = {"day": DAYS, "hour": HOURS, "amount": AMOUNTS, "topic": topics}
+    pools |= {
+        "file": list(initial_state(task.data)["files"]),
+        "subject": ["hello", "other"],
+        "text": ["hello", "other"],
+    }
     pool = pools.get(key, task.data["people"])
     return next(candidate for candidate in pool if candidate != value)
 
 
-def near_misses(task: Task, gold: Solution) -> Iterator[tuple[str, State, str]]:
-    """Yield (kind, final state, answer) of runs that are almost right."""
+def near_misses(task: Task, gold: Solution) -> Iterator[tuple[str, list[Call], str]]:
+    """Yield (kind, calls, answer) of runs that are almost right."""
     for skipped in (step for step in gold.steps if step.decisive):
-        state = initial_state(task.data)
-        _, answer = follow(
+        steps, answer = follow(
             plan(task.data),
-            state,
+            initial_state(task.data),
             lambda step, skipped=skipped: step.call != skipped.call,  # type: ignore[misc]
         )
-        yield "check skipped", state, answer
+        yield "check skipped", [step.call for step in steps], answer
     for i, call in enumerate(gold.writes):
-        yield "write left out", replay(task, gold.writes[:i] + gold.writes[i + 1 :]), gold.answer
+        before, after = gold.writes[:i], gold.writes[i + 1 :]
+        yield "write left out", [*before, *after], gold.answer
         for key, value in call.arguments.items():
             changed = Call(call.name, {**call.arguments, key: other_value(key, value, task)}, "write")
-            yield "argument changed", replay(task, [*gold.writes[:i], changed, *gold.writes[i + 1 :]]), gold.answer
+            yield "argument changed", [*before, changed, *after], gold.answer
+            # In a chain the same call may be right elsewhere, or come too late to do anything.
+            if changed not in gold.writes and changed in make(task, [*before, changed])[1]:
+                yield "wrong write first", [*before, changed, call, *after], gold.answer
     stray = Call("mail_send", {"to": "team", "subject": "stray"}, "write")
-    yield "write too many", replay(task, [*gold.writes, stray]), gold.answer
+    yield "write too many", [*gold.writes, stray], gold.answer
     if task.task_class == "information":
-        yield "other answer", replay(task, gold.writes), "answer sorry"
+        yield "other answer", gold.writes, "answer sorry"
 
 
 def check_split(split: str) -> tuple[Counter[str], list[str]]:
@@ -72,11 +85,11 @@ def check_split(split: str) -> tuple[Counter[str], list[str]]:
         gold = solve(task.data)
         counts[task.task_class] += 1
         counts["calls"] += len(gold.steps)
-        expect("gold", task, passes(task.data, gold, replay(task, [s.call for s in gold.steps]), gold.answer), True)
-        idle = passes(task.data, gold, initial_state(task.data), "sorry")
+        expect("gold", task, tried(task, gold, [step.call for step in gold.steps], gold.answer), True)
+        idle = tried(task, gold, [], "sorry")
         expect("nothing done", task, idle, task.task_class == "no_action")
-        for kind, state, answer in near_misses(task, gold):
-            expect(kind, task, passes(task.data, gold, state, answer), False)
+        for kind, calls, answer in near_misses(task, gold):
+            expect(kind, task, tried(task, gold, calls, answer), False)
     return counts, wrong
 
 
@@ -88,6 +101,7 @@ def main() -> int:
         "check skipped",
         "write left out",
         "argument changed",
+        "wrong write first",
         "write too many",
         "other answer",
     ]
