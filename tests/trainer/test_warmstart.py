@@ -11,7 +11,7 @@ import torch
 from trainer import loop
 from trainer.configfile import load
 from trainer.warmstart.__main__ import FOLDER
-from trainer.warmstart.policy import WarmStart
+from trainer.warmstart.policy import WarmStart, fingerprint
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "workday_sgcd.yaml"
@@ -41,6 +41,7 @@ def test_the_shipped_weights_belong_to_these_demonstrations() -> None:
     assert record["key"] == WarmStart().key(), (
         "run `make warmstart`: words, demonstrations or their numbers have changed"
     )
+    assert record["weights"] == fingerprint(ROOT / FOLDER)
     gate = record["gate"]
     assert gate["true_reference"] >= gate["student"] + 0.20
     assert gate["wrong_task"] < gate["student"]

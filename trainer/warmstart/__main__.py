@@ -18,7 +18,7 @@ from rich.table import Table
 
 from trainer.chat.compact import CompactRenderer
 from trainer.warmstart.gate import Gate, measure
-from trainer.warmstart.policy import WarmStart, warm_start
+from trainer.warmstart.policy import WarmStart, fingerprint, warm_start
 
 FOLDER = Path("trainer/assets/workday-tiny")
 
@@ -71,9 +71,8 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(arguments.output, local_files_only=True).eval()
     renderer = CompactRenderer(AutoTokenizer.from_pretrained(arguments.output, local_files_only=True))
     gate = measure(model, renderer)
-    record.write_text(
-        json.dumps({"key": config.key(), "config": asdict(config), "gate": asdict(gate)}, indent=1) + "\n"
-    )
+    made = {"key": config.key(), "weights": fingerprint(arguments.output)}
+    record.write_text(json.dumps({**made, "config": asdict(config), "gate": asdict(gate)}, indent=1) + "\n")
     report(gate, console)
     return 0 if all(gate.verdicts().values()) else 1
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,11 @@ class WarmStart:
         """Hash these numbers, the words and a sample of the demonstrations: what the weights depend on, not how it is
         written."""
         renderer = CompactRenderer(tokenizer())
-        shown = demonstrations(500, renderer, self.recipe, self.seed) + drills(100, renderer, self.seed)
+        shown = [
+            *demonstrations(500, renderer, self.recipe, self.seed),
+            *drills(100, renderer, self.seed),
+            *rote(100, renderer, self.seed),
+        ]
         content = [asdict(self), sorted(renderer.vocabulary.items()), [(e.ids, e.loss_mask) for e in shown]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -65,6 +70,11 @@ def build(config: WarmStart, vocab_size: int) -> Any:
             pad_token_id=0,
         )
     )
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash the weights of a folder."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def warm_start(config: WarmStart, on_step: Progress) -> tuple[Any, Any]:
