@@ -23,8 +23,8 @@ class ModelConfig(Section):
     renderer: Literal["compact", "chatml"] = "compact"
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
     attn_implementation: str = "sdpa"
-    max_length: int = Field(1024, gt=0)  # prompt + response, tokens
-    cpu_threads: int = Field(0, ge=0)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
+    max_length: int = Field(1024, gt=0, le=2**20)  # prompt + response, tokens
+    cpu_threads: int = Field(0, ge=0, le=1024)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
 
 
 class EnvConfig(Section):
@@ -39,7 +39,7 @@ class EnvConfig(Section):
 
 class EngineConfig(Section):
     name: Literal["hf"] = "hf"
-    slots: int = Field(128, gt=0)  # sequences that decode together
+    slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
 
 
 class WriterConfig(Section):
@@ -54,7 +54,7 @@ class WriterConfig(Section):
     concurrency: int = Field(8, gt=0)
     max_prompt_chars: int = Field(48_000, gt=0)
     max_tokens: int = Field(1_024, gt=0)  # of one reference
-    token_budget: int | None = None  # of the whole run, prompt and completion; None is no limit
+    token_budget: int | None = Field(None, gt=0)  # of the whole run, prompt and completion; None is no limit
     cache_dir: Path = Path(".cache/references")
 
     @field_validator("api_key_env")
@@ -84,7 +84,7 @@ class Config(Section):
 
     arm: Arm = "sgcd"
     output_dir: Path = Path("runs/sgcd")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     resume_from_checkpoint: bool = True  # continue from the newest checkpoint in output_dir, if there is one
 
     model: ModelConfig = ModelConfig()
@@ -105,7 +105,7 @@ class Config(Section):
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"
     epsilon: float = Field(0.2, gt=0)
-    epsilon_high: float | None = 0.28
+    epsilon_high: float | None = Field(0.28, gt=0)
     scale_rewards: bool = True  # divide the advantage by the group's standard deviation
     distill_kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # the direct_sd arm
     distill_beta: float = Field(0.5, gt=0, lt=1)
@@ -115,8 +115,8 @@ class Config(Section):
     learning_rate: float = Field(3e-4, gt=0)
     lr_warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     tokens_per_microbatch: int = Field(8_192, gt=0)
 
@@ -137,6 +137,4 @@ class Config(Section):
                 f"max_completion_length: got {self.max_completion_length}, "
                 f"needs less than model.max_length = {self.model.max_length}"
             )
-        if self.epsilon_high is not None and self.epsilon_high <= 0:
-            raise ValueError(f"epsilon_high: got {self.epsilon_high}, needs null or a number greater than 0")
         return self

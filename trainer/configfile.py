@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 BASE = "base"  # a file may say `base: other.yaml` and then hold only what differs
 RESOLVED = "config.yaml"  # in a run directory
 
-# A run may be continued with other values of these: they change how long it goes on and what it reports, not its steps.
+# A run may be continued with other values of these: they change how long it goes on, what it reports and how its writer
+# is reached, not its steps.
 FREE = frozenset(
     {
         "output_dir",
@@ -37,6 +40,11 @@ FREE = frozenset(
         "save_total_limit",
         "trace_steps",
         "report_to",
+        "writer.base_url",
+        "writer.api_key_env",
+        "writer.timeout",
+        "writer.max_retries",
+        "writer.concurrency",
     }
 )
 
@@ -70,7 +78,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise UserError(f"--{key}: needs a value, as in --{key} VALUE")
             text = rest.pop(0)
         try:
-            pairs.append((key.replace("-", "_"), yaml.safe_load(text)))
+            pairs.append((key.replace("-", "_"), _parse(text)))
         except yaml.YAMLError:
             raise UserError(f"--{key}: {text!r} is not a YAML value (quote strings that hold : or brackets)") from None
     return pairs
@@ -85,7 +93,7 @@ def validate(tree: Mapping[str, Any], source: Path, overridden: Collection[str] 
     except ValidationError as error:
         details = error.errors(include_url=False)
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        where = "command line" if _dotted(details[0]) in overridden else source
+        where = "command line" if any(_is_about(details[0], key) for key in overridden) else source
         raise UserError(f"{where}: {_explain(details[0], Config)}{more}") from None
 
 
@@ -129,7 +137,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: its `{BASE}` leads back to itself; remove one of the links")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -143,6 +151,17 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     return _overlay(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _parse(text: str) -> Any:
+    """YAML as plain data; whatever cannot be that is a `YAMLError`."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value, skipkeys=True, default=str)  # finds what holds itself
+    except (ValueError, RecursionError) as error:
+        circular = "Circular" in str(error)
+        raise yaml.YAMLError("an alias stands inside what it names" if circular else str(error)) from None
+    return value
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +191,7 @@ def _nearest_file(path: Path) -> str:
 
 def _position(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    return f" (line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'})" if mark else ""
+    return f" (line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'})" if mark else f" ({error})"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,6 +232,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
     message = detail["msg"]
+    if detail["type"] == "invalid_key" or key.endswith(".[key]"):
+        return f"{key.removesuffix('.[key]')}: is not a name; config keys are words, so quote it or write another"
     if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
         return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
     need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
@@ -223,6 +244,7 @@ _NEED = {  # where pydantic speaks of its own types
     "model_type": "a section with keys of its own",
     "dataclass_type": "a section with keys of its own",
     "list_type": "a list, such as [a, b]",
+    "dict_type": "a section with keys of its own",
     "int_from_float": "a whole number",
 }
 
@@ -231,11 +253,20 @@ def _dotted(detail: ErrorDetails) -> str:
     return ".".join(str(part) for part in detail["loc"])
 
 
+def _is_about(detail: ErrorDetails, override: str) -> bool:
+    """Whether a mistake is about an overridden key: at it, inside it, or in a check of a section that names it."""
+    key = _dotted(detail)
+    if detail["type"] == "value_error" and (not key or override.startswith(f"{key}.")):
+        inside = override.removeprefix(f"{key}.")
+        return bool(re.search(rf"(?<![\w.]){re.escape(inside)}(?![\w.])", detail["msg"]))
+    return f"{key}.".startswith(f"{override}.") or f"{override}.".startswith(f"{key}.")
+
+
 def _show(key: str, value: Any) -> str:
     """A value for a message, cut short; what may be a secret is not shown."""
     if value is _ABSENT:
         return "not set"
     if "key" in key.rsplit(".", 1)[-1] or "url" in key:
-        return "something else"
+        return "(not shown)"
     text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,9 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ import pytest
 if not os.environ.get("CI"):
     pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed; `make test` installs it")
 
+from trainer import envs
 from trainer.envs.bfcl import data, suite
 from trainer.envs.bfcl.calls import Call, parse_call
 from trainer.envs.bfcl.demos import assistant_call, demonstrate, gold_messages
 from trainer.envs.bfcl.suite import BfclEnvironment, BfclSuite
 from trainer.envs.bfcl.world import World
+from trainer.extras import REMEDY
 from trainer.types import EnvironmentBroken, Message, Outcome, Task, UserError
 
 SAY = {"role": "assistant", "content": "Done."}
@@ -205,10 +209,16 @@ def test_options_are_checked() -> None:
     for options, words in [
         ({"category": ["base"]}, "no option 'category'"),
         ({"categories": ["basic"]}, "'basic' is not one of"),
+        ({"categories": []}, r"categories: got \[\], needs a list of base, miss_func"),
+        ({"categories": 5}, "categories: got 5, needs a list"),
+        ({"categories": "base"}, "categories: got 'base', needs a list"),
+        ({"categories": [["base"]]}, "is not one of"),
         ({"max_user_turns": 0}, "at least 1"),
+        ({"max_user_turns": True}, "at least 1"),
+        ({"categories": ["base"], "max_gold_calls": 1}, "no task is left in bfcl's"),
     ]:
         with pytest.raises(UserError, match=words):
-            suite(**options)
+            envs.load("bfcl", **options)
     with pytest.raises(UserError, match="no split 'validation'"):
         suite().tasks("validation")
 
@@ -223,6 +233,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps bfcl-eval=="):
         suite()
+
+
+def test_the_package_has_one_version_everywhere() -> None:
+    root, pin = Path(__file__).parents[2], REMEDY["bfcl_eval"].split()[-1]
+    for name in ("requirements-bfcl.txt", "Makefile", "docs/bfcl.md"):
+        assert set(re.findall(r"bfcl-eval==[\d.]*\d", (root / name).read_text())) <= {pin}
 
 
 def test_a_broken_world_is_no_failure_of_the_policy(first_turn: BfclSuite) -> None:

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer import configfile
+from trainer import configfile, envs
 from trainer.config import Config
 from trainer.types import UserError
 
@@ -59,7 +59,7 @@ def test_every_config_that_ships_is_valid(path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(
-    seed=st.integers(0, 2**31),
+    seed=st.integers(0, 2**31 - 1),
     rate=st.floats(1e-9, 1.0),
     gamma=st.floats(0, 5),
     path=st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=20),
@@ -92,6 +92,21 @@ MISTAKES = {
     "report_to: tensorboard": "report_to: got 'tensorboard', needs a list",
     "max_completion_length: 5000": "max_completion_length: got 5000, needs less than model.max_length",
     "writer: {base_url: localhost}": r"writer.base_url: needs an http\(s\) URL",
+    "seed: 99999999999999999999999": "seed: got 99999999999999999999999, needs less than 2147483648",
+    "seed: 18446744073709551615": "seed: got 18446744073709551615, needs less than",
+    "seed: -1": "seed: got -1, needs greater than or equal to 0",
+    "adam_beta1: 2": "adam_beta1: got 2, needs less than 1",
+    "adam_beta2: 1": "adam_beta2: got 1, needs less than 1",
+    "epsilon_high: -1": "epsilon_high: got -1, needs greater than 0",
+    "env: {options: [1]}": r"env.options: got \[1\], needs a section",
+    "engine: {slots: 1000000000000}": "engine.slots: got 1000000000000, needs less than or equal to 4096",
+    "model: {max_length: 1000000000000}": "model.max_length: got .*, needs less than",
+    "writer: {token_budget: -1}": "writer.token_budget: got -1, needs greater than 0",
+    "writer: {base_url: 5}": r"writer.base_url: got \(not shown\), needs a valid string",
+    "env: {options: &a {b: *a}}": r"c.yaml: is not valid YAML \(an alias stands inside what it names\)",
+    "seed: 2024-13-45": r"is not valid YAML \(month must be in 1..12",
+    "1: 2": "1: is not a name",
+    "env: {options: {1: 2}}": "env.options.1: is not a name",
     "- a\n- b": "got a list, needs a mapping",
     "a: [1": "is not valid YAML",
     "a: b: c": r"is not valid YAML \(line 1",
@@ -110,6 +125,22 @@ def test_a_mistake_on_the_command_line_is_said_to_be_there(tmp_path: Path) -> No
     path = write(tmp_path, "seed: 1\n")
     with pytest.raises(UserError, match=r"^command line: seed: got 'x'"):
         configfile.load(path, ["--seed", "x"])
+    for key, value in (
+        ("--credit.clip", "0.5"),
+        ("--credit.start", "0.01"),  # refused by a check of two fields
+        ("--model.max_length", "10"),
+        ("--report_to", "[foo]"),
+        ("--epsilon_high", "-1"),
+        ("--writer", "3"),
+        ("--model.path.x", "1"),
+    ):
+        with pytest.raises(UserError, match=r"^command line: "):
+            configfile.load(path, [key, value])
+    broken = write(tmp_path, "credit: {gamma: -1}\n", "broken.yaml")
+    with pytest.raises(UserError, match=r"broken\.yaml: credit: gamma"):
+        configfile.load(broken, ["--credit.clip", "3", "--seed", "2"])
+    with pytest.raises(UserError, match=r"--env\.options: '&a \[\*a\]' is not a YAML value"):
+        configfile.load(path, ["--env.options", "&a [*a]"])
     with pytest.raises(UserError, match=r"--seed\.x: seed is a value, not a section"):
         configfile.load(path, ["--seed.x", "1"])
 
@@ -129,6 +160,15 @@ def test_a_run_may_go_on_longer_and_report_more(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["max_steps"] == 50
 
 
+def test_a_run_may_reach_its_writer_another_way(tmp_path: Path) -> None:
+    configfile.claim(Config(output_dir=tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    there = {"base_url": "http://localhost:1/v1", "timeout": 5, "max_retries": 0, "concurrency": 1, "api_key_env": "K"}
+    configfile.claim(Config.model_validate({"output_dir": tmp_path, "writer": there}))
+    with pytest.raises(UserError, match=r"writer\.model is 'gpt-5-mini' there and 'other' here"):
+        configfile.claim(Config.model_validate({"output_dir": tmp_path, "writer": {"model": "other"}}))
+
+
 @pytest.mark.parametrize(
     ("change", "key"), [({"seed": 3}, "seed"), ({"arm": "grpo"}, "arm"), ({"credit": {"gamma": 0.5}}, r"credit\.gamma")]
 )
@@ -142,6 +182,11 @@ def test_a_run_directory_of_another_config_is_refused(tmp_path: Path, change: di
     ):
         configfile.claim(other)
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_workday_takes_no_options() -> None:
+    with pytest.raises(UserError, match=r"^env\.options: workday has no option 'foo'; it takes none$"):
+        envs.load("workday", foo=1)
 
 
 def test_a_run_that_never_took_a_step_gives_way(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from trainer.types import Suite, UserError
@@ -14,9 +15,15 @@ def load(name: str, **options: Any) -> Suite:
     """Return the suite called `name`; its module offers `suite(**options)`.
 
     Raises:
-        UserError: no environment has that name.
+        UserError: no environment has that name, or it does not take an option.
     """
     if name not in SUITES:
         raise UserError(f"env.name: no environment is called {name!r}; there are {', '.join(sorted(SUITES))}")
-    suite: Suite = importlib.import_module(SUITES[name]).suite(**options)
+    make = importlib.import_module(SUITES[name]).suite
+    takes = inspect.signature(make).parameters
+    for option in options:
+        if option not in takes:
+            known = f"there are {', '.join(takes)}" if takes else "it takes none"
+            raise UserError(f"env.options: {name} has no option {option!r}; {known}")
+    suite: Suite = make(**options)
     return suite

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from trainer.envs.bfcl.suite import BfclSuite, suite
+from trainer.envs.bfcl.suite import BfclSuite
 
-__all__ = ["BfclSuite", "suite"]
+suite = BfclSuite

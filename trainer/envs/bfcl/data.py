@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.envs.bfcl.calls import Call, parse_call
+from trainer.extras import REMEDY
 from trainer.types import Tool, UserError
 
-PACKAGE = "bfcl-eval==2026.3.23"
+INSTALL = f"pip install {REMEDY['bfcl_eval']}"
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 # API class -> (module that holds it, file that documents its functions)
 APIS = {
@@ -58,7 +59,7 @@ def folder() -> Path:
     """
     spec = importlib.util.find_spec("bfcl_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"env.name: bfcl needs the benchmark package: pip install --no-deps {PACKAGE}")
+        raise UserError(f"env.name: bfcl needs the benchmark package: {INSTALL}")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

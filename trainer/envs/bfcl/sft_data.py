@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from trainer.chat.chatml import ChatMLRenderer
 from trainer.credit.contrast import ANSWER, EMPTY_SHELL, Names, avoids, checks, deviation, format_reference
 from trainer.envs.bfcl.demos import demonstrate
-from trainer.envs.bfcl.suite import suite
+from trainer.envs.bfcl.suite import BfclSuite
 from trainer.sft import Example
 from trainer.types import Message, Task, Tool
 
@@ -33,8 +33,8 @@ async def examples(renderer: ChatMLRenderer, mix: Mix, on_task: Callable[[], Non
     """All examples, in a fixed order."""
     rng = random.Random(mix.seed)
     made = []
-    whole = suite(categories=mix.categories)
-    first = suite(categories=mix.categories, max_user_turns=1)
+    whole = BfclSuite(categories=mix.categories)
+    first = BfclSuite(categories=mix.categories, max_user_turns=1)
     for conversation, opening in zip(whole.tasks("train"), first.tasks("train")):
         messages, tools, _ = await demonstrate(conversation)
         made.append(example(renderer, messages, tools, mix.max_tokens))

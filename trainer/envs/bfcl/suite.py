@@ -22,19 +22,6 @@ SYSTEM = (
 HANDOVER = "These functions are available now. What about it?"  # the user's turn that gives held-back functions
 
 
-def suite(**options: Any) -> BfclSuite:
-    """See `BfclSuite`.
-
-    Raises:
-        UserError: an option is unknown or has a value that does not fit, or the package is missing.
-    """
-    known = {"categories", "max_user_turns", "max_gold_calls"}
-    for name in options:
-        if name not in known:
-            raise UserError(f"env.options: bfcl has no option {name!r}; there are {', '.join(sorted(known))}")
-    return BfclSuite(**options)
-
-
 class BfclSuite:
     """BFCL multi-turn as tasks.
 
@@ -43,6 +30,9 @@ class BfclSuite:
         max_user_turns: play and verify only the first so many user turns of each conversation (an easier task than the
             benchmark's: say so wherever such a score is reported). None is the whole conversation.
         max_gold_calls: leave out tasks whose gold needs more calls than this.
+
+    Raises:
+        UserError: an option has a value that does not fit or that leaves a split empty, or the package is missing.
 
     The split is by entry number, which the four categories share: variants of one conversation never straddle splits.
     """
@@ -55,17 +45,22 @@ class BfclSuite:
         max_user_turns: int | None = None,
         max_gold_calls: int | None = None,
     ):
+        if not isinstance(categories, (list, tuple)) or not categories:
+            raise UserError(f"env.options.categories: got {categories!r}, needs a list of {', '.join(CATEGORIES)}")
         for category in categories:
             if category not in CATEGORIES:
                 raise UserError(f"env.options.categories: {category!r} is not one of {', '.join(CATEGORIES)}")
         for name, value in (("max_user_turns", max_user_turns), ("max_gold_calls", max_gold_calls)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"env.options.{name}: got {value!r}, needs a whole number of at least 1")
-        self.categories = tuple(categories)
+        self.categories = tuple(dict.fromkeys(categories))
         self.max_user_turns = max_user_turns
         self.max_gold_calls = max_gold_calls
         data.folder()  # a missing package is said here
         self.splits: Mapping[str, int] = {split: len(self.entries(split)) for split in data.SPLITS}
+        for split, size in self.splits.items():
+            if not size:
+                raise UserError(f"env.options: no task is left in bfcl's {split}; raise max_gold_calls")
         self._tasks = functools.cache(self._make_tasks)
 
     def entries(self, split: str) -> list[Entry]:

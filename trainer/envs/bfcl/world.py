@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.envs.bfcl.calls import Call
-from trainer.envs.bfcl.data import APIS, PACKAGE, Entry, documentation
+from trainer.envs.bfcl.data import APIS, INSTALL, Entry, documentation
 from trainer.types import EnvironmentBroken, UserError
 
 SOURCE = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
@@ -35,9 +35,7 @@ class World:
         try:
             thing = getattr(importlib.import_module(f"{SOURCE}.{APIS[api]}"), api)()
         except ImportError as error:
-            raise UserError(
-                f"env.name: bfcl cannot load {api} ({error}): pip install mpmath and pip install --no-deps {PACKAGE}"
-            ) from error
+            raise UserError(f"env.name: bfcl cannot load {api} ({error}): pip install mpmath and {INSTALL}") from error
         if api not in STATELESS:
             config = copy.deepcopy(entry.initial_config.get(api, {}))
             try:
