@@ -107,6 +107,7 @@ def extract(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _silence()
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
@@ -119,6 +120,13 @@ def extract(gguf: Path, folder: Path) -> None:
         raise UserError(f"SmolLM2 cannot be read ({str(error).splitlines()[0]}): {INSTALL}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _silence() -> None:
+    """No bars of transformers for reading and writing shards: ours is the only progress that anybody waits for."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def demonstrations(base: Path, recipe: Recipe, mix: Mix) -> tuple[ChatMLRenderer, list[Example]]:
@@ -148,6 +156,7 @@ def tune(
     from trainer.model import fast_bf16
     from trainer.sft import sft
 
+    _silence()
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     losses: list[float] = []

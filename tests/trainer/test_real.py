@@ -19,7 +19,7 @@ from trainer import real
 from trainer.chat.chatml import ChatMLRenderer
 from trainer.clock import Clock
 from trainer.config import Config, ModelConfig
-from trainer.credit.contrast import ContrastWriter
+from trainer.credit.writers import ContrastWriter
 from trainer.envs.bfcl import data, suite
 from trainer.envs.bfcl.demos import demonstrate, gold_messages
 from trainer.envs.bfcl.sft_data import Mix, example, examples
@@ -137,7 +137,9 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_weights() -> None:
 
 def test_tuning_writes_a_folder_that_knows_its_syntax(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.enable_progress_bar()
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     tiny_model().save_pretrained(base)
     tokenizer().save_pretrained(base)
@@ -145,6 +147,7 @@ def test_tuning_writes_a_folder_that_knows_its_syntax(tmp_path: Path) -> None:
     renderer, made = real.demonstrations(base, recipe, Mix(max_tokens=3_000))
     with real.progress_bar("SFT", 2) as on_step:
         real.tune(base, tuned, recipe, renderer, made, on_step)
+    assert not logging.is_progress_bar_enabled(), "bars for shards would stand among ours"
     assert len(json.loads((tuned / "sft_losses.json").read_text())) == 2
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tuned).state_dict()

@@ -282,6 +282,21 @@ def test_the_token_budget_holds(tmp_path: Path) -> None:
     assert sum(g.reference_info.get("error") == "budget_spent" for g in groups) == 8 - calls
 
 
+def test_the_token_budget_is_of_the_whole_run(tmp_path: Path) -> None:
+    with StubEndpoint(Reply(good_reply())) as stub:
+        first = ask(stub, tmp_path, group(*MIXED), token_budget=2_500, max_tokens=100)
+        state = json.loads(json.dumps(first.state_dict()))
+        calls = len(stub.bodies)
+        resumed = writers.load(configured(stub, tmp_path, token_budget=first.budget.spent, max_tokens=100), ToySuite())
+        resumed.load_state_dict(state)
+        late = group(*MIXED, of=task("s9", "task 9"))
+        run(resumed, late)
+    assert (late.reference_info["error"], len(stub.bodies)) == ("budget_spent", calls)
+    offline = writers.load(WriterConfig(name="contrast"), ToySuite())
+    assert offline.state_dict() == {}
+    offline.load_state_dict({})
+
+
 def test_usage_that_lies_cannot_break_the_budget(tmp_path: Path) -> None:
     for tokens in (-5, 10**15):
         made = group(*MIXED)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.types import Group, Rollout
+from trainer.types import Rollout
 
 MAX_STEPS = 24  # words of one section; beyond that a reference crowds the context it is meant to explain
 ANSWER = "answer"
@@ -93,14 +93,3 @@ def last_common(names: Names, prefixes: set[Names]) -> str | None:
         if names[:n] not in prefixes:
             return names[n - 2] if n > 1 else START
     return None
-
-
-class ContrastWriter:
-    """Writes each mixed group's reference from its own siblings."""
-
-    name = "contrast"
-
-    async def write(self, groups: list[Group]) -> None:
-        for group in groups:
-            group.reference = contrast(group.rollouts) if group.mixed else ""
-            group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}

@@ -67,6 +67,14 @@ class OpenAIWriter:
         self._loopback = is_loopback(config.base_url)
         self._key = read_key(config, self._loopback)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The tokens spent so far: `token_budget` is of the whole run, however often it is resumed."""
+        return {"spent": self.budget.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; what was written before the budget was kept has spent nothing."""
+        self.budget.spent = int(state.get("spent", 0))
+
     def __repr__(self) -> str:
         return f"OpenAIWriter(model={self.config.model!r})"  # the default would do, but never show the key
 

@@ -7,9 +7,9 @@ After `write`, every group has a `reference` ("" means none: it trains with W = 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.credit.contrast import EMPTY_SHELL, ContrastWriter
+from trainer.credit.contrast import EMPTY_SHELL, contrast
 from trainer.types import Group, Renderer, Suite, UserError
 
 if TYPE_CHECKING:
@@ -22,9 +22,34 @@ class Writer(Protocol):
     name: str
 
     async def write(self, groups: list[Group]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, so that a limit of the whole run holds across resumes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class NoneWriter:
+class Stateless:
+    """A writer that remembers nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ContrastWriter(Stateless):
+    """Writes each mixed group's reference from its own siblings."""
+
+    name = "contrast"
+
+    async def write(self, groups: list[Group]) -> None:
+        for group in groups:
+            group.reference = contrast(group.rollouts) if group.mixed else ""
+            group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
+
+
+class NoneWriter(Stateless):
     """No reference at all: the ablation in which SGCD must equal GRPO bit by bit."""
 
     name = "none"
@@ -34,7 +59,7 @@ class NoneWriter:
             group.reference, group.reference_info = "", {"writer": self.name}
 
 
-class EmptyShellWriter:
+class EmptyShellWriter(Stateless):
     """The frame of a reference without content: what is left of the effect is style."""
 
     name = "empty_shell"
@@ -45,7 +70,7 @@ class EmptyShellWriter:
             group.reference_info = {"writer": self.name}
 
 
-class WrongTaskWriter:
+class WrongTaskWriter(Stateless):
     """The contrast reference of the next group in the batch that belongs to another scenario."""
 
     name = "wrong_task"
