@@ -8,15 +8,16 @@ one position, is it inert or saturated, does the policy start to quote the refer
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+from string import punctuation
 
 import torch
 from torch import Tensor
 
-from trainer.reporting import MetricLogger as MetricLogger
 from trainer.types import Group, Message, Rollout, TokenClass
 
 W_BINS = (0.5, 0.999, 1.001, 1.25, 1.5, 1.75, 1.999)  # edges; W == 1 and W == c (2) have a bin of their own
@@ -183,21 +184,20 @@ def leaked_phrases(group: Group) -> float:
     hits = 0
     for rollout in group.rollouts:
         said = {p for m in rollout.messages if m["role"] == "assistant" for p in _phrases(_text(m))}
-        shown = {
-            p
-            for m in [*rollout.prompt_messages, *rollout.messages]
-            if m["role"] != "assistant"
-            for p in _phrases(_text(m))
-        }
+        shown = {p for text in _shown(rollout) for p in _phrases(text)}
         hits += bool((said & reference) - shown)
     return hits / max(1, len(group.rollouts))
 
 
 def argument_overlap(group: Group) -> float:
-    """The share of tool-call argument values that stand word for word in the reference."""
-    words = set(group.reference.split())
-    values = [v for r in group.rollouts for m in r.messages for v in _arguments(m)]
-    return fmean(v in words for v in values) if values else 0.0
+    """The share of tool-call argument values that are a word of the reference and were shown nowhere else."""
+    reference = {word.strip(punctuation) for word in group.reference.lower().split()} - {""}
+    taken = []
+    for rollout in group.rollouts:
+        shown = "\n".join(_shown(rollout)).lower()
+        values = [value.lower() for m in rollout.messages for value in _arguments(m)]
+        taken += [v in reference and not re.search(rf"(?<!\w){re.escape(v)}(?!\w)", shown) for v in values]
+    return fmean(taken) if taken else 0.0
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,11 @@ def _by_class(table: _Table, mass: Tensor) -> dict[str, float]:
 def _text(message: Message) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else ""
+
+
+def _shown(rollout: Rollout) -> list[str]:
+    """What the policy read: its prompt and every observation."""
+    return [_text(m) for m in [*rollout.prompt_messages, *rollout.messages] if m["role"] != "assistant"]
 
 
 def _phrases(text: str) -> set[tuple[str, ...]]:

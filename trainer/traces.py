@@ -17,16 +17,16 @@ from typing import Any
 from trainer.types import Group, Rollout
 
 SCHEMA = 1
-# Field of the trace <- the names under which a scored rollout may hold it.
+# Field of the trace <- field of `metrics.Scored`.
 SCORES = {
-    "student_logp": ("student_logp",),
-    "teacher_logp": ("teacher_logp",),
-    "student_entropy": ("student_entropy",),
-    "teacher_entropy": ("teacher_entropy",),
-    "d": ("d", "divergence"),
-    "W": ("W", "weights"),
-    "s": ("s", "saliency"),
-    "span": ("span", "span_ids"),
+    "student_logp": "student_logp",
+    "teacher_logp": "teacher_logp",
+    "student_entropy": "student_entropy",
+    "teacher_entropy": "teacher_entropy",
+    "d": "divergence",
+    "W": "weights",
+    "s": "saliency",
+    "span": "span_ids",
 }
 
 Pieces = Callable[[Sequence[int]], list[str]]
@@ -85,10 +85,7 @@ def sibling(rollout: Rollout, scores: Any, pieces: Pieces) -> dict[str, Any]:
         "logprobs": numbers(rollout.logprobs),
     }
     if scores is not None:
-        for name, sources in SCORES.items():
-            values = next((getattr(scores, s) for s in sources if getattr(scores, s, None) is not None), None)
-            if values is not None:
-                record[name] = numbers(values.tolist())
+        record |= {name: numbers(getattr(scores, source).tolist()) for name, source in SCORES.items()}
     return record
 
 

@@ -75,7 +75,7 @@ class Completion:
 
 @dataclass
 class Rollout:
-    """One episode: a prompt, then generated and observed tokens in turn. The four lists run in parallel."""
+    """One episode: a prompt, then generated and observed tokens in turn. The five lists run in parallel."""
 
     task: Task
     prompt_messages: list[Message]
@@ -110,7 +110,12 @@ class Group:
 
 
 class Environment(Protocol):
-    """One live episode. An environment that breaks raises `EnvironmentBroken`; it never scores 0 for it."""
+    """One live episode. An environment that breaks raises `EnvironmentBroken`; it never scores 0 for it.
+
+    `env.timeout` ends a call only where it awaits: one that blocks holds every other episode too, and nothing can stop
+    it. What may block (a subprocess, a socket, a long computation) belongs in a thread (`asyncio.to_thread`) or a
+    process that the environment awaits.
+    """
 
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]: ...
     async def step(self, message: Message) -> tuple[list[Message], bool]:

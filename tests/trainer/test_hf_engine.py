@@ -76,11 +76,11 @@ def test_state_continues_the_stream() -> None:
     model = toy.model()
     first = engine(model)
     asyncio.run(many(first, 4))
-    state = first.state_dict()
+    state = first.generator.get_state()
     first.load_weights(model)
     expected = asyncio.run(many(first, 4))
     second = engine(model, seed=99)
-    second.load_state_dict(state)
+    second.generator.set_state(state)
     assert asyncio.run(many(second, 4)) == expected
 
 

@@ -159,6 +159,16 @@ def test_reference_metrics_count_failures_and_overlap() -> None:
     assert m["leak/argument_overlap"] == 0.5
 
 
+def test_only_what_nothing_else_showed_counts_as_taken_from_the_reference() -> None:
+    root = rollout(1.0, [call(path="."), call(path="...")])
+    told = rollout(1.0, [call(to="Amy")], prompt_messages=[{"role": "user", "content": "Write to amy, please"}])
+    found = rollout(1.0, [{"role": "tool", "content": '{"to":"amy"}'}, call(to="amy")])
+    taken = rollout(0.0, [call(to="Amy")])
+    reference = "steps send answer . avoid amy ."
+    for one, share in ((root, 0.0), (told, 0.0), (found, 0.0), (taken, 1.0)):
+        assert metrics.argument_overlap(Group(task(), [one], reference=reference)) == share
+
+
 def test_the_record_holds_one_object_a_step(tmp_path: Path) -> None:
     console = Console(file=(tmp_path / "screen.txt").open("w"), width=200)
     with MetricLogger(tmp_path, total_steps=2, console=console) as logger:

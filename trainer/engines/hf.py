@@ -59,7 +59,7 @@ class HFEngine:
         slots: rows of the cache.
         stop_ids: tokens that end a turn.
         max_length: the most tokens a row may hold; a completion that reaches it finishes with "length".
-        seed: of the sampling generator, whose state is `state_dict`.
+        seed: of `generator`, which samples; its state is all that a checkpoint needs, for caches are only a saving.
 
     Raises:
         ValueError: the model keeps state that is not a plain key-value cache.
@@ -115,14 +115,6 @@ class HFEngine:
 
     def wake(self) -> None:
         """Nothing to do: memory is taken when it is first needed."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampling generator's state; caches are only a saving and are not state."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue sampling where `state` was taken."""
-        self.generator.set_state(state["generator"])
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
