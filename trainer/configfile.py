@@ -245,6 +245,7 @@ _NEED = {  # where pydantic speaks of its own types
     "dataclass_type": "a section with keys of its own",
     "list_type": "a list, such as [a, b]",
     "dict_type": "a section with keys of its own",
+    "path_type": "a path, such as runs/mine (quote a number)",
     "int_from_float": "a whole number",
 }
 

@@ -89,6 +89,7 @@ MISTAKES = {
     "model: tiny": "model: got 'tiny', needs a section",
     "credit: 3": "credit: got 3, needs a section",
     "credit: {gamma: -1}": "credit: gamma is -1",
+    "output_dir: 5": "output_dir: got 5, needs a path, such as runs/mine",
     "report_to: tensorboard": "report_to: got 'tensorboard', needs a list",
     "max_completion_length: 5000": "max_completion_length: got 5000, needs less than model.max_length",
     "writer: {base_url: localhost}": r"writer.base_url: needs an http\(s\) URL",
