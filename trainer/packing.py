@@ -24,6 +24,7 @@ class LossTokens:
 
     rollouts: list[Rollout]
     targets: Tensor  # [N]
+    logprobs: Tensor  # [N] under the policy that sampled: the engine's
     turns: Tensor  # [N]
     cu_seqlens: Tensor  # [B + 1]
 
@@ -31,9 +32,11 @@ class LossTokens:
     def of(rollouts: Sequence[Rollout], device: torch.device) -> LossTokens:
         targets = [i for r in rollouts for i, own in zip(r.ids, r.generated) if own]
         turns = [t for r in rollouts for t, own in zip(r.turns, r.generated) if own]
+        logprobs = [p for r in rollouts for p, own in zip(r.logprobs, r.generated) if own]
         ends = accumulate((sum(r.generated) for r in rollouts), initial=0)
-        as_tensor = (torch.tensor(x, dtype=torch.long, device=device) for x in (targets, turns, list(ends)))
-        return LossTokens(list(rollouts), *as_tensor)
+        as_tensor = [torch.tensor(x, dtype=torch.long, device=device) for x in (targets, turns, list(ends))]
+        sampled_at = torch.tensor(logprobs, dtype=torch.float32, device=device)
+        return LossTokens(list(rollouts), as_tensor[0], sampled_at, *as_tensor[1:])
 
     def spread(self, values: Tensor) -> Tensor:  # [B] -> [N]
         """One value a rollout as one a token."""

@@ -7,8 +7,10 @@ W = 1 throughout, SGCD is GRPO bit by bit.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +97,9 @@ class Learner:
             rate = self.config.learning_rate * min(1.0, step / max(1, self.config.lr_warmup_steps))
             norm = self._apply(rate)
         metrics = {
-            "loss": losses,
+            **losses,
             "grad_norm": norm,
+            "update/skipped": float(not isfinite(norm)),
             "learning_rate": rate,
             "leak/masked_literal_hits": float(sum(sum(p.shielded) for p in pupils)),
             **mismatch(scored),
@@ -104,33 +107,41 @@ class Learner:
         rows = iter(scored)
         return metrics, [[next(rows) for _ in group.rollouts] for group in groups]
 
-    def _accumulate(self, pupils: list[Pupil], step: int, clock: Clock) -> tuple[float, list[Scored]]:
-        """Gradients of the whole batch; its loss, and every rollout's scores in the order of `pupils`."""
+    def _accumulate(self, pupils: list[Pupil], step: int, clock: Clock) -> tuple[dict[str, float], list[Scored]]:
+        """The batch's gradients; its loss and clip ratios, and every rollout's scores in the order of `pupils`."""
         config = self.config
         scorer = Scorer(self.model, self.renderer.pad_id, config.temperature, config.credit, clock)
         items = self._items([p.rollout for p in pupils])
-        total, scored = 0.0, dict[int, Scored]()
+        total, clipped, scored = 0.0, defaultdict[str, float](float), dict[int, Scored]()
         for number, batch in enumerate(microbatches([p.rollout for p in pupils], config.tokens_per_microbatch)):
             chosen = [pupils[i] for i in batch]
             rollouts = [p.rollout for p in chosen]
             student = forward(self.model, [r.prompt_ids for r in rollouts], rollouts, self.renderer.pad_id)
             tokens = LossTokens.of(rollouts, student.device)
             scores = scorer.score(chosen, tokens, student, salt=1_000 * step + number)
-            loss = self._loss(student, tokens, [p.advantage for p in chosen], scores, items)
+            loss, found = self._loss(student, tokens, [p.advantage for p in chosen], scores, items)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+            for name in (n for n in found if n.startswith("clip_ratio/")):
+                clipped[name] += found[name].item() * len(student)
             scored.update(zip(batch, scores.scored))
-        return total, [scored[i] for i in range(len(pupils))]
+        count = sum(sum(p.rollout.generated) for p in pupils)
+        losses = {"loss": total, **{name: value / count for name, value in clipped.items()}}
+        return losses, [scored[i] for i in range(len(pupils))]
 
     def _loss(
         self, student: Tensor, tokens: LossTokens, advantages: list[float], scores: Scores, items: float
-    ) -> Tensor:
-        """The micro-batch's share: the policy loss with weighted advantages, or the distillation that replaces it."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share: the policy loss with weighted advantages, or the distillation that replaces it.
+
+        The ratio is to the engine's log-probs, those of the policy that sampled: it differs from 1 by what engine and
+        trainer differ, and epsilon bounds it.
+        """
         config = self.config
         weight, bias = head(self.model)
         if config.arm == "direct_sd":
             if scores.teacher_hidden is None:
-                return student.sum() * 0.0
+                return student.sum() * 0.0, {}
             distance = linear_distill_loss(
                 student[scores.opined],
                 weight,
@@ -141,12 +152,13 @@ class Learner:
                 bias=bias,
                 temperature=config.temperature,
             )
-            return distance / items
-        loss, _ = linear_policy_loss(
+            return distance / items, {}
+        return linear_policy_loss(
             student,
             weight,
             tokens.targets,
             tokens.spread(torch.tensor(advantages)) * scores.weights,
+            old_logp=tokens.logprobs,
             cu_seqlens=tokens.cu_seqlens,
             loss_type=config.loss_type,
             epsilon=config.epsilon,
@@ -155,7 +167,6 @@ class Learner:
             bias=bias,
             num_items_in_batch=items,
         )
-        return loss
 
     def _items(self, rollouts: Sequence[Rollout]) -> float:
         """What the whole batch's loss is divided by, as `linear_policy_loss` defines it; tokens for distillation."""
@@ -167,13 +178,14 @@ class Learner:
         return float(sum(sum(r.generated) for r in rollouts))
 
     def _apply(self, rate: float) -> float:
-        """Clip, step, clear; give the gradient's norm before clipping."""
+        """Clip, step, clear; give the gradient's norm before clipping. One that is not finite moves nothing."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimiser.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        if isfinite(norm):
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
 
 def mismatch(scored: Sequence[Scored]) -> dict[str, float]:

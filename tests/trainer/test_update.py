@@ -71,6 +71,15 @@ def naive_loss(model: Any, made: list[Group], weights: list[torch.Tensor], loss_
     return torch.cat(terms).sum() / count
 
 
+def at_temperature(model: Any, made: list[Group], temperature: float) -> list[Group]:
+    """The same groups as if they had been sampled at `temperature`."""
+    made = copy.deepcopy(made)
+    _, scored, _ = stepped(model, made, arm="grpo", temperature=temperature)
+    for s in (s for row in scored for s in row):
+        s.rollout.logprobs = s.student_logp.tolist()
+    return made
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("budget", [10_000, 150])
 def test_gradient_is_that_of_the_naive_weighted_loss(
@@ -79,7 +88,8 @@ def test_gradient_is_that_of_the_naive_weighted_loss(
     """Whatever the micro-batches: the whole batch's denominator, and W on every generated token."""
     learning = learner(model, loss_type=loss_type, tokens_per_microbatch=budget, temperature=0.8)
     monkeypatch.setattr(Learner, "_apply", lambda self, rate: 0.0)
-    _, scored = learning.update(referenced(sampled), 1, Clock())
+    made = at_temperature(model, sampled, 0.8)
+    _, scored = learning.update(referenced(made), 1, Clock())
     weights = [s.weights for row in scored for s in row]
     assert any(bool((w > 1).any()) for w in weights)
     other = copy.deepcopy(model)
@@ -100,6 +110,35 @@ def test_without_credit_sgcd_is_grpo_bit_by_bit(model: Any, sampled: list[Group]
         assert same(grpo, other), name
         assert metrics["loss"] == base["loss"]
         assert metrics["grad_norm"] == base["grad_norm"]
+
+
+def test_the_ratio_to_the_policy_that_sampled_is_clipped(model: Any, sampled: list[Group]) -> None:
+    """A token that has become far likelier than when it was sampled has no gradient where A > 0, and is counted."""
+    on_policy, _, _ = stepped(model, sampled, arm="grpo", tokens_per_microbatch=150)
+    assert on_policy["clip_ratio/region_mean"] == 0
+    made, shifted = copy.deepcopy(sampled), 0
+    for rollout, advantage in zip([r for g in made for r in g.rollouts], group_advantages(made, True)):
+        if advantage > 0:
+            rollout.logprobs = [p - 1.0 for p in rollout.logprobs]
+            shifted += sum(rollout.generated)
+    assert shifted > 0
+    metrics, _, clipped = stepped(model, made, arm="grpo", tokens_per_microbatch=150)
+    tokens = sum(sum(r.generated) for g in made for r in g.rollouts)
+    assert metrics["clip_ratio/high_mean"] == metrics["clip_ratio/region_mean"] == pytest.approx(shifted / tokens)
+    _, _, free = stepped(model, made, arm="grpo", tokens_per_microbatch=150, epsilon_high=10.0)
+    assert not same(clipped, free)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_nothing(model: Any, sampled: list[Group], bad: float) -> None:
+    learning = learner(model, arm="grpo", weight_decay=0.1)
+    weight = head(learning.model)[0]
+    hook = weight.register_hook(lambda grad: grad * bad)
+    assert learning.update(sampled, 1, Clock())[0]["update/skipped"] == 1
+    assert same(learning.model, model)
+    hook.remove()
+    assert learning.update(sampled, 2, Clock())[0]["update/skipped"] == 0
+    assert not same(learning.model, model)
 
 
 def test_credit_changes_the_step(model: Any, sampled: list[Group]) -> None:
