@@ -44,8 +44,14 @@ def save(
 
     `model` and `tokenizer` are whatever has `save_pretrained(folder)`. `generators` are saved beside the global ones of
     python, numpy and torch. `extra` is the loop's own plain data (numbers, strings, lists, dicts, tensors): task order,
-    counters. Log the metrics of `step` before: what is logged after its checkpoint may be missing after a resume.
+    counters. What is logged after its checkpoint may be missing after a resume: put it into `extra`.
     """
+    spoilt = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
+    if spoilt:
+        raise UserError(
+            f"{spoilt} is not finite after step {step}, which is not saved; lower learning_rate and go on from the "
+            "checkpoint before"
+        )
     folder = output_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
@@ -126,11 +132,25 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def rewind(output_dir: Path, step: int) -> None:
-    """Make the run's records end at `step`: later metrics and rollouts belong to steps that will happen again."""
+def recorded(output_dir: Path) -> bool:
+    """Whether a run left metrics or rollouts here."""
     metrics = output_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((output_dir / "rollouts").glob("step_*.jsonl"))
+
+
+def rewind(output_dir: Path, step: int) -> float:
+    """Make the run's records end at `step`: later metrics and rollouts belong to steps that will happen again.
+
+    Gives the last step of the metrics that are left, -1 for none.
+    """
+    metrics = output_dir / "metrics.jsonl"
+    kept: list[str] = []
     if metrics.exists():
-        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _line_step(line) <= step]
+        try:
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"output_dir: {metrics} cannot be read ({error}); remove it, or choose another") from None
+        kept = [line for line in lines if _line_step(line) <= step]
         temporary = metrics.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(metrics)
@@ -138,6 +158,7 @@ def rewind(output_dir: Path, step: int) -> None:
         match = _STEP.fullmatch(file.stem)
         if match and int(match[1]) > step:
             file.unlink()
+    return _line_step(kept[-1]) if kept else -1.0
 
 
 def _line_step(line: str) -> float:

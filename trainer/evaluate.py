@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.metrics import class_success, tool_metrics
-from trainer.rollout import run_group, together
+from trainer.rollout import PromptTooLong, run_group, together
 from trainer.types import Engine, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
 
 if TYPE_CHECKING:
@@ -59,19 +60,36 @@ async def evaluate(
     tasks = suite.tasks(split or config.env.eval_split)
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
 
+    too_long: list[PromptTooLong] = []
+
     async def attempt(task: Task) -> tuple[Group, int]:
         length, samples = config.model.max_length, config.eval_samples
-        result = await run_group(engine, suite, renderer, task, sampling, config.env, length, samples)
-        advance(1)
-        return result
+        try:
+            return await run_group(engine, suite, renderer, task, sampling, config.env, length, samples)
+        except PromptTooLong as error:
+            too_long.append(error)
+            return Group(task, []), 0
+        finally:
+            advance(1)
 
     with _own_randomness(engine, config.seed):
         results = await together(attempt(task) for task in tasks)
+    if too_long and len(too_long) == len(tasks):
+        raise too_long[0]
+    if too_long:
+        log.warning("%d of %d tasks are left out, being too long: %s", len(too_long), len(tasks), too_long[0])
     rollouts = [rollout for group, _ in results for rollout in group.rollouts]
     refusals = await refuse(suite, tasks, config.env.timeout)
     figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
     figures["errored"] = float(sum(broken for _, broken in results))
+    figures["too_long"] = float(len(too_long))
     return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals)
+
+
+def check_split(suite: Suite, key: str, split: str) -> None:
+    """Refuse a split that the suite does not have, or that is empty."""
+    if not suite.splits.get(split):
+        raise UserError(f"env.{key}: {suite.name} has no tasks in {split!r}; its splits are {', '.join(suite.splits)}")
 
 
 def run(config: Config, weights: Path | None = None) -> Evaluation:
@@ -81,17 +99,16 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
 
     from trainer import checkpoint, envs
     from trainer import model as policy
-    from trainer.engines.hf import HFEngine
 
+    torch.manual_seed(config.seed)
     suite = envs.load(config.env.name, **config.env.options)
     split = config.env.eval_split
-    if split not in suite.splits:
-        raise UserError(f"env.eval_split: {suite.name} has no split {split!r}; there are {', '.join(suite.splits)}")
+    check_split(suite, "eval_split", split)
+    path = _target(config, weights)
     model, _, renderer = policy.load(config.model)
     if weights is not None:
         checkpoint.load(weights, model=model)
-    length = config.model.max_length
-    engine = HFEngine(model, slots=config.engine.slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
+    engine = policy.engine(config, model, renderer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(highlight=False)
     with Progress(*columns, console=console, transient=True) as progress:
@@ -99,7 +116,8 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
         result = asyncio.run(evaluate(engine, suite, renderer, config, advance=lambda n: progress.advance(bar, n)))
     source = str(weights or config.model.path)
     console.print(_table(result, suite.name, f"{source} on {suite.name}/{split}"))
-    print(f"written: {_write(result, config, source)}")
+    _write(path, result, config, source)
+    print(f"written: {path}")
     return result
 
 
@@ -243,7 +261,19 @@ def _table(result: Evaluation, env: str, title: str) -> Any:
     return table
 
 
-def _write(result: Evaluation, config: Config, source: str) -> Path:
+def _target(config: Config, weights: Path | None) -> Path:
+    """The file that the result goes into, one for each split and weights; its folder can be written."""
+    folder = config.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be a folder ({error.strerror}); choose another one") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir: {folder} cannot be written; choose another one")
+    return folder / f"eval_{config.env.eval_split}_{weights.name if weights else 'base'}.json"
+
+
+def _write(path: Path, result: Evaluation, config: Config, source: str) -> None:
     """The figures, and each task's attempts, so that two runs can be compared task by task."""
     attempts = by_task(result.rollouts)
     tasks = {r.task.id: r.task for r in result.rollouts}
@@ -264,7 +294,4 @@ def _write(result: Evaluation, config: Config, source: str) -> Path:
             for name, task in tasks.items()
         },
     }
-    path = config.output_dir / f"eval_{config.env.eval_split}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path

@@ -1,15 +1,18 @@
 """A training run: one step is one straight line from tasks to new weights.
 
 A step that was interrupted never happened: what a step leaves behind (metrics, traces, weights) is written at its end,
-and a resumed run starts from the newest checkpoint with the records cut back to it.
+and a resumed run starts from the newest checkpoint with the records cut back to it. The checkpoint is written before
+the evaluation, which is long and may fail, and holds the step's metrics: a resumed run evaluates and logs them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer import checkpoint, envs, evaluate, metrics, sampling, traces, update
 from trainer import model as policy
@@ -18,13 +21,16 @@ from trainer.config import Config
 from trainer.credit import writers
 from trainer.engines.hf import HFEngine
 from trainer.reporting import MetricLogger
-from trainer.rollout import run_group
+from trainer.rollout import PromptTooLong, run_group
 from trainer.types import Group, Renderer, Sampling, Suite, Task, UserError
 
 
 def train(config: Config) -> None:
     """Train as `config` says, from the newest checkpoint of `output_dir` if there is one."""
     asyncio.run(Run.open(config).train())
+
+
+MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
 
 
 @dataclass
@@ -41,11 +47,19 @@ class Run:
     order: sampling.TaskOrder
     learner: update.Learner
     step: int = 0  # steps that are finished
+    unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
+    skipped: int = 0  # updates in a row
+    told_too_long: bool = False
 
     @staticmethod
     def open(config: Config) -> Run:
         """Load what the config names, and the state of the newest checkpoint."""
+        torch.manual_seed(config.seed)
+        if config.top_p < 1:
+            raise UserError(f"top_p: got {config.top_p:g}, training needs 1: a cut distribution biases the gradient")
         suite = envs.load(config.env.name, **config.env.options)
+        for key, split in (("train_split", config.env.train_split), ("eval_split", config.env.eval_split)):
+            evaluate.check_split(suite, key, split)
         model, tokenizer, renderer = policy.load(config.model)
         run = Run(
             config,
@@ -53,13 +67,7 @@ class Run:
             tokenizer,
             renderer,
             suite,
-            HFEngine(
-                model,
-                slots=config.engine.slots,
-                stop_ids=renderer.stop_ids,
-                max_length=config.model.max_length,
-                seed=config.seed,
-            ),
+            policy.engine(config, model, renderer),
             writers.load(config.writer, suite, renderer),
             sampling.TaskOrder(suite.tasks(config.env.train_split), config.seed),
             update.Learner.of(config, model, renderer, suite),
@@ -68,9 +76,15 @@ class Run:
         return run
 
     def _resume(self) -> None:
-        newest = checkpoint.latest(self.config.output_dir)
+        folder, extra = self.config.output_dir, dict[str, Any]()
+        newest = checkpoint.latest(folder)
         if newest and not self.config.resume_from_checkpoint:
-            raise UserError(f"output_dir: {self.config.output_dir} holds {newest.name}; resume, or choose another one")
+            raise UserError(f"output_dir: {folder} holds {newest.name}; resume, or choose another one")
+        if not (folder / "checkpoints").is_dir() and checkpoint.recorded(folder):
+            raise UserError(
+                f"output_dir: {folder} holds the records of a run whose checkpoints are gone; choose another one, or "
+                "remove that folder"
+            )
         if newest:
             self.step, extra = checkpoint.load(
                 newest,
@@ -79,7 +93,10 @@ class Run:
                 generators={"engine": self.engine.generator},
             )
             self.order.load_state_dict(extra["order"])
-        checkpoint.rewind(self.config.output_dir, self.step if newest else -1)
+        last = checkpoint.rewind(folder, self.step if newest else -1)
+        if last < self.step:
+            self.unlogged = extra.get("metrics", {})
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # from now on, records without it are an accident
 
     async def train(self) -> None:
         """Take the steps that are left."""
@@ -93,24 +110,36 @@ class Run:
         ) as logger:
             if self.step == 0 and config.eval_on_start:
                 logger.log(0, await self.evaluate(logger, Clock()))
+            if self.unlogged:
+                await self.report(self.unlogged, logger)
+            elif self.step and self.step >= config.max_steps:
+                logger.say(f"nothing to do: {self.step} steps are finished, and max_steps is {config.max_steps}")
             while self.step < config.max_steps:
                 found = await self.take_step(logger)
-                logger.log(self.step, found)
                 if _due(self.step, config.save_steps, config.max_steps):
-                    logger.say(f"checkpoint: {self.save()}")
+                    logger.say(f"checkpoint: {self.save(found)}")
+                await self.report(found, logger)
+
+    async def report(self, found: dict[str, float], logger: MetricLogger) -> None:
+        """Log the step that was taken, with an evaluation where one is due."""
+        if _due(self.step, self.config.eval_steps, self.config.max_steps):
+            clock = Clock()
+            found = {**found, **await self.evaluate(logger, clock), "time/eval": clock.wall["eval"]}
+        logger.log(self.step, found)
 
     async def take_step(self, logger: MetricLogger) -> dict[str, float]:
         """Tasks, siblings, reference, credit, update, new weights, reports."""
         config, clock, step = self.config, Clock(), self.step + 1
         with clock("rollout"):
-            batch = await self.collect(logger)
+            batch, too_long = await self.collect(logger)
         if config.arm != "grpo":
             with clock("reference"):
                 await self.writer.write(batch.train)
-        found = {**metrics.rollout_metrics(batch.sampled), **batch.metrics()}
+        found = {**metrics.rollout_metrics(batch.sampled), **batch.metrics(), "rollout/too_long": float(too_long)}
         scored: list[list[metrics.Scored]] = []
         if batch.train:
             losses, scored = self.learner.update(batch.train, step, clock)
+            self.count_skipped(bool(losses["update/skipped"]), logger)
             found |= losses | self.credit_metrics(batch.train, scored, logger)
         else:
             logger.say(f"step {step}: no group is mixed, nothing to learn from; raise max_resample_times or the tasks")
@@ -120,30 +149,55 @@ class Run:
             if config.trace_steps and (step == 1 or _due(step, config.trace_steps, config.max_steps)):
                 path = Path(config.output_dir) / "rollouts" / f"step_{step}.jsonl"
                 traces.write_step(path, batch.train, scored or None, self.renderer.pieces)
-        if _due(step, config.eval_steps, config.max_steps):
-            found |= await self.evaluate(logger, clock)
+        times = clock.metrics()
+        if config.arm == "grpo":
+            del times["time/sgcd_overhead"]
         tokens = sum(len(r.ids) for g in batch.sampled for r in g.rollouts)
-        return {**found, **clock.metrics(), "perf/rollout_tokens_per_s": tokens / clock.wall["rollout"]}
+        return {**found, **times, "perf/rollout_tokens_per_s": tokens / clock.wall["rollout"]}
 
-    async def collect(self, logger: MetricLogger) -> sampling.Batch:
-        """Siblings of the next tasks, until enough groups are mixed."""
+    def count_skipped(self, skipped: bool, logger: MetricLogger) -> None:
+        """Say that an update was left out; a `UserError` when it keeps happening."""
+        self.skipped = self.skipped + 1 if skipped else 0
+        if self.skipped == MAX_SKIPPED:
+            raise UserError(
+                f"step {self.step + 1}: the gradient is not finite, {MAX_SKIPPED} times in a row; lower learning_rate, "
+                "or set model.autocast to off"
+            )
+        if skipped:
+            logger.say(f"WARNING: step {self.step + 1}: the gradient is not finite, the weights stay as they are")
+
+    async def collect(self, logger: MetricLogger) -> tuple[sampling.Batch, int]:
+        """Siblings of the next tasks, until enough groups are mixed; and how many tasks were too long to play."""
         config = self.config
         drawn = Sampling(config.temperature, config.top_p, config.max_completion_length)
+        tasks, too_long = 0, list[PromptTooLong]()
         with logger.track("sample siblings", config.groups_per_step) as advance:
 
             async def sample(task: Task) -> tuple[Group, int]:
+                nonlocal tasks
+                tasks += 1
                 length, n = config.model.max_length, config.num_generations
-                result = await run_group(self.engine, self.suite, self.renderer, task, drawn, config.env, length, n)
-                advance(1)
-                return result
+                try:
+                    return await run_group(self.engine, self.suite, self.renderer, task, drawn, config.env, length, n)
+                except PromptTooLong as error:
+                    too_long.append(error)
+                    return Group(task, []), 0
+                finally:
+                    advance(1)
 
-            return await sampling.collect(
+            batch = await sampling.collect(
                 sample,
                 self.order,
                 groups=config.groups_per_step,
                 dynamic=config.dynamic_sample,
                 max_resample_times=config.max_resample_times,
             )
+        if too_long and len(too_long) == tasks:
+            raise too_long[0]
+        if too_long and not self.told_too_long:
+            logger.say(f"WARNING: a task is left out, and so will be all like it (rollout/too_long): {too_long[0]}")
+            self.told_too_long = True
+        return batch, len(too_long)
 
     def credit_metrics(
         self, groups: list[Group], scored: list[list[metrics.Scored]], logger: MetricLogger
@@ -171,15 +225,15 @@ class Run:
             self.engine.load_weights(self.model)
         return result.metrics
 
-    def save(self) -> Path:
-        """Write the state that the next step starts from."""
+    def save(self, found: dict[str, float]) -> Path:
+        """Write the state that the next step starts from, and the metrics of this one, which are not logged yet."""
         return checkpoint.save(
             self.config.output_dir,
             self.step,
             model=self.model,
             optimiser=self.learner.optimiser,
             generators={"engine": self.engine.generator},
-            extra={"order": self.order.state_dict()},
+            extra={"order": self.order.state_dict(), "metrics": found},
             tokenizer=self.tokenizer,
             save_total_limit=self.config.save_total_limit,
         )

@@ -15,17 +15,21 @@ from torch import Tensor
 from trainer.types import Renderer, UserError
 
 if TYPE_CHECKING:
-    from trainer.config import ModelConfig
+    from trainer.config import Config, ModelConfig
+    from trainer.engines.hf import HFEngine
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     """Load (model, tokenizer, renderer) from the folder `config.path`; nothing is ever downloaded."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
     from trainer import chat
 
-    disable_progress_bar()  # reading a shard is no progress that anybody waits for
+    logging.disable_progress_bar()  # reading a shard is no progress that anybody waits for
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report on a folder that does not fit: ours is one line
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
@@ -33,10 +37,14 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.path: cannot load {config.path} ({reason[:300]})") from error
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(_cannot_load(config, error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    _check_whole(config.path, found)
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +52,38 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
         compute_in_bf16(model.get_decoder())
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
     return model, tokenizer, chat.load(config.renderer, tokenizer)
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> str:
+    """What failed, under the key to blame."""
+    reason, kind = " ".join(str(error).split())[:300], config.attn_implementation
+    if "attn_implementation" in reason or (isinstance(error, ImportError) and kind not in ("sdpa", "eager")):
+        return f"model.attn_implementation: cannot load {config.path} with {kind!r}; sdpa always works ({reason})"
+    return f"model.path: cannot load {config.path} ({reason})"
+
+
+def _check_whole(path: str, found: dict[str, Any]) -> None:
+    """Refuse a folder whose tensors are not the model's: transformers would fill the gaps with random numbers."""
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its config.json does not know,")):
+        if found[key]:
+            names = sorted(found[key])
+            raise UserError(f"model.path: {path} {what} {names[0]} ({len(names)} such tensors); give a whole model")
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise UserError(
+            f"model.path: {path} has {name} as {list(stored)}, its config.json says {list(wanted)}; give a whole model"
+        )
+
+
+def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine:
+    """The engine that samples from `model`."""
+    from trainer.engines.hf import HFEngine
+
+    slots, length = config.engine.slots, config.model.max_length
+    try:
+        return HFEngine(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
+    except ValueError as error:
+        raise UserError(f"model.path: {config.model.path} cannot be sampled from ({error}); choose another") from error
 
 
 def fast_bf16() -> bool:

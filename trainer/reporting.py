@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.extras import need
+from trainer.types import UserError
 
 # label on the console -> metric, in the order they are shown
 LINE = {
@@ -54,7 +55,10 @@ class MetricLogger:
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._sinks = [_SINKS[name](output_dir, config or {}, start_step) for name in report_to]
-        self._file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        try:
+            self._file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir: {output_dir}/metrics.jsonl cannot be written ({error.strerror})") from None
         self._console = console or Console(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -76,7 +80,7 @@ class MetricLogger:
         record = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint must not outlive the metrics of its step
+        os.fsync(self._file.fileno())  # the next step's checkpoint must not outlive the metrics of this one
         for sink in self._sinks:
             sink.log(step, metrics)
         self._print(step, metrics)

@@ -39,6 +39,10 @@ CUT = " ...[cut]"
 T = TypeVar("T")
 
 
+class PromptTooLong(UserError):
+    """A task whose first prompt leaves no room for an answer: it can be left out, as long as others fit."""
+
+
 async def run_group(
     engine: Engine,
     suite: Suite,
@@ -80,7 +84,7 @@ async def run_episode(
     """Play one episode; None if the environment broke. The environment is closed whatever happens.
 
     Raises:
-        UserError: the first prompt leaves no room for an answer within `max_length`.
+        PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
     """
     environment = None
     try:
@@ -160,7 +164,7 @@ class _Episode:
         messages, tools = await self.environment.reset(task)
         prompt = self.renderer.prompt(messages, tools)
         if len(prompt) >= self.max_length:
-            raise UserError(
+            raise PromptTooLong(
                 f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
             )
         rollout = Rollout(task, messages, tools, prompt)

@@ -26,7 +26,7 @@ USAGE = """\
 usage: python -m trainer.run COMMAND CONFIG [--key value ...]
 
   train  train, or go on from the newest checkpoint of the run
-  eval   evaluate a run's newest checkpoint, or the model of a config file, on env.eval_split
+  eval   evaluate a run's newest checkpoint, one checkpoint, or the model of a config file, on env.eval_split
   view   write the page that shows a run: curves, siblings, every token coloured by its weight
   check  prove the installation and the config before hours are spent
 
@@ -83,13 +83,21 @@ def train(source: Path, overrides: Sequence[str]) -> int:
 def evaluate(source: Path, overrides: Sequence[str]) -> int:
     from trainer import configfile
 
-    config = configfile.load(source, overrides)
+    run_dir = source.absolute().parent.parent if is_checkpoint(source) else source
+    config = configfile.load(run_dir, overrides)
     from trainer import checkpoint
     from trainer import evaluate as evaluation
 
-    weights = checkpoint.latest(source) if source.is_dir() else None
+    weights = None if source.is_file() else checkpoint.latest(source) if run_dir is source else source
+    if source.is_dir() and weights is None:
+        raise UserError(f"{source}: holds no checkpoint; to evaluate the model it started from: eval CONFIG.yaml")
     evaluation.run(config, weights)
     return 0
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Whether this is RUN/checkpoints/step_N."""
+    return source.is_dir() and source.absolute().parent.name == "checkpoints" and source.name.startswith("step_")
 
 
 def view(source: Path, overrides: Sequence[str]) -> int:

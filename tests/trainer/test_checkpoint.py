@@ -196,8 +196,25 @@ def test_rewind_ends_the_records_at_the_step(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "reward": 0.5}) for step in range(13)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "rew')
 
-    checkpoint.rewind(tmp_path, 10)
+    assert checkpoint.rewind(tmp_path, 10) == 10
 
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert kept == lines[:11]
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["step_10.jsonl", "step_5.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -> None:
+    run = Run()
+    whole = run.save(tmp_path, 1)
+    with torch.no_grad():
+        run.model.model.norm.weight[3] = bad
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not finite after step 2"):
+        run.save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == whole
+
+
+def test_records_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        checkpoint.rewind(tmp_path, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,7 +19,7 @@ from tests.trainer import toy
 from trainer import checkpoint, evaluate
 from trainer.config import Config
 from trainer.engines.hf import HFEngine
-from trainer.types import EnvironmentBroken, Message, Rollout, Task
+from trainer.types import EnvironmentBroken, Message, Rollout, Task, UserError
 
 
 def attempt(task: Task, reward: float) -> Rollout:
@@ -160,9 +161,35 @@ def test_the_eval_command_loads_a_checkpoint_prints_and_writes(
     )
     start, trained = evaluate.run(small), evaluate.run(small, path)
     assert [r.ids for r in start.rollouts] != [r.ids for r in trained.rollouts]
-    record = json.loads((tmp_path / "eval_dev.json").read_text())
+    assert json.loads((tmp_path / "eval_dev_base.json").read_text())["weights"] == str(tmp_path / "model")
+    record = json.loads((tmp_path / "eval_dev_step_3.json").read_text())
     assert record["weights"] == str(path)
     assert len(record["tasks"]) == record["metrics"]["eval/workday/tasks"] == 57
     assert {len(t["rewards"]) for t in record["tasks"].values()} == {1}
     shown = capsys.readouterr().out
-    assert "95 % interval" in shown and "refuser" in shown and "eval_dev.json" in shown
+    assert "95 % interval" in shown and "refuser" in shown and "eval_dev_step_3.json" in shown
+
+
+class Uneven(toy.ParitySuite):
+    """Its first task is longer than the others."""
+
+    def tasks(self, split: str) -> list[Task]:
+        first, *others = super().tasks(split)
+        return [dataclasses.replace(first, instruction=" ".join(["w1"] * 20)), *others]
+
+
+def test_a_task_that_is_too_long_is_left_out_and_counted() -> None:
+    def figures(length: int) -> dict[str, float]:
+        small = config(model={"max_length": length}, max_completion_length=4, eval_samples=1)
+        return asyncio.run(evaluate.evaluate(engine(), Uneven(), toy.renderer(), small)).metrics
+
+    found = figures(20)
+    assert (found["eval/parity/too_long"], found["eval/parity/tasks"]) == (1, 2)
+    with pytest.raises(UserError, match=r"model\.max_length: 5 tokens"):
+        figures(5)
+
+
+def test_an_output_dir_that_is_a_file_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: .*file cannot be a folder"):
+        evaluate.run(config(output_dir=tmp_path / "file", model={"path": "nowhere"}))

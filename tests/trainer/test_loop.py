@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from trainer import checkpoint, envs, loop
+from trainer import model as policy
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
-from trainer.types import Group, UserError
+from trainer.types import Group, Task, UserError
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def check_traces(run: Path) -> None:
     assert all(g["reference"] for g in groups)
 
 
-@pytest.mark.parametrize("killed_in", ["update", "save"])
+@pytest.mark.parametrize("killed_in", ["update", "save", "evaluate"])
 def test_a_killed_run_resumes_to_the_same_bits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
@@ -120,16 +123,16 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 def kill_at_step_3(patch: pytest.MonkeyPatch, where: str) -> None:
-    """Stop after the optimiser has moved, or after the metrics were written and before the checkpoint was."""
-    if where == "save":
-        save = loop.Run.save
+    """Stop after the optimiser has moved, before the checkpoint, or after it and before the metrics are written."""
+    if where != "update":
+        method = getattr(loop.Run, where)
 
-        def fail(run: loop.Run) -> Path:
+        def fail(run: loop.Run, *arguments: Any) -> Any:
             if run.step == 3:
                 raise KeyboardInterrupt
-            return save(run)
+            return method(run, *arguments)
 
-        patch.setattr(loop.Run, "save", fail)
+        patch.setattr(loop.Run, where, fail)
         return
     learn = loop.update.Learner.update
 
@@ -157,6 +160,14 @@ def test_arms_without_credit_are_grpo_bit_by_bit(folder: Path, tmp_path: Path) -
     assert identical(tmp_path / "grpo", tmp_path / "gamma")
     assert not identical(tmp_path / "grpo", tmp_path / "sgcd")
     assert not any(k.startswith(("credit/", "reference/")) for line in records(tmp_path / "grpo") for k in line)
+
+
+@pytest.mark.parametrize("arm", ["grpo", "sgcd"])
+def test_overhead_is_told_only_where_there_is_credit(folder: Path, tmp_path: Path, arm: str) -> None:
+    loop.train(config(folder, tmp_path, arm=arm, max_steps=1))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert ("time/sgcd_overhead" in line) == (arm == "sgcd")
+    assert line["time/eval"] > 0
 
 
 def test_direct_sd_runs(folder: Path, tmp_path: Path) -> None:
@@ -217,3 +228,146 @@ def test_an_unreachable_model_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot load"):
         loop.train(config(tmp_path / "empty", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "unknown", "shape", "garbage"])
+def test_weights_that_do_not_fit_their_config_are_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state, name = load_file(file), "model.norm.weight"
+    match kind:
+        case "missing":
+            del state[name]
+        case "unknown":
+            state["vision.weight"] = torch.zeros(2)
+        case "shape":
+            state[name] = torch.zeros(2)
+    save_file(state, file, metadata={"format": "pt"})
+    if kind == "garbage":
+        file.write_bytes(bytes(100))
+    said = {"missing": name, "unknown": r"vision\.weight", "shape": r"norm\.weight as \[2\]", "garbage": "cannot load"}
+    with pytest.raises(UserError, match=rf"model\.path: .*{said[kind]}"):
+        loop.train(config(tmp_path / "model", tmp_path / "run"))
+
+
+def test_a_tied_head_need_not_be_stored(tmp_path: Path) -> None:
+    model = toy.model()
+    model.save_pretrained(tmp_path)
+    toy.tokenizer().save_pretrained(tmp_path)
+    file, tied = tmp_path / "model.safetensors", tmp_path / "config.json"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
+    tied.write_text(json.dumps({**json.loads(tied.read_text()), "tie_word_embeddings": True}))
+    loaded, _, _ = policy.load(ModelConfig(path=str(tmp_path)))
+    assert torch.equal(loaded.get_output_embeddings().weight, state["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["sdpaa", "flash_attention_2"])
+def test_an_attention_that_cannot_be_had_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    given = ModelConfig(path=str(folder), max_length=200, attn_implementation=name)
+    with pytest.raises(UserError, match=rf"model\.attn_implementation: .*'{name}'"):
+        loop.train(config(folder, tmp_path / "run", model=given))
+
+
+def test_a_model_without_full_attention_is_one_line(folder: Path, tmp_path: Path) -> None:
+    made = config(folder, tmp_path)
+    model, _, renderer = policy.load(made.model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UserError, match=r"model\.path: .*sliding_attention"):
+        policy.engine(made, model, renderer)
+
+
+@pytest.mark.parametrize("key", ["train_split", "eval_split"])
+def test_a_split_that_is_not_there_is_found_at_the_start(folder: Path, tmp_path: Path, key: str) -> None:
+    env = EnvConfig(**{"name": "parity", key: "tset"})
+    with pytest.raises(UserError, match=rf"env\.{key}: .*'tset'; its splits are train, dev"):
+        loop.train(config(folder, tmp_path / "run", env=env))
+
+
+def test_a_cut_distribution_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"top_p: got 0\.9"):
+        loop.train(config(folder, tmp_path / "run", top_p=0.9))
+
+
+def test_the_checkpoint_is_written_before_the_evaluation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(loop.Run, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        loop.train(config(folder, tmp_path, max_steps=1, eval_on_start=False))
+    assert (tmp_path / "checkpoints" / "step_1").is_dir()
+
+
+def test_records_without_their_checkpoints_are_not_deleted(folder: Path, tmp_path: Path) -> None:
+    made = config(folder, tmp_path, max_steps=1, eval_on_start=False)
+    loop.train(made)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="checkpoints are gone"):
+        loop.train(made)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (config(folder, tmp_path / name, save_steps=0) for name in ("whole", "cut"))
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        kill_at_step_3(patch, "update")
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(cut)
+    loop.train(cut)
+    assert records(whole.output_dir) == records(cut.output_dir)
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (2, 1):
+        loop.train(config(folder, tmp_path, max_steps=steps, eval_on_start=False))
+    assert "nothing to do: 2 steps are finished, and max_steps is 1" in capsys.readouterr().out
+    assert [line["step"] for line in records(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("spoilt", [2, 3])
+def test_updates_without_a_finite_gradient_are_skipped_told_and_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoilt: int
+) -> None:
+    learn = loop.update.Learner.update
+
+    def spoil(self: Any, groups: Any, step: int, clock: Any) -> Any:
+        found, scored = learn(self, groups, step, clock)
+        return {**found, "update/skipped": float(step <= spoilt)}, scored
+
+    monkeypatch.setattr(loop.update.Learner, "update", spoil)
+    made = config(folder, tmp_path, eval_on_start=False)
+    if spoilt < loop.MAX_SKIPPED:
+        loop.train(made)
+        assert [line["update/skipped"] for line in records(tmp_path)] == [1, 1, 0]
+    else:
+        with pytest.raises(UserError, match="step 3: the gradient is not finite, 3 times in a row"):
+            loop.train(made)
+    assert capsys.readouterr().out.count("the gradient is not finite") == 2
+
+
+def test_a_task_that_is_too_long_costs_itself_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = toy.ParitySuite.tasks
+
+    def uneven(self: toy.ParitySuite, split: str) -> list[Task]:
+        first, *others = plain(self, split)
+        return [replace(first, instruction=" ".join(["w1"] * 300)), *others]
+
+    monkeypatch.setattr(toy.ParitySuite, "tasks", uneven)
+    fields = {"eval_on_start": False, "eval_steps": 0, "dynamic_sample": False, "groups_per_step": 6}
+    loop.train(config(folder, tmp_path / "run", max_steps=2, **fields))
+    assert [line["rollout/too_long"] for line in records(tmp_path / "run")] == [1, 1]
+    assert capsys.readouterr().out.count("is left out") == 1
+    tight = ModelConfig(path=str(folder), max_length=5)
+    with pytest.raises(UserError, match=r"model\.max_length: 5 tokens"):
+        loop.train(config(folder, tmp_path / "tight", model=tight, max_completion_length=4, **fields))

@@ -12,8 +12,8 @@ import pytest
 from tests.trainer import toy
 from trainer.config import EnvConfig
 from trainer.engines.hf import HFEngine
-from trainer.rollout import run_episode, run_group
-from trainer.types import Completion, Group, Rollout, Sampling, Task, UserError
+from trainer.rollout import PromptTooLong, run_episode, run_group
+from trainer.types import Completion, Group, Rollout, Sampling, Task
 from trainer.update import check_mask
 
 RENDERER = toy.renderer()
@@ -122,7 +122,7 @@ def test_observations_are_cut() -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_the_users_to_mend() -> None:
-    with pytest.raises(UserError, match=r"model\.max_length: 6 .* train-0 has 6"):
+    with pytest.raises(PromptTooLong, match=r"model\.max_length: 6 .* train-0 has 6"):
         play(Script(), toy.ParitySuite(), max_length=6)
 
 

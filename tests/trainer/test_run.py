@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer import toy
-from trainer import checkpoint, configfile
+from trainer import checkpoint, configfile, evaluate
+from trainer.run import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/workday_sgcd.yaml"
@@ -137,3 +138,18 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, done + 3)), "no step is missing or there twice"
     assert finished.stdout.splitlines()[-1] == f"view: {out / 'view.html'}"
+
+
+def test_eval_takes_a_run_a_checkpoint_or_a_config_and_never_the_wrong_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Path | None] = []
+    monkeypatch.setattr(evaluate, "run", lambda config, weights: asked.append(weights))
+    configfile.claim(configfile.load(ROOT / CONFIG, ["--output_dir", str(tmp_path)]))
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    steps = [tmp_path / "checkpoints" / f"step_{n}" for n in (1, 2)]
+    for step in steps:
+        step.mkdir(parents=True)
+    assert [main(["eval", str(p)]) for p in (tmp_path, steps[0], tmp_path / "config.yaml")] == [0, 0, 0]
+    assert asked == [steps[1], steps[0], None]
