@@ -137,13 +137,12 @@ def model(probe: Probe) -> str:
 
 def environment(probe: Probe) -> str:
     from trainer import envs
-    from trainer.evaluate import refuse
+    from trainer.evaluate import check_split, refuse
 
     env = probe.config.env
     suite = probe.found["environment"] = envs.load(env.name, **env.options)
     for key, split in (("train_split", env.train_split), ("eval_split", env.eval_split)):
-        if split not in suite.splits:
-            raise UserError(f"env.{key}: {env.name} has no split {split!r}; there are {', '.join(suite.splits)}")
+        check_split(suite, key, split)
         if not asyncio.run(refuse(suite, suite.tasks(split)[:1], env.timeout)):
             raise UserError(f"env: the first task of {split} broke; see the warning above")
     return f"{env.name}: {_listed(suite.splits)}; a task of each split was played"
@@ -187,6 +186,8 @@ def scoring(probe: Probe) -> str:
     from trainer.packing import LossTokens, forward
     from trainer.scoring import Scorer, prepare
 
+    if probe.config.top_p < 1:
+        raise UserError(f"top_p: got {probe.config.top_p:g}, training needs 1: a cut distribution biases the gradient")
     group = asyncio.run(_short_group(probe))
     group.reference = PROBE_REFERENCE
     pupils = prepare([group], [1.0, -1.0], probe.suite, probe.renderer)
@@ -203,19 +204,20 @@ def scoring(probe: Probe) -> str:
     drift = max(
         float((s.student_logp - torch.tensor(s.rollout.logprobs))[m].abs().max()) for s, m in zip(scored, masks)
     )
-    if drift > DRIFT[probe.config.model.autocast] and probe.config.top_p == 1:
+    if drift > DRIFT[probe.config.model.autocast]:
         raise UserError(f"engine and trainer differ by {drift:.3g} in a log-prob; ratios would be biased")
     return f"{len(divergence)} tokens, mean divergence {divergence.mean():.3g}, engine and trainer agree to {drift:.1g}"
 
 
 async def _short_group(probe: Probe) -> Group:
-    from trainer.engines.hf import HFEngine
+    from trainer import model as policy
     from trainer.rollout import run_group
 
     config = probe.config
     task = probe.suite.tasks(config.env.train_split)[0]
     length = config.model.max_length
-    engine = HFEngine(probe.model, slots=2, stop_ids=probe.renderer.stop_ids, max_length=length, seed=config.seed)
+    small = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": 2})})
+    engine = policy.engine(small, probe.model, probe.renderer)
     sampling = Sampling(config.temperature, config.top_p, min(16, config.max_completion_length))
     group, _ = await run_group(
         engine, probe.suite, probe.renderer, task, sampling, config.env.model_copy(update={"max_turns": 2}), length, 2

@@ -48,7 +48,9 @@ def test_one_failure_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     found = rows(config(tmp_path / "gone", tmp_path, writer={"name": "openai"}, env={"eval_split": "tset"}))
     assert found["model"][0] == "FAIL" and "model.path" in found["model"][1]
-    assert found["environment"][0] == "FAIL" and "no split 'tset'; there are train, dev" in found["environment"][1]
+    assert (
+        found["environment"][0] == "FAIL" and "no tasks in 'tset'; its splits are train, dev" in found["environment"][1]
+    )
     assert found["writer"][0] == "FAIL" and "OPENAI_API_KEY" in found["writer"][1]
     assert found["renderer"][0] == found["scoring"][0] == "skip"
     assert found["versions"][0] == found["backends"][0] == "ok"
@@ -57,6 +59,11 @@ def test_one_failure_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytes
 def test_a_prompt_without_room_is_named(folder: Path, tmp_path: Path) -> None:
     found = rows(config(folder, tmp_path, model={"path": str(folder), "max_length": 4}, max_completion_length=2))
     assert found["renderer"][0] == "FAIL" and found["renderer"][1].startswith("model.max_length: 4")
+
+
+def test_a_cut_distribution_is_not_ready_to_train(folder: Path, tmp_path: Path) -> None:
+    mark, text = rows(config(folder, tmp_path, top_p=0.9))["scoring"]
+    assert mark == "FAIL" and text.startswith("top_p: got 0.9, training needs 1")
 
 
 def test_a_run_directory_of_another_config_is_named(folder: Path, tmp_path: Path) -> None:
