@@ -93,6 +93,8 @@ class Run:
                 generators={"engine": self.engine.generator},
             )
             self.order.load_state_dict(extra["order"])
+            if "writer" in extra:
+                self.writer.load_state_dict(extra["writer"])
         last = checkpoint.rewind(folder, self.step if newest else -1)
         if last < self.step:
             self.unlogged = extra.get("metrics", {})
@@ -233,7 +235,7 @@ class Run:
             model=self.model,
             optimiser=self.learner.optimiser,
             generators={"engine": self.engine.generator},
-            extra={"order": self.order.state_dict(), "metrics": found},
+            extra={"order": self.order.state_dict(), "writer": self.writer.state_dict(), "metrics": found},
             tokenizer=self.tokenizer,
             save_total_limit=self.config.save_total_limit,
         )

@@ -17,6 +17,7 @@ from tests.trainer import toy
 from trainer import checkpoint, envs, loop
 from trainer import model as policy
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
+from trainer.credit import writers
 from trainer.types import Group, Task, UserError
 
 
@@ -178,7 +179,7 @@ def test_direct_sd_runs(folder: Path, tmp_path: Path) -> None:
 def test_a_writer_that_fails_costs_the_references_not_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Failing:
+    class Failing(writers.Stateless):
         name = "failing"
 
         async def write(self, groups: list[Group]) -> None:
@@ -189,6 +190,27 @@ def test_a_writer_that_fails_costs_the_references_not_the_run(
     loop.train(config(folder, tmp_path / "run", max_steps=1))
     line = records(tmp_path / "run")[1]
     assert (line["reference/supplied"], line["reference/errors"]) == (0, 3)
+
+
+def test_what_a_writer_remembers_is_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(writers.NoneWriter):
+        calls = 0
+
+        async def write(self, groups: list[Group]) -> None:
+            await super().write(groups)
+            self.calls += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.calls = state["calls"]
+
+    made: list[Counting] = []
+    monkeypatch.setattr(loop.writers, "load", lambda *a: made.append(Counting()) or made[-1])
+    for steps in (1, 3):
+        loop.train(config(folder, tmp_path, max_steps=steps, eval_on_start=False))
+    assert [writer.calls for writer in made] == [1, 3]
 
 
 def test_a_step_without_mixed_groups_is_taken_and_told(
