@@ -236,7 +236,7 @@ def _error(problem: str, **fields: Any) -> Message:
 def _refused(call: dict[str, Any], known: set[str]) -> Message:
     """Nothing of a message with an unknown tool is run: half of it might do what the policy did not mean."""
     name = call["function"]["name"]
-    problem = "not run: another call in this message is unknown" if name in known else f"there is no tool {name}"
+    problem = "unknown tool in another call" if name in known else f"unknown tool {name}"
     return _error(problem, tool_call_id=call.get("id", ""))
 
 

@@ -75,7 +75,7 @@ def test_an_episode_appends_what_was_sampled_and_what_was_observed() -> None:
 
 @pytest.mark.parametrize(
     ("turn", "problem"),
-    [("<call> peek at", "peek needs pairs"), ("<call> poke at w1", "there is no tool poke")],
+    [("<call> peek at", "peek needs pairs"), ("<call> poke at w1", "unknown tool poke")],
 )
 def test_a_bad_call_is_observed_and_never_run(turn: str, problem: str) -> None:
     suite = toy.ParitySuite()
