@@ -90,7 +90,7 @@ def test_a_good_call_beside_an_unknown_one_is_not_run_either() -> None:
     suite = toy.ParitySuite()
     rollout = play(Script("<call> peek at w1 <call> poke at w1", "w1"), suite)
     assert rollout is not None
-    assert ["not run" in contents(rollout)[1], "no tool poke" in contents(rollout)[2]] == [True, True]
+    assert ["in another call" in contents(rollout)[1], "unknown tool poke" in contents(rollout)[2]] == [True, True]
     assert [m["tool_call_id"] for m in rollout.messages[1:3]] == ["call_0", "call_1"]
     assert suite.log.count("step") == 1
 
