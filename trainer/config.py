@@ -38,7 +38,6 @@ class EnvConfig(Section):
 
 
 class EngineConfig(Section):
-    name: Literal["hf"] = "hf"
     slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
 
 
