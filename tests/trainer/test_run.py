@@ -121,6 +121,8 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "trainer.run", *arguments, "--max_steps=100000"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore Ctrl-C, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:  # fmt: skip
         assert child.stdout is not None
         while not child.stdout.readline().startswith("checkpoint"):
