@@ -2,6 +2,7 @@
 #include "folds.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SGCD_AVX512  // the compiler does not define its own macro for a pragma
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define SGCD_FOLDS folds_avx512
 #define SGCD_NAME "avx512"

@@ -232,7 +232,7 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-#if defined(__AVX512F__)
+#if defined(SGCD_AVX512)
 
 inline __m512i bf16_bits(__m512 x) {  // rounded to nearest even, in the upper halves
   const __m512i bits = _mm512_castps_si512(x);

@@ -38,6 +38,14 @@ struct HeadFold : Fold {
   }
 };
 
+// Folds nothing: the price of the products alone, for the benchmark.
+struct NoFold : Fold {
+  int fields() const override { return 1; }
+  void start(float* state, int64_t, int64_t tokens) const override { std::fill_n(state, tokens, 0.0f); }
+  void tile(float* const* z, int, float* state, int64_t, int64_t) const override { state[0] = z[0][0]; }
+  void merge(float*, const float*, int64_t, int64_t) const override {}
+};
+
 struct PairFold : Fold {
   const Folds& folds = *cpu_isa().folds;
   int fields() const override { return 9; }
@@ -96,6 +104,19 @@ at::Tensor head_stats(const at::Tensor& hidden, const at::Tensor& weight, const 
   float* data = out.mutable_data_ptr<float>();
   walk(heads, TokenInputs(n, targets, temperature, softcap), HeadFold(), {data + 3 * n}, data);
   return out;
+}
+
+void bare_walk(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& teacher_hidden) {
+  check_head("", hidden, weight, std::nullopt, std::nullopt);
+  std::vector<Head> heads{{hidden, weight, std::nullopt, std::nullopt}};
+  if (teacher_hidden) {
+    check_head("teacher_", *teacher_hidden, weight, std::nullopt, std::nullopt);
+    check_same_tokens_and_words(hidden, weight, *teacher_hidden, weight);
+    heads.push_back({*teacher_hidden, weight, std::nullopt, std::nullopt});
+  }
+  const int64_t n = heads[0].tokens();
+  std::vector<float> nothing(n);
+  walk(heads, TokenInputs(n, std::nullopt, std::nullopt, 0), NoFold(), {}, nothing.data());
 }
 
 at::Tensor pair_stats(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,

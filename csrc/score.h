@@ -14,6 +14,9 @@ at::Tensor head_stats(const at::Tensor& hidden, const at::Tensor& weight, const 
                       const OptionalTensor& rows, const at::Tensor& targets, const OptionalTensor& temperature,
                       double softcap);
 
+// The walk of one head, or of two on one weight, without a fold: what the products alone cost.
+void bare_walk(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& teacher_hidden);
+
 // [11, n]: those of the student, those of the teacher, a_p, a_q, overlap
 at::Tensor pair_stats(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                       const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight,

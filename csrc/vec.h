@@ -6,13 +6,13 @@
 
 #include <stdint.h>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(SGCD_AVX512) || defined(SGCD_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(SGCD_AVX512)
 
 struct Vec {
   static constexpr int width = 16;
@@ -52,7 +52,7 @@ inline Vec split_exponent(Vec x, Vec& m) {
   return _mm512_getexp_ps(_mm512_div_ps(x.v, m.v));
 }
 
-#elif defined(__AVX2__)
+#elif defined(SGCD_AVX2)
 
 struct Vec {
   static constexpr int width = 8;
@@ -184,7 +184,7 @@ inline Vec exp2_fraction(Vec r) {
 
 // 2^x for x <= 127: exactly 1 at 0, 0 at -inf, NaN at NaN. Below 2^-126 the result may be 0.
 inline Vec exp2(Vec x) {
-#if defined(__AVX512F__)
+#if defined(SGCD_AVX512)
   return scale(exp2_fraction(fraction(x)), x);
 #else
   const Vec t = max(Vec(-126.0f), x);
