@@ -13,6 +13,17 @@ inline Vec shift_of(Vec sum, Vec from, Vec to) { return where(greater(sum, Vec(0
 // 0 times an infinite sum is no NaN here: mass that underflows takes what it weighed with it.
 inline Vec shrunk(Vec shrink, Vec sum) { return where(greater(shrink, Vec(0.0f)), shrink * sum, Vec(0.0f)); }
 
+// Denormal results cost a hundred cycles each and say nothing beside a maximum of 1.
+struct FlushDenormals {
+#if defined(SGCD_AVX512) || defined(SGCD_AVX2)
+  const unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#else
+  FlushDenormals() {}
+#endif
+};
+
 inline Vec column_max(const float* z, int words, Vec m) {
   for (int w = 0; w < words; w++) m = max(Vec::load(z + w * kTile), m);  // an old maximum stands against a NaN
   return m;
@@ -21,7 +32,7 @@ inline Vec column_max(const float* z, int words, Vec m) {
 // Bring sums to a new maximum; true sums only, the caller stores m.
 inline Vec rescale_head(const HeadStats& h, int64_t at, Vec to) {
   const Vec z = Vec::load(h.z + at), s = Vec::load(h.s + at);
-  const Vec shift = shift_of(z, Vec::load(h.m + at), to), shrink = exp(shift);
+  const Vec shift = shift_of(z, Vec::load(h.m + at), to), shrink = exp_accurate(shift);
   (z * shrink).store(h.z + at);
   shrunk(shrink, fma(shift, z, s)).store(h.s + at);
   to.store(h.m + at);
@@ -30,9 +41,9 @@ inline Vec rescale_head(const HeadStats& h, int64_t at, Vec to) {
 
 inline void rescale_pair(const PairStats& s, int64_t at, Vec to_p, Vec to_q) {
   const Vec shift_p = rescale_head(s.p, at, to_p), shift_q = rescale_head(s.q, at, to_q);
-  shrunk(exp(shift_p), Vec::load(s.a_p + at)).store(s.a_p + at);
-  shrunk(exp(shift_q), Vec::load(s.a_q + at)).store(s.a_q + at);
-  (Vec::load(s.overlap + at) * exp((shift_p + shift_q) * Vec(0.5f))).store(s.overlap + at);
+  shrunk(exp_accurate(shift_p), Vec::load(s.a_p + at)).store(s.a_p + at);
+  shrunk(exp_accurate(shift_q), Vec::load(s.a_q + at)).store(s.a_q + at);
+  (Vec::load(s.overlap + at) * exp_accurate((shift_p + shift_q) * Vec(0.5f))).store(s.overlap + at);
 }
 
 inline void add_to(float* p, Vec x) { (Vec::load(p) + x).store(p); }
@@ -67,51 +78,92 @@ void unfinish(float* dz, const float* z, int words, const Finish& f) {
   }
 }
 
+// So many words are summed apart before they join a tile's sum: rounding then grows with the root of 8 + 8 additions,
+// not of 64.
+constexpr int kChunk = 8;
+
+struct HeadSums {
+  Vec z = 0.0f, s = 0.0f;
+
+  void add(const HeadSums& o) {
+    z = z + o.z;
+    s = s + o.s;
+  }
+  void add_to(const HeadStats& h, int64_t at) const {
+    sgcd::add_to(h.z + at, z);
+    sgcd::add_to(h.s + at, s);
+  }
+};
+
 void fold_head(const float* z, int words, const HeadStats& h) {
+  const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z += Vec::width) {
     const Vec old = Vec::load(h.m + i), m = column_max(z, words, old);
     if (any(greater(m, old))) rescale_head(h, i, m);
-    Vec sum(0.0f), s(0.0f);
-    for (int w = 0; w < words; w++) {
-      const Vec c = Vec::load(z + w * kTile) - m;
-      const Vec e = exp(c);
-      sum = sum + e;
-      s = fma_where(greater(e, Vec(0.0f)), c, e, s);  // 0 ln 0 = 0
+    HeadSums total;
+    for (int first = 0; first < words; first += kChunk) {
+      const int stop = first + kChunk < words ? first + kChunk : words;
+      HeadSums sums;
+      for (int w = first; w < stop; w++) {
+        const Vec c = Vec::load(z + w * kTile) - m, e = exp(c);
+        sums.z = sums.z + e;
+        sums.s = fma_where(greater(e, Vec(0.0f)), c, e, sums.s);  // 0 ln 0 = 0
+      }
+      total.add(sums);
     }
-    add_to(h.z + i, sum);
-    add_to(h.s + i, s);
+    total.add_to(h, i);
   }
 }
 
+struct PairSums {
+  HeadSums p, q;
+  Vec a_p = 0.0f, a_q = 0.0f, overlap = 0.0f;
+
+  // One word of both heads.
+  void fold(Vec z_p, Vec z_q, Vec m_p, Vec m_q) {
+    const Vec half(0.5f * kLog2e), c_p = z_p - m_p, c_q = z_q - m_q, delta = z_p - z_q;
+    // Of the roots, so that the product of both needs no third exponential and underflows no sooner than it must.
+    const Vec r_p = exp2(c_p * half), r_q = exp2(c_q * half), e_p = r_p * r_p, e_q = r_q * r_q;
+    const auto live_p = greater(e_p, Vec(0.0f)), live_q = greater(e_q, Vec(0.0f));
+    p.z = p.z + e_p;
+    q.z = q.z + e_q;
+    overlap = overlap + r_p * r_q;  // rounded before it is added, as e is: equal heads overlap by exactly z
+    p.s = fma_where(live_p, c_p, e_p, p.s);
+    q.s = fma_where(live_q, c_q, e_q, q.s);
+    a_p = fma_where(live_p, delta, e_p, a_p);
+    a_q = fma_where(live_q, delta, e_q, a_q);
+  }
+  void add(const PairSums& o) {
+    p.add(o.p);
+    q.add(o.q);
+    a_p = a_p + o.a_p;
+    a_q = a_q + o.a_q;
+    overlap = overlap + o.overlap;
+  }
+  void add_to(const PairStats& to, int64_t at) const {
+    p.add_to(to.p, at);
+    q.add_to(to.q, at);
+    sgcd::add_to(to.a_p + at, a_p);
+    sgcd::add_to(to.a_q + at, a_q);
+    sgcd::add_to(to.overlap + at, overlap);
+  }
+};
+
 void fold_pair(const float* z_p, const float* z_q, int words, const PairStats& stats) {
+  const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z_p += Vec::width, z_q += Vec::width) {
     const Vec old_p = Vec::load(stats.p.m + i), m_p = column_max(z_p, words, old_p);
     const Vec old_q = Vec::load(stats.q.m + i), m_q = column_max(z_q, words, old_q);
     if (any(greater(m_p, old_p)) || any(greater(m_q, old_q))) rescale_pair(stats, i, m_p, m_q);
-    Vec sum_p(0.0f), sum_q(0.0f), s_p(0.0f), s_q(0.0f), a_p(0.0f), a_q(0.0f), overlap(0.0f);
-    const Vec half(0.5f * kLog2e);
-    for (int w = 0; w < words; w++) {
-      const Vec zp = Vec::load(z_p + w * kTile), zq = Vec::load(z_q + w * kTile);
-      const Vec c_p = zp - m_p, c_q = zq - m_q, delta = zp - zq;
-      // Of the roots, so that the product of both needs no third exponential and underflows no sooner than it must.
-      const Vec r_p = exp2(c_p * half), r_q = exp2(c_q * half);
-      const Vec e_p = r_p * r_p, e_q = r_q * r_q;
-      const auto live_p = greater(e_p, Vec(0.0f)), live_q = greater(e_q, Vec(0.0f));
-      sum_p = sum_p + e_p;
-      sum_q = sum_q + e_q;
-      overlap = overlap + r_p * r_q;  // rounded before it is added, as e is: equal heads overlap by exactly z
-      s_p = fma_where(live_p, c_p, e_p, s_p);
-      s_q = fma_where(live_q, c_q, e_q, s_q);
-      a_p = fma_where(live_p, delta, e_p, a_p);
-      a_q = fma_where(live_q, delta, e_q, a_q);
+    PairSums total;
+    for (int first = 0; first < words; first += kChunk) {
+      const int stop = first + kChunk < words ? first + kChunk : words;
+      PairSums sums;
+      for (int w = first; w < stop; w++)
+        sums.fold(Vec::load(z_p + w * kTile), Vec::load(z_q + w * kTile), m_p, m_q);
+      total.add(sums);
     }
-    add_to(stats.p.z + i, sum_p);
-    add_to(stats.q.z + i, sum_q);
-    add_to(stats.p.s + i, s_p);
-    add_to(stats.q.s + i, s_q);
-    add_to(stats.a_p + i, a_p);
-    add_to(stats.a_q + i, a_q);
-    add_to(stats.overlap + i, overlap);
+    total.add_to(stats, i);
   }
 }
 
@@ -120,13 +172,14 @@ struct Brought {
   Vec z, s, shift;
   Brought(const HeadStats& from, int64_t at, Vec to) : z(Vec::load(from.z + at)) {
     shift = shift_of(z, Vec::load(from.m + at), to);
-    const Vec shrink = exp(shift);
+    const Vec shrink = exp_accurate(shift);
     s = shrunk(shrink, fma(shift, z, Vec::load(from.s + at)));
     z = z * shrink;
   }
 };
 
 void merge_head(const HeadStats& into, const HeadStats& from, int64_t tokens) {
+  const FlushDenormals flush;
   for (int64_t i = 0; i < tokens; i += Vec::width) {
     const Vec m = max(Vec::load(from.m + i), Vec::load(into.m + i));
     rescale_head(into, i, m);
@@ -137,6 +190,7 @@ void merge_head(const HeadStats& into, const HeadStats& from, int64_t tokens) {
 }
 
 void merge_pair(const PairStats& into, const PairStats& from, int64_t tokens) {
+  const FlushDenormals flush;
   for (int64_t i = 0; i < tokens; i += Vec::width) {
     const Vec m_p = max(Vec::load(from.p.m + i), Vec::load(into.p.m + i));
     const Vec m_q = max(Vec::load(from.q.m + i), Vec::load(into.q.m + i));
@@ -146,9 +200,9 @@ void merge_pair(const PairStats& into, const PairStats& from, int64_t tokens) {
     add_to(into.p.s + i, p.s);
     add_to(into.q.z + i, q.z);
     add_to(into.q.s + i, q.s);
-    add_to(into.a_p + i, shrunk(exp(p.shift), Vec::load(from.a_p + i)));
-    add_to(into.a_q + i, shrunk(exp(q.shift), Vec::load(from.a_q + i)));
-    add_to(into.overlap + i, Vec::load(from.overlap + i) * exp((p.shift + q.shift) * Vec(0.5f)));
+    add_to(into.a_p + i, shrunk(exp_accurate(p.shift), Vec::load(from.a_p + i)));
+    add_to(into.a_q + i, shrunk(exp_accurate(q.shift), Vec::load(from.a_q + i)));
+    add_to(into.overlap + i, Vec::load(from.overlap + i) * exp_accurate((p.shift + q.shift) * Vec(0.5f)));
   }
 }
 
@@ -164,6 +218,7 @@ inline void mixture_ratios(Vec log_p, Vec log_q, float beta, Vec& to_p, Vec& to_
 }
 
 void second_pass(const float* z_p, const float* z_q, int words, const SecondPass& pass) {
+  const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z_p += Vec::width, z_q += Vec::width) {
     const Vec m_p = Vec::load(pass.m_p + i), lz_p = Vec::load(pass.log_z_p + i);
     const Vec m_q = Vec::load(pass.m_q + i), lz_q = Vec::load(pass.log_z_q + i);
@@ -190,6 +245,7 @@ constexpr float kFloor = -1e4f;  // e^kFloor is 0, and 0 times it is 0 where 0 t
 
 // p (scale - d_entropy (ln p + entropy)); the caller adds d_logp at the target.
 void logprob_grad(float* z, int words, const LogprobGrad& g) {
+  const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z += Vec::width) {
     const Vec lse = Vec::load(g.lse + i), scale = Vec::load(g.scale + i);
     const Vec entropy = g.d_entropy ? Vec::load(g.entropy + i) : Vec(0.0f);
@@ -203,6 +259,7 @@ void logprob_grad(float* z, int words, const LogprobGrad& g) {
 }
 
 void distill_grad(float* z_p, const float* z_q, int words, const DistillGrad& g) {
+  const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z_p += Vec::width, z_q += Vec::width) {
     const Vec lse_p = Vec::load(g.lse_p + i), lse_q = Vec::load(g.lse_q + i);
     const Vec centre = Vec::load(g.centre + i), d_loss = Vec::load(g.d_loss + i);

@@ -194,11 +194,18 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLog2eLow = 1.925963033500866e-8f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // The argument's rounding costs |x| 2^-24 relatively: where it is large, what is summed is small.
 inline Vec exp(Vec x) { return exp2(x * Vec(kLog2e)); }
+
+// The same with the argument's rounding put back: what rescales a whole sum is felt in the last digit of a divergence.
+inline Vec exp_accurate(Vec x) {
+  const Vec safe = max(Vec(-200.0f), x), t = safe * Vec(kLog2e);
+  const Vec lost = fma(safe, Vec(kLog2e), Vec(0.0f) - t) + safe * Vec(kLog2eLow);
+  return exp2(t) * fma(lost, Vec(kLn2), Vec(1.0f));
+}
 
 // e^x - 1 for x <= 88, accurate relative to itself near 0
 inline Vec expm1(Vec x) {

@@ -27,7 +27,8 @@ class Group {
     stride_ = round_up(tokens, kTile);
     const int64_t per_slice = fold.fields() * stride_ * 4;
     blocks_ = (heads[0].vocab() + kTile - 1) / kTile;
-    slices_ = std::min(blocks_, std::clamp<int64_t>(kPartialBytes / per_slice, 4, kMaxSlices));
+    slices_ = std::clamp<int64_t>(kPartialBytes / per_slice, 4, kMaxSlices);
+    slices_ = std::clamp<int64_t>((blocks_ + 3) / 4, 1, slices_);
     state_ = at::empty({slices_, fold.fields(), stride_}, at::kFloat);
     for (const Head& head : heads) packed_.push_back(bytes(head.token_tile_bytes() * stride_ / kTile));
   }
