@@ -65,6 +65,7 @@ struct Folds {
   void (*unfinish)(float* dz, const float* z, int words, const Finish&);
   // Round a gradient tile to bf16, rows apart by `ld`, and interleaved by pairs of words (an odd last one with 0).
   void (*round_tile)(const float* dz, int words, uint16_t* rows, int64_t ld, uint16_t* pairs);
+  void (*round_row)(const float* x, int64_t count, uint16_t* out);
 };
 
 const Folds* folds_portable();

@@ -340,9 +340,20 @@ void round_tile(const float* dz, int words, uint16_t* rows, int64_t ld, uint16_t
 
 #endif
 
+void round_row(const float* x, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+#if defined(SGCD_AVX512)
+  for (; i + 16 <= count; i += 16) {
+    const __m512i upper = _mm512_srli_epi32(bf16_bits(_mm512_loadu_ps(x + i)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(upper));
+  }
+#endif
+  for (; i < count; i++) out[i] = to_bf16(x[i]);
+}
+
 constexpr Folds kFolds{
     SGCD_NAME,  finish,     fold_head,    fold_pair,    merge_head, merge_pair,
-    second_pass, logprob_grad, distill_grad, unfinish, round_tile,
+    second_pass, logprob_grad, distill_grad, unfinish, round_tile, round_row,
 };
 
 }  // namespace

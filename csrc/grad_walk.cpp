@@ -12,8 +12,12 @@ namespace sgcd {
 namespace {
 
 constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
-constexpr int64_t kSlabBytes = 8 << 20;     // dZ of a slab
-constexpr int64_t kDepth = 1024;            // tokens of one product into dW
+constexpr int64_t kSlabBytes = 12 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
+constexpr int64_t kTransposedBytes = 8 << 20;  // weight^T of a slab
+constexpr int64_t kStep = 512;              // words whose dZ stays in cache on its way into dX
+constexpr int64_t kDepth = 512;             // tokens of one product into dW
+constexpr int64_t kPad = 32;                // elements: rows a power of two apart would fall into few sets of a cache
+constexpr int64_t kWtLd = kStep + kPad, kDzLd = kDepth + kPad;
 
 at::Tensor bytes(int64_t count) { return at::empty({count}, at::kByte); }
 char* data(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
@@ -36,18 +40,15 @@ class GradWalk {
     for (const Head& head : heads) per_tile += head.token_tile_bytes();
     group_ = std::min(padded, std::max<int64_t>(1, kPackedBytes / per_tile) * kTile);
     const bool one_group = group_ == padded;
-    // Packing the tokens again for each slab is paid for by taller slabs.
-    slab_ = std::clamp<int64_t>(kSlabBytes / (size_ * group_) / kTile, 1, one_group ? 8 : 32) * kTile;
+    const int64_t transposed = needs[0] ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
+    slab_ = std::max<int64_t>(1, std::min(kSlabBytes / (size_ * group_), transposed) / kTile) * kTile;
     slab_ = std::min(slab_, round_up(head_.vocab(), kTile));
-    // Rows a multiple of a page apart would all fall into one set of the cache.
-    dz_ld_ = group_ + 32;
-    wt_ld_ = slab_ + 32;
     dw_ = needs[1] ? at::empty(weight.sizes(), weight.options().dtype(grad_type(weight))) : at::Tensor();
     db_ = needs[2] ? at::zeros({head_.vocab()}, at::kFloat) : at::Tensor();
     dx_ = needs[0] ? at::zeros({padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
-    if (needs[0]) wt_ = bytes(head_.width() * wt_ld_ * size_);
+    if (needs[0]) wt_ = bytes(round_up(slab_, kStep) / kStep * head_.width() * kWtLd * size_);
     if (needs[1]) {
-      dz_ = bytes(slab_ * dz_ld_ * size_);
+      dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
       rows_ = bytes(columns_ * group_ * size_);
       if (!one_group) dw_sum_ = at::empty({slab_, columns_}, at::kFloat);
     }
@@ -77,6 +78,13 @@ class GradWalk {
  private:
   char* packed(size_t head, int64_t tile) { return data(packed_[head]) + tile * heads_[head].token_tile_bytes(); }
 
+  // weight^T at a word of the slab: [steps][H][kStep], so that a step's rows lie close together.
+  char* weight_t(int64_t word) { return data(wt_) + (word / kStep * head_.width() * kWtLd + word % kStep) * size_; }
+  // dZ at a word of the slab and a token of the group: [depths][words][kDepth], likewise.
+  char* dz(int64_t word, int64_t token) {
+    return data(dz_) + ((token / kDepth * slab_ + word) * kDzLd + token % kDepth) * size_;
+  }
+
   void pack_tokens() {
     share(tokens_ / kTile, [&](auto next) {
       for (int64_t tile; (tile = next()) >= 0;) {
@@ -91,32 +99,40 @@ class GradWalk {
     share((words_ + kTile - 1) / kTile, [&](auto next) {
       for (int64_t block; (block = next()) >= 0;) {
         const int64_t at = block * kTile, count = std::min<int64_t>(kTile, words_ - at);
-        head_.transpose_words(word_ + at, count, round_up(count, 2), data(wt_) + at * size_, wt_ld_);
+        head_.transpose_words(word_ + at, count, round_up(count, 2), weight_t(at), kWtLd);
       }
     });
   }
 
   void by_tokens() {
     share(tokens_ / kTile, [&](auto next) {
-      const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat), dz = bytes(round_up(slab_, 2) * kTile * size_);
+      const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
+      const at::Tensor packed_dz = bytes(std::min(slab_, kStep) * kTile * size_);
       std::vector<at::Tensor> scratch;
       for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(kTile)));
-      for (int64_t tile; (tile = next()) >= 0;) {
-        for (int64_t at = 0; at < words_; at += kTile)
-          grad_tile(tile, at, std::min<int64_t>(kTile, words_ - at), z.mutable_data_ptr<float>(), scratch, data(dz));
-        if (!needs_[0]) continue;
-        float* dx = dx_.mutable_data_ptr<float>() + (first_ / kTile + tile) * head_.width() * kTile;
-        for (int64_t h = 0; h < head_.width(); h += kTile)
-          multiply(math_, std::min<int64_t>(kTile, head_.width() - h), kTile,
-                   math_ == Math::kBf16 ? round_up(words_, 2) : words_, data(wt_) + h * wt_ld_ * size_, wt_ld_,
-                   data(dz), kTile, dx + h * kTile, kTile, true);
-      }
+      for (int64_t tile; (tile = next()) >= 0;)
+        for (int64_t step = 0; step < words_; step += kStep) {
+          const int64_t stop = std::min(step + kStep, words_);
+          for (int64_t at = step; at < stop; at += kTile)
+            grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), z.mutable_data_ptr<float>(), scratch,
+                      data(packed_dz) + (at - step) * kTile * size_);
+          if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
+        }
       release_multiplier();
     });
   }
 
-  // dZ of one tile: packed into `dz` for the product with W^T, and laid out in rows for the product with X.
-  void grad_tile(int64_t tile, int64_t at, int64_t count, float* z, const std::vector<at::Tensor>& scratch, char* dz) {
+  // dX^T of a tile of tokens += W^T dZ of some words
+  void add_hidden_grad(int64_t tile, int64_t at, int64_t count, const char* dz) {
+    const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
+    float* dx = dx_.mutable_data_ptr<float>() + (first_ / kTile + tile) * width * kTile;
+    for (int64_t h = 0; h < width; h += kTile)
+      multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * kWtLd * size_, kWtLd, dz,
+               kTile, dx + h * kTile, kTile, true);
+  }
+
+  // dZ of one tile: packed into `out` for the product with W^T, and laid out in rows for the product with X.
+  void grad_tile(int64_t tile, int64_t at, int64_t count, float* z, const std::vector<at::Tensor>& scratch, char* out) {
     const int64_t token = first_ + tile * kTile, word = word_ + at;
     const int words = static_cast<int>(count);
     float* tiles[2] = {z, z + kTile * kTile};
@@ -131,15 +147,15 @@ class GradWalk {
     formula_.tile(tiles, words, word, token);
     folds_.unfinish(z, logits, words, inputs_.finish(head_, token, word));
     if (needs_[2]) sum_rows(z, count, db_part_.mutable_data_ptr<float>() + tile * slab_ + at);
-    char* rows = needs_[1] ? data(dz_) + (at * dz_ld_ + tile * kTile) * size_ : nullptr;
+    char* rows = needs_[1] ? dz(at, tile * kTile) : nullptr;
     if (math_ == Math::kBf16) {
-      folds_.round_tile(z, words, reinterpret_cast<uint16_t*>(rows), dz_ld_,
-                        reinterpret_cast<uint16_t*>(dz + at * kTile * size_));
+      folds_.round_tile(z, words, reinterpret_cast<uint16_t*>(rows), kDzLd,
+                        reinterpret_cast<uint16_t*>(out));
       return;
     }
-    std::memcpy(dz + at * kTile * size_, z, count * kTile * sizeof(float));
+    std::memcpy(out, z, count * kTile * sizeof(float));
     for (int64_t w = 0; rows && w < count; w++)
-      std::memcpy(rows + w * dz_ld_ * size_, z + w * kTile, kTile * sizeof(float));
+      std::memcpy(rows + w * kDzLd * size_, z + w * kTile, kTile * sizeof(float));
   }
 
   static void sum_rows(const float* z, int64_t count, float* out) {
@@ -161,7 +177,7 @@ class GradWalk {
         for (int64_t t = 0; t < tokens_; t += kDepth) {
           const int64_t depth = std::min(kDepth, tokens_ - t);
           for (int64_t c = 0; c < columns_; c += kTile)
-            multiply(math_, count, kTile, depth, data(dz_) + (at * dz_ld_ + t) * size_, dz_ld_,
+            multiply(math_, count, kTile, depth, dz(at, t), kDzLd,
                      data(rows_) + (c * group_ + t * kTile) * size_, kTile, sum + c, columns_, first_ + t > 0);
         }
         if (first_ + tokens_ >= head_.tokens()) write_rows(sum, word_ + at, count);
@@ -181,8 +197,7 @@ class GradWalk {
     const int64_t width = head_.width();
     for (int64_t w = 0; w < count; w++, sum += columns_) {
       if (dw_.scalar_type() == at::kBFloat16) {
-        at::BFloat16* out = dw_.mutable_data_ptr<at::BFloat16>() + (word + w) * width;
-        for (int64_t k = 0; k < width; k++) out[k] = sum[k];
+        folds_.round_row(sum, width, static_cast<uint16_t*>(dw_.mutable_data_ptr()) + (word + w) * width);
       } else {
         std::memcpy(dw_.mutable_data_ptr<float>() + (word + w) * width, sum, width * sizeof(float));
       }
@@ -217,7 +232,7 @@ class GradWalk {
   const int64_t size_;
   const std::array<bool, 3> needs_;
   const int64_t columns_;  // H padded to whole tiles
-  int64_t group_ = 0, slab_ = 0, dz_ld_ = 0, wt_ld_ = 0;
+  int64_t group_ = 0, slab_ = 0;
   int64_t word_ = 0, words_ = 0, first_ = 0, tokens_ = 0;  // where the walk is
   at::Tensor dw_, db_, dx_, wt_, dz_, rows_, dw_sum_, db_part_;
   std::vector<at::Tensor> packed_;
