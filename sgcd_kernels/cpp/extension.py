@@ -25,7 +25,7 @@ def unavailable_reason() -> str | None:
     """Load the extension once; why that is not possible here, or None."""
     note = _note()
     libraries = sorted(FOLDER.glob("_C*.so"))
-    if not libraries:
+    if not libraries or "reason" in note:
         return f"the C++ extension was not built: {note.get('reason', 'setup.py has not run')}; {REBUILD} builds it"
     built_for = note.get("torch", "an unknown version")
     if built_for != torch.__version__:
