@@ -2,8 +2,8 @@
 
 SGCD_BUILD=0 leaves it out, SGCD_BUILD=1 makes a failure fatal; otherwise a package without it is built, and
 `sgcd_kernels.backend_status()` repeats the reason. torch is not a build requirement: pip would fetch gigabytes of CUDA
-into an isolated build. So `pip install --no-build-isolation .` builds the extension and a plain `pip install .` does not,
-unless torch can be found.
+into an isolated build. So `pip install --no-build-isolation .` builds the extension, and a plain `pip install .` gives
+the pure-Python package.
 """
 
 import importlib.util

@@ -29,9 +29,11 @@ def unavailable_reason() -> str | None:
         return f"the C++ extension was not built: {note.get('reason', 'setup.py has not run')}; {REBUILD} builds it"
     built_for = note.get("torch", "an unknown version")
     if built_for != torch.__version__:
-        return f"the C++ extension was built for torch {built_for} and this is {torch.__version__}; {REBUILD} rebuilds it"
+        return (
+            f"the C++ extension was built for torch {built_for} and this is {torch.__version__}; {REBUILD} rebuilds it"
+        )
     try:
-        torch.ops.load_library(libraries[0])
+        torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ extension does not load: {error}"
     return None

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-
 from sgcd_kernels import backend_status, linear_divergence, linear_logprob, reference
 from tests.kernels.cpp_inputs import Case, case, exact
 
@@ -112,7 +111,8 @@ def test_rows_of_strided_inputs() -> None:
 
 @pytest.mark.parametrize("level", [-1e30, -3e4, 3e4])
 def test_rows_at_an_extreme_level(level: float) -> None:
-    stats = linear_logprob(torch.zeros(2, 3), torch.randn(200, 3), torch.tensor([5, 199]), bias=torch.full((200,), level), impl="cpp")
+    bias = torch.full((200,), level)
+    stats = linear_logprob(torch.zeros(2, 3), torch.randn(200, 3), torch.tensor([5, 199]), bias=bias, impl="cpp")
     assert stats.logp.tolist() == pytest.approx([-torch.tensor(200.0).log().item()] * 2, rel=1e-5)
 
 
