@@ -15,12 +15,13 @@ READY_REAL := $(VENV)/.ready-real
 RUN := $(PY) -m trainer.run
 ARGS ?=
 
-.PHONY: help train test test-slow lint train-real warmstart selfcheck view clean
+.PHONY: help train test test-slow lint sanitize train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
@@ -41,6 +42,17 @@ lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	@SGCD_BUILD=1 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  LDFLAGS="-fsanitize=address,undefined" $(PY) setup.py -q build \
+	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
+	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
+	$(PY) tests/kernels/fuzz_cpp.py 0 10000 300; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py tests/kernels/test_cpp_grads.py
 
 train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare

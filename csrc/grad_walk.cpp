@@ -12,12 +12,13 @@ namespace sgcd {
 namespace {
 
 constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
-constexpr int64_t kSlabBytes = 12 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
-constexpr int64_t kTransposedBytes = 8 << 20;  // weight^T of a slab
-constexpr int64_t kStep = 512;              // words whose dZ stays in cache on its way into dX
+constexpr int64_t kSlabBytes = 16 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
+constexpr int64_t kTransposedBytes = 12 << 20;  // weight^T of a slab
+constexpr int64_t kStepBytes = 512 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
+constexpr int64_t kBatch = 8;                // tiles that pass by them
 constexpr int64_t kDepth = 512;             // tokens of one product into dW
 constexpr int64_t kPad = 32;                // elements: rows a power of two apart would fall into few sets of a cache
-constexpr int64_t kWtLd = kStep + kPad, kDzLd = kDepth + kPad;
+constexpr int64_t kDzLd = kDepth + kPad;
 
 at::Tensor bytes(int64_t count) { return at::empty({count}, at::kByte); }
 char* data(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
@@ -46,7 +47,8 @@ class GradWalk {
     dw_ = needs[1] ? at::empty(weight.sizes(), weight.options().dtype(grad_type(weight))) : at::Tensor();
     db_ = needs[2] ? at::zeros({head_.vocab()}, at::kFloat) : at::Tensor();
     dx_ = needs[0] ? at::zeros({padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
-    if (needs[0]) wt_ = bytes(round_up(slab_, kStep) / kStep * head_.width() * kWtLd * size_);
+    step_ = std::clamp<int64_t>(kStepBytes / (head_.depth() * size_) / kTile, 2, 8) * kTile;
+    if (needs[0]) wt_ = bytes(round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
     if (needs[1]) {
       dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
       rows_ = bytes(columns_ * group_ * size_);
@@ -58,14 +60,17 @@ class GradWalk {
 
   Grads run(at::ScalarType hidden_type) {
     const int64_t padded = round_up(head_.tokens(), kTile);
+    words_ = std::min(slab_, head_.vocab());
+    share(blocks(words_), [&](auto next) {
+      for (int64_t block; (block = next()) >= 0;) transpose_block(0, block);
+    });
     for (word_ = 0; word_ < head_.vocab(); word_ += slab_) {
       words_ = std::min(slab_, head_.vocab() - word_);
-      if (needs_[0]) transpose_slab();
       for (first_ = 0; first_ < padded; first_ += group_) {
         tokens_ = std::min(group_, padded - first_);
         if (word_ == 0 || group_ < padded) pack_tokens();
         by_tokens();
-        if (needs_[1] || needs_[2]) by_words();
+        by_words(first_ + group_ >= padded);
       }
     }
     return {needs_[0] ? hidden_grad(hidden_type) : at::Tensor(), dw_, db_};
@@ -78,8 +83,10 @@ class GradWalk {
  private:
   char* packed(size_t head, int64_t tile) { return data(packed_[head]) + tile * heads_[head].token_tile_bytes(); }
 
-  // weight^T at a word of the slab: [steps][H][kStep], so that a step's rows lie close together.
-  char* weight_t(int64_t word) { return data(wt_) + (word / kStep * head_.width() * kWtLd + word % kStep) * size_; }
+  // weight^T at a word of the slab: [steps][H][step], so that a step's rows lie close together.
+  char* weight_t(int64_t word) {
+    return data(wt_) + (word / step_ * head_.width() * (step_ + kPad) + word % step_) * size_;
+  }
   // dZ at a word of the slab and a token of the group: [depths][words][kDepth], likewise.
   char* dz(int64_t word, int64_t token) {
     return data(dz_) + ((token / kDepth * slab_ + word) * kDzLd + token % kDepth) * size_;
@@ -95,29 +102,31 @@ class GradWalk {
     });
   }
 
-  void transpose_slab() {
-    share((words_ + kTile - 1) / kTile, [&](auto next) {
-      for (int64_t block; (block = next()) >= 0;) {
-        const int64_t at = block * kTile, count = std::min<int64_t>(kTile, words_ - at);
-        head_.transpose_words(word_ + at, count, round_up(count, 2), weight_t(at), kWtLd);
-      }
-    });
+  static int64_t blocks(int64_t words) { return (words + kTile - 1) / kTile; }
+
+  void transpose_block(int64_t slab, int64_t block) {
+    const int64_t at = block * kTile, word = slab + at, count = std::min<int64_t>(kTile, head_.vocab() - word);
+    if (!needs_[0] || count <= 0) return;
+    head_.transpose_words(word, count, round_up(count, 2), weight_t(at), step_ + kPad);
   }
 
   void by_tokens() {
-    share(tokens_ / kTile, [&](auto next) {
+    const int64_t tiles = tokens_ / kTile, threads = at::get_num_threads();
+    const int64_t batch = std::clamp<int64_t>((tiles + threads - 1) / threads, 1, kBatch);
+    share((tiles + batch - 1) / batch, [&](auto next) {
       const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
-      const at::Tensor packed_dz = bytes(std::min(slab_, kStep) * kTile * size_);
+      const at::Tensor packed_dz = bytes(step_ * kTile * size_);
       std::vector<at::Tensor> scratch;
       for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(kTile)));
-      for (int64_t tile; (tile = next()) >= 0;)
-        for (int64_t step = 0; step < words_; step += kStep) {
-          const int64_t stop = std::min(step + kStep, words_);
-          for (int64_t at = step; at < stop; at += kTile)
-            grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), z.mutable_data_ptr<float>(), scratch,
-                      data(packed_dz) + (at - step) * kTile * size_);
-          if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
-        }
+      for (int64_t task; (task = next()) >= 0;)
+        for (int64_t step = 0; step < words_; step += step_)
+          for (int64_t tile = task * batch; tile < std::min((task + 1) * batch, tiles); tile++) {
+            const int64_t stop = std::min(step + step_, words_);
+            for (int64_t at = step; at < stop; at += kTile)
+              grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), z.mutable_data_ptr<float>(), scratch,
+                        data(packed_dz) + (at - step) * kTile * size_);
+            if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
+          }
       release_multiplier();
     });
   }
@@ -127,7 +136,8 @@ class GradWalk {
     const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
     float* dx = dx_.mutable_data_ptr<float>() + (first_ / kTile + tile) * width * kTile;
     for (int64_t h = 0; h < width; h += kTile)
-      multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * kWtLd * size_, kWtLd, dz,
+      multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
+               step_ + kPad, dz,
                kTile, dx + h * kTile, kTile, true);
   }
 
@@ -166,11 +176,14 @@ class GradWalk {
     }
   }
 
-  void by_words() {
-    share((words_ + kTile - 1) / kTile, [&](auto next) {
+  // After a slab's last tokens its weight^T has served, and the next slab's is made here: one place less to wait at.
+  void by_words(bool last) {
+    if (!needs_[1] && !needs_[2] && !last) return;
+    share(blocks(words_), [&](auto next) {
       const at::Tensor own = dw_sum_.defined() || !needs_[1] ? at::Tensor() : at::empty({kTile, columns_}, at::kFloat);
       for (int64_t block; (block = next()) >= 0;) {
         const int64_t at = block * kTile, count = std::min<int64_t>(kTile, words_ - at);
+        if (last) transpose_block(word_ + slab_, block);
         if (needs_[2]) add_bias_parts(at, count);
         if (!needs_[1]) continue;
         float* sum = own.defined() ? own.mutable_data_ptr<float>() : dw_sum_.mutable_data_ptr<float>() + at * columns_;
@@ -232,7 +245,7 @@ class GradWalk {
   const int64_t size_;
   const std::array<bool, 3> needs_;
   const int64_t columns_;  // H padded to whole tiles
-  int64_t group_ = 0, slab_ = 0;
+  int64_t group_ = 0, slab_ = 0, step_ = 0;
   int64_t word_ = 0, words_ = 0, first_ = 0, tokens_ = 0;  // where the walk is
   at::Tensor dw_, db_, dx_, wt_, dz_, rows_, dw_sum_, db_part_;
   std::vector<at::Tensor> packed_;

@@ -72,7 +72,7 @@ def random_calls():
 
     shared = (maybe(each()), r.choice([0.0, 5.0, number(5.0)]))
     needs = [r.random() < 0.6 for _ in range(r.choice([3] * 30 + [2]))]
-    calls = {
+    return {
         "head_stats": lambda: (*head(), rows, integers(m, 0, v, 0.3), *shared),
         "pair_stats": lambda: (*head(), *head(), rows, integers(m, 0, v, 0.3), *shared),
         "mixture_stats": lambda: (
@@ -112,7 +112,6 @@ def random_calls():
             needs,
         ),
     }
-    return calls
 
 
 done, limit = [0, 0], time.time() + float(sys.argv[3])

@@ -45,7 +45,7 @@ LOGPROB = {"logp": (1, 0, 0), "lse": (0, 0, 1), "all": (1, 0.5, -0.3)}
 @pytest.mark.parametrize("outputs", LOGPROB)
 def test_logprob(shape: tuple[int, int, int], dtype: torch.dtype, outputs: str) -> None:
     c = case(*shape, dtype)
-    n, extras = shape[0], {"temperature": torch.rand(shape[0]) + 0.5, "softcap": 6.0}
+    n, extras = shape[0], {"temperature": torch.linspace(0.5, 1.5, shape[0]), "softcap": 6.0}
 
     def total(stats: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return sum(k * (s * weights(n)).sum() for k, s in zip(LOGPROB[outputs], stats) if k)  # type: ignore[return-value]
@@ -58,7 +58,8 @@ def test_logprob(shape: tuple[int, int, int], dtype: torch.dtype, outputs: str) 
     want, theirs = grads(plain, leaves_of(c, F64)), grads(plain, leaves_of(c, dtype))
     for a, e, p in zip(got, want, theirs):
         assert a.dtype == dtype
-        floor = 1e-6 + 3e-6 * float(e.abs().max())
+        rounding = torch.finfo(dtype).eps / 2  # of the result to its dtype: with few values plain PyTorch may be lucky
+        floor = 1e-6 + max(3e-6, rounding) * float(e.abs().max())
         assert float((a - e).abs().max()) <= 2 * float((p - e).abs().max()) + floor
 
 
