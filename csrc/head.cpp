@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace sgcd {
 namespace {
 
@@ -24,6 +28,28 @@ void with_types(at::ScalarType from, Math math, F f) {
   if (from == at::kHalf) return f(static_cast<const at::Half*>(nullptr), to);
   f(static_cast<const float*>(nullptr), to);
 }
+
+#if defined(__SSE2__)
+// dst[k][w] = src[w][k] for 8 x 8 elements of two bytes: interleave them, then pairs, then fours.
+void transpose8(const char* src, int64_t src_bytes, char* dst, int64_t dst_bytes) {
+  __m128i a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_bytes));
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);      // columns 0-3 of rows 2i, 2i + 1
+    b[i + 4] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);  // columns 4-7
+  }
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm_unpacklo_epi32(b[2 * i], b[2 * i + 1]);  // two columns of rows 0-3 (even i) or 4-7
+    a[2 * i + 1] = _mm_unpackhi_epi32(b[2 * i], b[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    const int low = i / 2 * 4 + i % 2;  // rows 0-3; rows 4-7 are two further on
+    char* out = dst + 2 * i * dst_bytes;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(a[low], a[low + 2]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + dst_bytes), _mm_unpackhi_epi64(a[low], a[low + 2]));
+  }
+}
+#endif
 
 // The stride of a single row means nothing, and may be anything.
 int64_t row_stride(const at::Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
@@ -104,6 +130,15 @@ Words Head::words(int64_t first, int64_t count, void* scratch) const {
 }
 
 void Head::transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const {
+#if defined(__SSE2__)
+  if (math_ == Math::kBf16 && count % 8 == 0 && width_ % 8 == 0) {
+    for (int64_t k = 0; k < width_; k += 8)
+      for (int64_t w = 0; w < count; w += 8)
+        transpose8(weight_ + ((first + w) * weight_ld_ + k) * 2, weight_ld_ * 2,
+                   static_cast<char*>(out) + (k * ld + w) * 2, ld * 2);
+    return;
+  }
+#endif
   with_types(weight_type_, math_, [&](auto* in, auto* to) {
     using Out = std::remove_pointer_t<decltype(to)>;
     Out* dst = static_cast<Out*>(out);
