@@ -1,7 +1,8 @@
 """The C++ backend beside what it replaces: python -m bench.cpu_kernels [--op score] [--dtype bf16] [--shape 0].
 
 Variants run interleaved in one process and medians are compared, so that whatever else the machine does falls on all
-of them. Nothing is timed that has not first agreed with fp64. `bare` is the walk without its fold, the honest floor; `mm` are the same products by torch.mm, their results thrown away.
+of them. Nothing is timed that has not first agreed with fp64. `bare` is the walk without its fold, the honest floor;
+`mm` are the same products by torch.mm, their results thrown away.
 """
 
 from __future__ import annotations
