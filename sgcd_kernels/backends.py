@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from sgcd_kernels.cpp import extension
 from sgcd_kernels.types import Projection
 from sgcd_kernels.validation import check_choice
 
@@ -23,7 +24,7 @@ OPS = ("logprob_forward", "logprob_backward", "target_logp", "divergence_forward
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run here, and if not, why."""
+    """Whether a backend can run here; if not, why, and else which of its paths does."""
 
     usable: bool
     reason: str
@@ -35,7 +36,8 @@ class Backend:
 
     module: str
     unavailable_reason: Callable[[], str | None]  # on this machine, whatever the inputs
-    refuses: Callable[[str, Projection], str | None]  # (op, inputs) on a machine where it is available
+    refuses: Callable[[str, Projection], str | None]  # (op, one head) on a machine where it is available
+    description: Callable[[], str] = lambda: "usable"  # what backend_status says where it is available
 
 
 def _not_part_of_this_version() -> str:
@@ -45,7 +47,7 @@ def _not_part_of_this_version() -> str:
 # In the order in which "auto" tries them.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend("sgcd_kernels.triton", _not_part_of_this_version, lambda op, inputs: None),
-    "cpp": Backend("sgcd_kernels.cpp", _not_part_of_this_version, lambda op, inputs: None),
+    "cpp": Backend("sgcd_kernels.cpp.ops", extension.unavailable_reason, extension.refuses, extension.description),
     "torch": Backend("sgcd_kernels.torch_backend", lambda: None, lambda op, inputs: None),
 }
 IMPLS = ("auto", *_BACKENDS)
@@ -54,24 +56,27 @@ IMPLS = ("auto", *_BACKENDS)
 def backend_status() -> dict[str, BackendStatus]:
     """Say which backends are usable on this machine and, for each that is not, why."""
     reasons = {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
-    return {name: BackendStatus(reason is None, reason or "usable") for name, reason in reasons.items()}
+    return {
+        name: BackendStatus(reason is None, reason or _BACKENDS[name].description()) for name, reason in reasons.items()
+    }
 
 
-def resolve(op: str, impl: str, inputs: Projection) -> Callable[..., Any]:
-    """The function that runs `op` on these inputs. Asking for a backend that cannot is a ValueError that says why."""
+def resolve(op: str, impl: str, *heads: Projection) -> Callable[..., Any]:
+    """The function that runs `op` on these heads. Asking for a backend that cannot is a ValueError that says why."""
     assert op in OPS, op
     check_choice("impl", impl, IMPLS)
     if impl != "auto":
-        reason = _reason(impl, op, inputs)
+        reason = _reason(impl, op, heads)
         if reason is not None:
             raise ValueError(f"impl is {impl!r}, which cannot run {op} here: {reason}; needs another, or 'auto'")
         return _function(impl, op)
-    return _function(next(name for name in _BACKENDS if _reason(name, op, inputs) is None), op)
+    return _function(next(name for name in _BACKENDS if _reason(name, op, heads) is None), op)
 
 
-def _reason(name: str, op: str, inputs: Projection) -> str | None:
+def _reason(name: str, op: str, heads: tuple[Projection, ...]) -> str | None:
     backend = _BACKENDS[name]
-    return backend.unavailable_reason() or backend.refuses(op, inputs)
+    refusals = (backend.refuses(op, head) for head in heads)
+    return backend.unavailable_reason() or next((reason for reason in refusals if reason is not None), None)
 
 
 def _function(name: str, op: str) -> Callable[..., Any]:

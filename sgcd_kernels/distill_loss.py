@@ -89,7 +89,7 @@ class _LinearDistill(torch.autograd.Function):
         features = ("jsd",) if kind == "jsd" else ()
         unused = torch.zeros(p.num_rows, dtype=torch.long, device=hidden.device)
         with no_autocast(hidden.device):
-            fields = resolve("divergence_forward", impl, p)(p, teacher, unused, features, beta, None, None)
+            fields = resolve("divergence_forward", impl, p, teacher)(p, teacher, unused, features, beta, None, None)
         value: Tensor = fields[kind]
         # All tensors, the teacher's too: autograd then notices one that changes before backward, and may offload them.
         temperature = student.temperature if isinstance(student.temperature, Tensor) else None
@@ -110,7 +110,7 @@ class _LinearDistill(torch.autograd.Function):
         teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, temperature, softcap, rows)
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with no_autocast(hidden.device):
-            grads = resolve("distill_backward", impl, p)(
+            grads = resolve("distill_backward", impl, p, teacher)(
                 p, teacher, kind, beta, (student_lse, teacher_lse), value, d_value, needs
             )
         return (*as_input_dtypes(grads, hidden, weight, bias), *(None,) * 5)

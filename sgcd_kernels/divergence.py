@@ -93,7 +93,7 @@ def linear_divergence(
     rows = kept_rows(flat != ignore_index)
     student, teacher = on_rows(student, rows), on_rows(teacher, rows)
     with no_autocast(student_hidden.device):
-        forward = resolve("divergence_forward", impl, student)
+        forward = resolve("divergence_forward", impl, student, teacher)
         fields = forward(student, teacher, flat if rows is None else flat[rows], tuple(features), beta, top_k, group)
     return DivergenceStats(**{name: scatter(value, rows, leading) for name, value in fields.items()})
 

@@ -1,4 +1,4 @@
-"""The workspace stays within its budget at any N and V: counted allocation by allocation."""
+"""The workspace of the torch backend stays within its budget at any N and V: counted allocation by allocation."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def inputs(n: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 OPS: dict[str, Call] = {
-    "linear_logprob": lambda x, w, y, t: linear_logprob(x, w, y).logp.sum().backward(),
-    "linear_divergence": lambda x, w, y, t: linear_divergence(x, w, y, t, features=("jsd", "tv"), top_k=10),
-    "linear_policy_loss": lambda x, w, y, t: linear_policy_loss(x, w, y, t[:, 0].float(), loss_type="dapo")[
-        0
-    ].backward(),
-    "linear_distill_loss": lambda x, w, y, t: linear_distill_loss(x, w, t, kind="jsd").backward(),
+    "linear_logprob": lambda x, w, y, t: linear_logprob(x, w, y, impl="torch").logp.sum().backward(),
+    "linear_divergence": lambda x, w, y, t: linear_divergence(
+        x, w, y, t, features=("jsd", "tv"), top_k=10, impl="torch"
+    ),
+    "linear_policy_loss": lambda x, w, y, t: linear_policy_loss(
+        x, w, y, t[:, 0].float(), loss_type="dapo", impl="torch"
+    )[0].backward(),
+    "linear_distill_loss": lambda x, w, y, t: linear_distill_loss(x, w, t, kind="jsd", impl="torch").backward(),
 }
 
 

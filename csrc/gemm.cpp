@@ -1,0 +1,25 @@
+#include "gemm.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include "isa.h"
+
+namespace sgcd {
+
+bool has_bf16_products() { return cpu_isa().bf16 && at::native::cpublas::could_pack(at::kBFloat16); }
+
+void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
+              float* c, int64_t ldc, bool add) {
+  if (math == Math::kBf16) {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
+                                static_cast<const at::BFloat16*>(b), c, true);
+  } else {
+    // Without micro-kernels for this processor, the library does the same by its BLAS.
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const float*>(a),
+                                static_cast<const float*>(b), c, false);
+  }
+}
+
+void release_multiplier() { at::native::cpublas::brgemm_release(true); }
+
+}  // namespace sgcd

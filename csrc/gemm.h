@@ -1,0 +1,24 @@
+// Small products of tiles, by the library's exported micro-kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace sgcd {
+
+// What tiles are multiplied in. bf16 where the processor multiplies it into fp32; everything else is widened.
+enum class Math { kFloat, kBf16 };
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline int64_t element_size(Math math) { return math == Math::kBf16 ? 2 : 4; }
+
+bool has_bf16_products();
+
+// c [m, n] (+)= a [m, k] b [k, n], fp32 out. Rows of a are apart by lda elements, rows of c by ldc. For bf16, k is even
+// and b holds pairs of its rows, b[k/2][n][2], pairs of rows apart by 2 ldb elements.
+void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
+              float* c, int64_t ldc, bool add);
+
+// Every thread that multiplied calls this before it goes back to other work: tile registers are state.
+void release_multiplier();
+
+}  // namespace sgcd

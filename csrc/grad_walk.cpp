@@ -1,0 +1,270 @@
+#include "grad_walk.h"
+
+#include <ATen/Functions.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace sgcd {
+namespace {
+
+constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
+constexpr int64_t kSlabBytes = 16 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
+constexpr int64_t kTransposedBytes = 12 << 20;  // weight^T of a slab
+constexpr int64_t kStepBytes = 512 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
+constexpr int64_t kBatch = 8;                // tiles that pass by them
+constexpr int64_t kDepth = 512;             // tokens of one product into dW
+constexpr int64_t kPad = 32;                // elements: rows a power of two apart would fall into few sets of a cache
+constexpr int64_t kDzLd = kDepth + kPad;
+
+at::Tensor bytes(int64_t count) { return at::empty({count}, at::kByte); }
+char* data(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
+
+class GradWalk {
+ public:
+  GradWalk(const std::vector<Head>& heads, const TokenInputs& inputs, const GradFormula& formula,
+           const at::Tensor& weight, std::array<bool, 3> needs)
+      : heads_(heads),
+        head_(heads[0]),
+        inputs_(inputs),
+        formula_(formula),
+        folds_(*cpu_isa().folds),
+        math_(head_.math()),
+        size_(element_size(math_)),
+        needs_(needs),
+        columns_(round_up(head_.width(), kTile)) {
+    const int64_t padded = round_up(head_.tokens(), kTile);
+    int64_t per_tile = needs[1] ? columns_ * kTile * size_ : 0;
+    for (const Head& head : heads) per_tile += head.token_tile_bytes();
+    group_ = std::min(padded, std::max<int64_t>(1, kPackedBytes / per_tile) * kTile);
+    const bool one_group = group_ == padded;
+    const int64_t transposed = needs[0] ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
+    slab_ = std::max<int64_t>(1, std::min(kSlabBytes / (size_ * group_), transposed) / kTile) * kTile;
+    slab_ = std::min(slab_, round_up(head_.vocab(), kTile));
+    dw_ = needs[1] ? at::empty(weight.sizes(), weight.options().dtype(grad_type(weight))) : at::Tensor();
+    db_ = needs[2] ? at::zeros({head_.vocab()}, at::kFloat) : at::Tensor();
+    dx_ = needs[0] ? at::zeros({padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
+    step_ = std::clamp<int64_t>(kStepBytes / (head_.depth() * size_) / kTile, 2, 8) * kTile;
+    if (needs[0]) wt_ = bytes(round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
+    if (needs[1]) {
+      dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
+      rows_ = bytes(columns_ * group_ * size_);
+      if (!one_group) dw_sum_ = at::empty({slab_, columns_}, at::kFloat);
+    }
+    if (needs[2]) db_part_ = at::empty({group_ / kTile, slab_}, at::kFloat);
+    for (const Head& head : heads) packed_.push_back(bytes(head.token_tile_bytes() * group_ / kTile));
+  }
+
+  Grads run(at::ScalarType hidden_type) {
+    const int64_t padded = round_up(head_.tokens(), kTile);
+    words_ = std::min(slab_, head_.vocab());
+    share(blocks(words_), [&](auto next) {
+      for (int64_t block; (block = next()) >= 0;) transpose_block(0, block);
+    });
+    for (word_ = 0; word_ < head_.vocab(); word_ += slab_) {
+      words_ = std::min(slab_, head_.vocab() - word_);
+      for (first_ = 0; first_ < padded; first_ += group_) {
+        tokens_ = std::min(group_, padded - first_);
+        if (word_ == 0 || group_ < padded) pack_tokens();
+        by_tokens();
+        by_words(first_ + group_ >= padded);
+      }
+    }
+    return {needs_[0] ? hidden_grad(hidden_type) : at::Tensor(), dw_, db_};
+  }
+
+  static at::ScalarType grad_type(const at::Tensor& x) {
+    return x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  }
+
+ private:
+  char* packed(size_t head, int64_t tile) { return data(packed_[head]) + tile * heads_[head].token_tile_bytes(); }
+
+  // weight^T at a word of the slab: [steps][H][step], so that a step's rows lie close together.
+  char* weight_t(int64_t word) {
+    return data(wt_) + (word / step_ * head_.width() * (step_ + kPad) + word % step_) * size_;
+  }
+  // dZ at a word of the slab and a token of the group: [depths][words][kDepth], likewise.
+  char* dz(int64_t word, int64_t token) {
+    return data(dz_) + ((token / kDepth * slab_ + word) * kDzLd + token % kDepth) * size_;
+  }
+
+  void pack_tokens() {
+    share(tokens_ / kTile, [&](auto next) {
+      for (int64_t tile; (tile = next()) >= 0;) {
+        for (size_t h = 0; h < heads_.size(); h++) heads_[h].pack_token_tile(first_ + tile * kTile, packed(h, tile));
+        if (needs_[1])
+          head_.pack_token_rows(first_ + tile * kTile, data(rows_) + tile * kTile * kTile * size_, group_ * kTile);
+      }
+    });
+  }
+
+  static int64_t blocks(int64_t words) { return (words + kTile - 1) / kTile; }
+
+  void transpose_block(int64_t slab, int64_t block) {
+    const int64_t at = block * kTile, word = slab + at, count = std::min<int64_t>(kTile, head_.vocab() - word);
+    if (!needs_[0] || count <= 0) return;
+    head_.transpose_words(word, count, round_up(count, 2), weight_t(at), step_ + kPad);
+  }
+
+  void by_tokens() {
+    const int64_t tiles = tokens_ / kTile, threads = at::get_num_threads();
+    const int64_t batch = std::clamp<int64_t>((tiles + threads - 1) / threads, 1, kBatch);
+    share((tiles + batch - 1) / batch, [&](auto next) {
+      const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
+      const at::Tensor packed_dz = bytes(step_ * kTile * size_);
+      std::vector<at::Tensor> scratch;
+      for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(kTile)));
+      for (int64_t task; (task = next()) >= 0;)
+        for (int64_t step = 0; step < words_; step += step_)
+          for (int64_t tile = task * batch; tile < std::min((task + 1) * batch, tiles); tile++) {
+            const int64_t stop = std::min(step + step_, words_);
+            for (int64_t at = step; at < stop; at += kTile)
+              grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), z.mutable_data_ptr<float>(), scratch,
+                        data(packed_dz) + (at - step) * kTile * size_);
+            if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
+          }
+      release_multiplier();
+    });
+  }
+
+  // dX^T of a tile of tokens += W^T dZ of some words
+  void add_hidden_grad(int64_t tile, int64_t at, int64_t count, const char* dz) {
+    const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
+    float* dx = dx_.mutable_data_ptr<float>() + (first_ / kTile + tile) * width * kTile;
+    for (int64_t h = 0; h < width; h += kTile)
+      multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
+               step_ + kPad, dz,
+               kTile, dx + h * kTile, kTile, true);
+  }
+
+  // dZ of one tile: packed into `out` for the product with W^T, and laid out in rows for the product with X.
+  void grad_tile(int64_t tile, int64_t at, int64_t count, float* z, const std::vector<at::Tensor>& scratch, char* out) {
+    const int64_t token = first_ + tile * kTile, word = word_ + at;
+    const int words = static_cast<int>(count);
+    float* tiles[2] = {z, z + kTile * kTile};
+    for (size_t h = 0; h < heads_.size(); h++) {
+      const Words w = heads_[h].words(word, count, data(scratch[h]));
+      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), w.data, w.ld, packed(h, tile), kTile, tiles[h], kTile,
+               false);
+      folds_.finish(tiles[h], words, inputs_.finish(heads_[h], token, word));
+    }
+    float* logits = z + 2 * kTile * kTile;
+    if (inputs_.softcap != 0) std::memcpy(logits, z, count * kTile * sizeof(float));
+    formula_.tile(tiles, words, word, token);
+    folds_.unfinish(z, logits, words, inputs_.finish(head_, token, word));
+    if (needs_[2]) sum_rows(z, count, db_part_.mutable_data_ptr<float>() + tile * slab_ + at);
+    char* rows = needs_[1] ? dz(at, tile * kTile) : nullptr;
+    if (math_ == Math::kBf16) {
+      folds_.round_tile(z, words, reinterpret_cast<uint16_t*>(rows), kDzLd,
+                        reinterpret_cast<uint16_t*>(out));
+      return;
+    }
+    std::memcpy(out, z, count * kTile * sizeof(float));
+    for (int64_t w = 0; rows && w < count; w++)
+      std::memcpy(rows + w * kDzLd * size_, z + w * kTile, kTile * sizeof(float));
+  }
+
+  static void sum_rows(const float* z, int64_t count, float* out) {
+    for (int64_t w = 0; w < count; w++) {
+      float sums[8] = {};
+      for (int i = 0; i < kTile; i++) sums[i % 8] += z[w * kTile + i];
+      out[w] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    }
+  }
+
+  // After a slab's last tokens its weight^T has served, and the next slab's is made here: one place less to wait at.
+  void by_words(bool last) {
+    if (!needs_[1] && !needs_[2] && !last) return;
+    share(blocks(words_), [&](auto next) {
+      const at::Tensor own = dw_sum_.defined() || !needs_[1] ? at::Tensor() : at::empty({kTile, columns_}, at::kFloat);
+      for (int64_t block; (block = next()) >= 0;) {
+        const int64_t at = block * kTile, count = std::min<int64_t>(kTile, words_ - at);
+        if (last) transpose_block(word_ + slab_, block);
+        if (needs_[2]) add_bias_parts(at, count);
+        if (!needs_[1]) continue;
+        float* sum = own.defined() ? own.mutable_data_ptr<float>() : dw_sum_.mutable_data_ptr<float>() + at * columns_;
+        for (int64_t t = 0; t < tokens_; t += kDepth) {
+          const int64_t depth = std::min(kDepth, tokens_ - t);
+          for (int64_t c = 0; c < columns_; c += kTile)
+            multiply(math_, count, kTile, depth, dz(at, t), kDzLd,
+                     data(rows_) + (c * group_ + t * kTile) * size_, kTile, sum + c, columns_, first_ + t > 0);
+        }
+        if (first_ + tokens_ >= head_.tokens()) write_rows(sum, word_ + at, count);
+      }
+      release_multiplier();
+    });
+  }
+
+  void add_bias_parts(int64_t at, int64_t count) {
+    const float* part = db_part_.const_data_ptr<float>() + at;
+    float* out = db_.mutable_data_ptr<float>() + word_ + at;
+    for (int64_t tile = 0; tile < tokens_ / kTile; tile++)
+      for (int64_t w = 0; w < count; w++) out[w] += part[tile * slab_ + w];
+  }
+
+  void write_rows(const float* sum, int64_t word, int64_t count) {
+    const int64_t width = head_.width();
+    for (int64_t w = 0; w < count; w++, sum += columns_) {
+      if (dw_.scalar_type() == at::kBFloat16) {
+        folds_.round_row(sum, width, static_cast<uint16_t*>(dw_.mutable_data_ptr()) + (word + w) * width);
+      } else {
+        std::memcpy(dw_.mutable_data_ptr<float>() + (word + w) * width, sum, width * sizeof(float));
+      }
+    }
+  }
+
+  at::Tensor hidden_grad(at::ScalarType type) {
+    const int64_t n = head_.tokens(), width = head_.width();
+    at::Tensor out = at::empty({n, width}, type);
+    const bool half = type == at::kBFloat16;
+    share(round_up(n, kTile) / kTile, [&](auto next) {
+      for (int64_t tile; (tile = next()) >= 0;) {
+        const float* from = dx_.const_data_ptr<float>() + tile * width * kTile;
+        for (int64_t t = 0; t < std::min<int64_t>(kTile, n - tile * kTile); t++) {
+          const int64_t row = (tile * kTile + t) * width;
+          if (half)
+            for (int64_t k = 0; k < width; k++) out.mutable_data_ptr<at::BFloat16>()[row + k] = from[k * kTile + t];
+          else
+            for (int64_t k = 0; k < width; k++) out.mutable_data_ptr<float>()[row + k] = from[k * kTile + t];
+        }
+      }
+    });
+    return out;
+  }
+
+  const std::vector<Head>& heads_;
+  const Head& head_;
+  const TokenInputs& inputs_;
+  const GradFormula& formula_;
+  const Folds& folds_;
+  const Math math_;
+  const int64_t size_;
+  const std::array<bool, 3> needs_;
+  const int64_t columns_;  // H padded to whole tiles
+  int64_t group_ = 0, slab_ = 0, step_ = 0;
+  int64_t word_ = 0, words_ = 0, first_ = 0, tokens_ = 0;  // where the walk is
+  at::Tensor dw_, db_, dx_, wt_, dz_, rows_, dw_sum_, db_part_;
+  std::vector<at::Tensor> packed_;
+};
+
+}  // namespace
+
+Grads grad_walk(const std::vector<Head>& heads, const TokenInputs& inputs, const GradFormula& formula,
+                const at::Tensor& hidden, const at::Tensor& weight, std::array<bool, 3> needs, bool wide) {
+  const at::ScalarType hidden_type = wide ? at::kFloat : GradWalk::grad_type(hidden);
+  if (heads[0].tokens() == 0) {
+    const auto zeros = [&](bool need, at::IntArrayRef sizes, at::ScalarType type) {
+      return need ? at::zeros(sizes, hidden.options().dtype(type)) : at::Tensor();
+    };
+    return {zeros(needs[0], {0, heads[0].width()}, hidden_type),
+            zeros(needs[1], weight.sizes(), GradWalk::grad_type(weight)),
+            zeros(needs[2], {heads[0].vocab()}, at::kFloat)};
+  }
+  return GradWalk(heads, inputs, formula, weight, needs).run(hidden_type);
+}
+
+}  // namespace sgcd

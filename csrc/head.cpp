@@ -1,0 +1,157 @@
+#include "head.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace sgcd {
+namespace {
+
+template <class Out, class In>
+Out element(In x) {
+  return static_cast<Out>(static_cast<float>(x));
+}
+template <>
+at::BFloat16 element<at::BFloat16, at::BFloat16>(at::BFloat16 x) {
+  return x;
+}
+
+// Call f with a null pointer of each type: (what is read, what it is multiplied in).
+template <class F>
+void with_types(at::ScalarType from, Math math, F f) {
+  if (math == Math::kBf16) return f(static_cast<const at::BFloat16*>(nullptr), static_cast<at::BFloat16*>(nullptr));
+  float* to = nullptr;
+  if (from == at::kBFloat16) return f(static_cast<const at::BFloat16*>(nullptr), to);
+  if (from == at::kHalf) return f(static_cast<const at::Half*>(nullptr), to);
+  f(static_cast<const float*>(nullptr), to);
+}
+
+#if defined(__SSE2__)
+// dst[k][w] = src[w][k] for 8 x 8 elements of two bytes: interleave them, then pairs, then fours.
+void transpose8(const char* src, int64_t src_bytes, char* dst, int64_t dst_bytes) {
+  __m128i a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_bytes));
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);      // columns 0-3 of rows 2i, 2i + 1
+    b[i + 4] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);  // columns 4-7
+  }
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm_unpacklo_epi32(b[2 * i], b[2 * i + 1]);  // two columns of rows 0-3 (even i) or 4-7
+    a[2 * i + 1] = _mm_unpackhi_epi32(b[2 * i], b[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    const int low = i / 2 * 4 + i % 2;  // rows 0-3; rows 4-7 are two further on
+    char* out = dst + 2 * i * dst_bytes;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(a[low], a[low + 2]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + dst_bytes), _mm_unpackhi_epi64(a[low], a[low + 2]));
+  }
+}
+#endif
+
+// The stride of a single row means nothing, and may be anything.
+int64_t row_stride(const at::Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
+
+}  // namespace
+
+Head::Head(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+           const std::optional<at::Tensor>& rows)
+    : hidden_type_(hidden.scalar_type()),
+      weight_type_(weight.scalar_type()),
+      hidden_(static_cast<const char*>(hidden.const_data_ptr())),
+      weight_(static_cast<const char*>(weight.const_data_ptr())),
+      hidden_ld_(row_stride(hidden)),
+      weight_ld_(row_stride(weight)),
+      bias_(bias ? bias->const_data_ptr<float>() : nullptr),
+      rows_(rows ? rows->const_data_ptr<int64_t>() : nullptr),
+      tokens_(rows ? rows->size(0) : hidden.size(0)),
+      vocab_(weight.size(0)),
+      width_(weight.size(1)) {
+  const bool half = hidden_type_ == at::kBFloat16 && weight_type_ == at::kBFloat16;
+  math_ = half && has_bf16_products() ? Math::kBf16 : Math::kFloat;
+  depth_ = math_ == Math::kBf16 ? round_up(width_, 2) : width_;
+}
+
+bool Head::same_weight(const Head& other) const {
+  return weight_ == other.weight_ && weight_ld_ == other.weight_ld_ && weight_type_ == other.weight_type_ &&
+         width_ == other.width_ && math_ == other.math_;
+}
+
+void Head::pack_token_tile(int64_t token, void* out) const {
+  std::memset(out, 0, token_tile_bytes());
+  const int64_t count = std::min<int64_t>(kTile, tokens_ - token), pair = math_ == Math::kBf16 ? 2 : 1;
+  with_types(hidden_type_, math_, [&](auto* in, auto* to) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    Out* dst = static_cast<Out*>(out);
+    for (int64_t k0 = 0; k0 < width_; k0 += 32) {  // a cache line or two of each row at a time
+      const int64_t k1 = std::min(k0 + 32, width_);
+      for (int64_t t = 0; t < count; t++) {
+        const int64_t row = rows_ ? rows_[token + t] : token + t;
+        const auto* src = reinterpret_cast<decltype(in)>(hidden_) + row * hidden_ld_;
+        for (int64_t k = k0; k < k1; k++) dst[k / pair * kTile * pair + t * pair + k % pair] = element<Out>(src[k]);
+      }
+    }
+  });
+}
+
+void Head::pack_token_rows(int64_t token, void* out, int64_t block_stride) const {
+  const int64_t count = std::min<int64_t>(kTile, tokens_ - token), pair = math_ == Math::kBf16 ? 2 : 1;
+  with_types(hidden_type_, math_, [&](auto* in, auto* to) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    for (int64_t k0 = 0; k0 < width_; k0 += kTile) {
+      Out* dst = static_cast<Out*>(out) + k0 / kTile * block_stride;
+      std::memset(static_cast<void*>(dst), 0, kTile * kTile * sizeof(Out));
+      const int64_t columns = std::min<int64_t>(kTile, width_ - k0);
+      for (int64_t t = 0; t < count; t++) {
+        const int64_t row = rows_ ? rows_[token + t] : token + t;
+        const auto* src = reinterpret_cast<decltype(in)>(hidden_) + row * hidden_ld_ + k0;
+        for (int64_t k = 0; k < columns; k++)
+          dst[t / pair * kTile * pair + k * pair + t % pair] = element<Out>(src[k]);
+      }
+    }
+  });
+}
+
+Words Head::words(int64_t first, int64_t count, void* scratch) const {
+  const bool as_is = depth_ == width_ && weight_type_ == (math_ == Math::kBf16 ? at::kBFloat16 : at::kFloat);
+  if (as_is) return {weight_ + first * weight_ld_ * element_size(math_), weight_ld_};
+  with_types(weight_type_, math_, [&](auto* in, auto* to) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    Out* dst = static_cast<Out*>(scratch);
+    for (int64_t w = 0; w < count; w++, dst += depth_) {
+      const auto* src = reinterpret_cast<decltype(in)>(weight_) + (first + w) * weight_ld_;
+      for (int64_t k = 0; k < width_; k++) dst[k] = element<Out>(src[k]);
+      for (int64_t k = width_; k < depth_; k++) dst[k] = Out(0.0f);
+    }
+  });
+  return {scratch, depth_};
+}
+
+void Head::transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const {
+#if defined(__SSE2__)
+  if (math_ == Math::kBf16 && count % 8 == 0 && width_ % 8 == 0) {
+    for (int64_t k = 0; k < width_; k += 8)
+      for (int64_t w = 0; w < count; w += 8)
+        transpose8(weight_ + ((first + w) * weight_ld_ + k) * 2, weight_ld_ * 2,
+                   static_cast<char*>(out) + (k * ld + w) * 2, ld * 2);
+    return;
+  }
+#endif
+  with_types(weight_type_, math_, [&](auto* in, auto* to) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    Out* dst = static_cast<Out*>(out);
+    for (int64_t k0 = 0; k0 < width_; k0 += 32) {
+      const int64_t k1 = std::min(k0 + 32, width_);
+      for (int64_t w = 0; w < count; w++) {
+        const auto* src = reinterpret_cast<decltype(in)>(weight_) + (first + w) * weight_ld_;
+        for (int64_t k = k0; k < k1; k++) dst[k * ld + w] = element<Out>(src[k]);
+      }
+      for (int64_t k = k0; k < k1; k++)
+        for (int64_t w = count; w < padded; w++) dst[k * ld + w] = Out(0.0f);
+    }
+  });
+}
+
+}  // namespace sgcd

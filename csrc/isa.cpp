@@ -1,0 +1,60 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+namespace sgcd {
+namespace {
+
+enum Level { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+Level processor_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();  // these ask the operating system too: registers it does not save are not usable
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return kAvx2;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  if (!bf16) return kAvx512;
+  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+  return amx ? kAmx : kAvx512Bf16;
+#else
+  return kPortable;
+#endif
+}
+
+// SGCD_CPU_ISA caps what is used, to measure and to test; it cannot raise it.
+Level chosen_level() {
+  const Level has = processor_level();
+  const char* cap = std::getenv("SGCD_CPU_ISA");
+  if (!cap) return has;
+  for (int level = kPortable; level <= has; level++)
+    if (!std::strcmp(cap, kNames[level])) return static_cast<Level>(level);
+  return has;
+}
+
+Isa find_isa() {
+  Level level = chosen_level();
+  const Folds* folds = level >= kAvx512 ? folds_avx512() : level == kAvx2 ? folds_avx2() : folds_portable();
+  if (!folds) {  // another compiler built this
+    folds = folds_portable();
+    if (level < kAvx512Bf16) level = kPortable;
+  }
+  return {kNames[level], folds, level >= kAvx512Bf16};
+}
+
+}  // namespace
+
+const Isa& cpu_isa() {
+  static const Isa isa = find_isa();
+  return isa;
+}
+
+}  // namespace sgcd

@@ -1,0 +1,205 @@
+"""The backend's functions: what a `Projection` says, handed to the operators of csrc/.
+
+What the operators sum is finished, and merged over the ranks of a group, by the same classes as in the torch backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels import torch_backend
+from sgcd_kernels.shard import shard_range, sum_over
+from sgcd_kernels.torch_backend import target_logp
+from sgcd_kernels.torch_backend.divergence import PairStats
+from sgcd_kernels.torch_backend.grads import Needs, saved_dtype
+from sgcd_kernels.torch_backend.logprob import RowStats
+from sgcd_kernels.types import Projection, ProjectionGrads
+from sgcd_kernels.validation import take
+
+__all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")  # by the numbers that csrc/folds.h gives them
+
+
+def logprob_forward(
+    p: Projection,
+    targets: Tensor,  # [n]
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse) of the computed rows, each [n]."""
+    raw = torch.ops.sgcd_kernels.head_stats(
+        *_head(p), p.rows, _local(targets, p, group), _temperature(p), p.softcap or 0.0
+    )
+    stats = RowStats(p.num_rows, raw)
+    _fill(stats, raw)
+    stats.merge(group)
+    return stats.results()
+
+
+def logprob_backward(
+    p: Projection,
+    targets: Tensor,  # [n]
+    lse: Tensor,  # [n]
+    d_logp: Tensor,  # [n]
+    needs: Needs,
+    entropy: Tensor | None = None,  # [n], with d_entropy
+    d_entropy: Tensor | None = None,  # [n]
+    d_lse: Tensor | None = None,  # [n]
+    group: ProcessGroup | None = None,
+) -> ProjectionGrads:
+    """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse)."""
+    if entropy is None or d_entropy is None:
+        entropy = d_entropy = None
+    grads = torch.ops.sgcd_kernels.logprob_grads(
+        *_head(p),
+        p.rows,
+        _local(targets, p, group),
+        _temperature(p),
+        p.softcap or 0.0,
+        _values(lse),
+        _values(-d_logp if d_lse is None else d_lse - d_logp),
+        _values(d_logp),
+        None if entropy is None else _values(entropy),
+        None if d_entropy is None else _values(d_entropy),
+        _wanted(p, needs),
+        group is not None,
+    )
+    return _grads(p, needs, grads, group)
+
+
+def divergence_forward(
+    student: Projection,
+    teacher: Projection,
+    targets: Tensor,  # [n]
+    features: tuple[str, ...],
+    beta: float,
+    top_k: int | None,
+    group: ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """The asked-for fields of DivergenceStats, each [n]. The buckets of `top_k` are the torch backend's."""
+    if top_k is not None:
+        return torch_backend.divergence_forward(student, teacher, targets, features, beta, top_k, group)
+    stats = _pair_stats(student, teacher, _local(targets, student, group))
+    stats.merge(group)
+    fields = stats.results()
+    if features:
+        jsd, tv, _ = _mixture(student, teacher, stats, beta, "jsd" in features, "tv" in features)
+        sums = {"jsd": jsd.clamp(0, LN_2), "tv": tv.clamp(0, 1)}
+        fields |= {name: sums[name] for name in features}
+    return fields
+
+
+def distill_backward(
+    student: Projection,
+    teacher: Projection,
+    kind: str,
+    beta: float,
+    lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
+    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    d_loss: Tensor,  # [n]
+    needs: Needs,
+) -> ProjectionGrads:
+    """Gradients of sum(d_loss divergence)."""
+    centre = divergence
+    if kind == "jsd":
+        zeros = torch.zeros_like(lse[0])
+        normalisers = torch.stack([_values(lse[0]), zeros, _values(lse[1]), zeros])
+        centre = _mixture_sums(student, teacher, normalisers, beta, True, False)[2]
+    grads = torch.ops.sgcd_kernels.distill_grads(
+        *_head(student),
+        *_head(teacher),
+        student.rows,
+        _temperature(student),
+        student.softcap or 0.0,
+        _values(lse[0]),
+        _values(lse[1]),
+        _values(centre),
+        _values(d_loss),
+        beta,
+        KINDS.index(kind),
+        _wanted(student, needs),
+    )
+    return _grads(student, needs, grads, None)
+
+
+LN_2 = 0.6931471805599453
+
+
+def _pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> PairStats:
+    raw = torch.ops.sgcd_kernels.pair_stats(
+        *_head(student), *_head(teacher), student.rows, targets, _temperature(student), student.softcap or 0.0
+    )
+    stats = PairStats(student.num_rows, raw)
+    _fill(stats.p, raw[:4])
+    _fill(stats.q, raw[4:8])
+    stats.a_p, stats.a_q, stats.overlap = raw[8:].unbind(0)
+    return stats
+
+
+def _fill(stats: RowStats, raw: Tensor) -> None:
+    stats.m, stats.z, stats.s, stats.target = raw.unbind(0)
+
+
+def _mixture(
+    student: Projection, teacher: Projection, stats: PairStats, beta: float, jsd: bool, tv: bool
+) -> tuple[Tensor, ...]:
+    normalisers = torch.stack([stats.p.m, stats.p.z.log(), stats.q.m, stats.q.z.log()])
+    return _mixture_sums(student, teacher, normalisers, beta, jsd, tv)
+
+
+def _mixture_sums(
+    student: Projection, teacher: Projection, normalisers: Tensor, beta: float, jsd: bool, tv: bool
+) -> tuple[Tensor, ...]:
+    sums: Tensor = torch.ops.sgcd_kernels.mixture_stats(
+        *_head(student),
+        *_head(teacher),
+        student.rows,
+        normalisers,
+        _temperature(student),
+        student.softcap or 0.0,
+        beta,
+        jsd,
+        tv,
+    )
+    return sums.unbind(0)
+
+
+def _head(p: Projection) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden = p.hidden.detach()
+    if hidden.shape[0] > 1 and (hidden.stride(0) < hidden.shape[1] or hidden.stride(1) != 1):
+        hidden = hidden.contiguous()
+    return hidden, p.weight.detach(), None if p.bias is None else _values(p.bias)
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _local(targets: Tensor, p: Projection, group: ProcessGroup | None) -> Tensor:
+    """Targets as rows of this rank's weight; what is no row here is found by none."""
+    return (targets - shard_range(p.weight, group)[0]).contiguous()
+
+
+def _temperature(p: Projection) -> Tensor | None:
+    if isinstance(p.temperature, Tensor):
+        return _values(take(p.temperature, p.rows))
+    return None if p.temperature == 1.0 else torch.full((p.num_rows,), p.temperature)
+
+
+def _wanted(p: Projection, needs: Needs) -> list[bool]:
+    return [needs[0], needs[1], needs[2] and p.bias is not None]
+
+
+def _grads(
+    p: Projection, needs: Needs, grads: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None
+) -> ProjectionGrads:
+    """Put the rows' gradient at their tokens, summed over the ranks."""
+    wanted = _wanted(p, needs)
+    hidden, weight, bias = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    if hidden is not None:
+        hidden = sum_over(hidden, group).to(saved_dtype(p.hidden))
+        if p.rows is not None:
+            hidden = hidden.new_zeros(p.hidden.shape).index_copy_(0, p.rows, hidden)
+    return ProjectionGrads(hidden, weight, bias)

@@ -1,0 +1,44 @@
+"""Inputs, and the fp64 truth, shared by the tests of the C++ backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from sgcd_kernels import reference
+
+
+class Case(NamedTuple):
+    x: torch.Tensor
+    w: torch.Tensor
+    y: torch.Tensor
+    t: torch.Tensor
+
+
+def case(n: int, h: int, v: int, dtype: torch.dtype, std: float = 2.0, seed: int = 0) -> Case:
+    g = torch.Generator().manual_seed(seed + n * 31 + h * 7 + v)
+    x, w = torch.randn(n, h, generator=g) * std, torch.randn(v, h, generator=g) / h**0.5
+    t = x + 0.3 * std * torch.randn(n, h, generator=g)
+    return Case(x.to(dtype), w.to(dtype), torch.randint(v, (n,), generator=g), t.to(dtype))
+
+
+def exact(c: Case, dtype: torch.dtype = torch.float64, **extras: Any) -> dict[str, torch.Tensor]:
+    """Every statistic of `linear_divergence` by the reference, in fp64 unless told."""
+    extras = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in extras.items()}
+    p = reference.logits(c.x.to(dtype), c.w.to(dtype), **extras)
+    q = reference.logits(c.t.to(dtype), c.w.to(dtype), **extras)
+    (s_logp, s_entropy, s_lse), (t_logp, t_entropy, t_lse) = reference.logprob(p, c.y), reference.logprob(q, c.y)
+    return {
+        "student_logp": s_logp,
+        "teacher_logp": t_logp,
+        "student_entropy": s_entropy,
+        "teacher_entropy": t_entropy,
+        "student_lse": s_lse,
+        "teacher_lse": t_lse,
+        "reverse_kl": reference.kl(p, q),
+        "forward_kl": reference.kl(q, p),
+        "bhattacharyya": reference.bhattacharyya(p, q),
+        "jsd": reference.jsd(p, q, 0.3),
+        "tv": reference.tv(p, q),
+    }
