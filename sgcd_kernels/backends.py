@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from sgcd_kernels.cpp import extension
+from sgcd_kernels.triton import availability
 from sgcd_kernels.types import Projection
 from sgcd_kernels.validation import check_choice
 
@@ -37,18 +38,17 @@ class Backend:
     module: str
     unavailable_reason: Callable[[], str | None]  # on this machine, whatever the inputs
     refuses: Callable[[str, Projection], str | None]  # (op, one head) on a machine where it is available
+    auto_devices: tuple[str, ...]  # for whose tensors "auto" tries it
     description: Callable[[], str] = lambda: "usable"  # what backend_status says where it is available
-
-
-def _not_part_of_this_version() -> str:
-    return "not part of this version of sgcd_kernels"
 
 
 # In the order in which "auto" tries them.
 _BACKENDS: dict[str, Backend] = {
-    "triton": Backend("sgcd_kernels.triton", _not_part_of_this_version, lambda op, inputs: None),
-    "cpp": Backend("sgcd_kernels.cpp.ops", extension.unavailable_reason, extension.refuses, extension.description),
-    "torch": Backend("sgcd_kernels.torch_backend", lambda: None, lambda op, inputs: None),
+    "triton": Backend("sgcd_kernels.triton.ops", availability.unavailable_reason, availability.refuses, ("cuda",)),
+    "cpp": Backend(
+        "sgcd_kernels.cpp.ops", extension.unavailable_reason, extension.refuses, ("cpu",), extension.description
+    ),
+    "torch": Backend("sgcd_kernels.torch_backend", lambda: None, lambda op, inputs: None, ("cpu", "cuda")),
 }
 IMPLS = ("auto", *_BACKENDS)
 
@@ -70,7 +70,9 @@ def resolve(op: str, impl: str, *heads: Projection) -> Callable[..., Any]:
         if reason is not None:
             raise ValueError(f"impl is {impl!r}, which cannot run {op} here: {reason}; needs another, or 'auto'")
         return _function(impl, op)
-    return _function(next(name for name in _BACKENDS if _reason(name, op, heads) is None), op)
+    device = heads[0].hidden.device.type
+    fitting = (name for name, backend in _BACKENDS.items() if device in backend.auto_devices)
+    return _function(next((name for name in fitting if _reason(name, op, heads) is None), "torch"), op)
 
 
 def _reason(name: str, op: str, heads: tuple[Projection, ...]) -> str | None:

@@ -1,0 +1,164 @@
+"""Compile every Triton kernel for GPUs that need not be here: python -m bench.aot [--arch 90] [--kernel pair_stats].
+
+What the compiler says of each kernel and configuration: registers, shared memory, stack, spills and matrix
+instructions. It is evidence of what will run, not of how fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, CUDA programming guide, table of limits
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+REGISTERS = 65_536  # of a multiprocessor
+POINTERS = {"target": "i64", "rows": "i64"}  # what is not fp32 or an operand
+OPERANDS = ("x", "w", "y", "v", "bias", "teacher_bias")
+ABSENT = ("rows", "temperature", "softcap", "bias", "teacher_bias", "entropy", "d_entropy")  # in the plain call
+STATISTICS = "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out".split()
+FLOATS = ("softcap", "beta")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler says of one kernel."""
+
+    kernel: str
+    dtype: str
+    arch: int
+    config: Any
+    first: bool  # in its list: the configuration that runs
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    matrix: int  # instructions
+
+    def line(self) -> str:
+        c = self.config
+        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}"
+        return (
+            f"| {self.kernel} | {self.dtype} | sm_{self.arch} | {tile}{'' if self.first else ' (to try)'} | "
+            f"{self.registers} | {self.shared / 1024:.0f} | {self.stack} | {self.spills} | "
+            f"{self.matrix} {MATRIX[self.arch].split('.')[0]} |"
+        )
+
+
+HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
+
+
+def kernels() -> dict[str, Any]:
+    from sgcd_kernels.triton import forward_kernels, grad_kernels
+
+    return {
+        "head_stats": forward_kernels.head_stats_kernel,
+        "pair_stats": forward_kernels.pair_stats_kernel,
+        "mixture_stats": forward_kernels.mixture_stats_kernel,
+        "logprob_grad": grad_kernels.logprob_grad_kernel,
+        "distill_grad": grad_kernels.distill_grad_kernel,
+    }
+
+
+def cases(kernel: str | None = None, arch: int | None = None, dtype: str | None = None) -> list[tuple[Any, ...]]:
+    """(kernel, dtype, arch, configuration, whether it is the one that runs)"""
+    from sgcd_kernels.triton.configs import HALF, SINGLE
+
+    out = []
+    for name, a, d in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32")):
+        if kernel in (None, name) and arch in (None, a) and dtype in (None, d):
+            table = (SINGLE if d == "fp32" else HALF)[name][a // 10]
+            out += [(name, d, a, config, index == 0) for index, config in enumerate(table)]
+    return out
+
+
+def signature_of(fn: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    grad = "grad" in fn.__name__
+    types = {}
+    for name in fn.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in OPERANDS or (grad and name == "out"):
+            types[name] = f"*{dtype}"
+        elif name in FLOATS:
+            types[name] = "fp32"
+        elif name in STATISTICS or name in POINTERS:
+            types[name] = f"*{POINTERS.get(name, 'fp32')}"
+        else:
+            types[name] = "i32"
+    return types
+
+
+def compile_case(kernel: str, dtype: str, arch: int, config: Any, first: bool, everything: bool = False) -> Row:
+    """Compile the plain call, or with `everything` one with bias, softcap, temperature, rows and an own teacher."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fn = kernels()[kernel]
+    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    values = {
+        "SHARED": not everything, "EVEN_H": True, "EVEN_G": True, "EVEN_V": not everything, "OPERAND": operand,
+        "TEACHER_OPERAND": operand, "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd", "GROUP": config.group,
+        "T": config.tokens, "W": config.words, "K": config.depth,
+    }  # fmt: skip
+    constants = {name: value for name, value in values.items() if name in fn.arg_names}
+    constants |= {name: None for name in ABSENT if name in fn.arg_names and not everything}
+    types = signature_of(fn, dtype, constants)
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in ("n", "first", "count"))]
+    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn, types, constants, attrs)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = resource_usage(compiled.asm["cubin"])
+    return Row(
+        kernel, dtype, arch, config, first, usage["REG"], compiled.metadata.shared, usage["STACK"],
+        usage["LOCAL"] + local_bytes(compiled.asm["ptx"]), compiled.asm["ptx"].count(MATRIX[arch]),
+    )  # fmt: skip
+
+
+def local_bytes(ptx: str) -> int:
+    """Arrays in local memory that the front end made; what the assembler spills is in the stack."""
+    return sum(int(size) for size in re.findall(r"\.local .*?\[(\d+)\]", ptx))
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of the one kernel in a binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)
+    return {name: int(value) for name, value in found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--kernel", choices=list(kernels()))
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--everything", action="store_true", help="with bias, softcap, temperature and an own teacher")
+    args = parser.parse_args()
+    print(HEADER)
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case in cases(args.kernel, args.arch, args.dtype):
+        try:
+            print(compile_case(*case, everything=args.everything).line(), flush=True)
+        except Exception as error:
+            print(f"| {case[0]} | {case[1]} | sm_{case[2]} | {case[3]} | {type(error).__name__}: {str(error)[:300]} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

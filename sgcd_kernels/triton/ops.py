@@ -1,0 +1,128 @@
+"""The backend's functions: what a `Projection` says, handed to the kernels.
+
+What the kernels sum is finished, and merged over the ranks of a group, by the same classes as in the torch backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels import torch_backend
+from sgcd_kernels.shard import shard_range
+from sgcd_kernels.torch_backend import target_logp
+from sgcd_kernels.torch_backend.grads import Needs
+from sgcd_kernels.triton import launch
+from sgcd_kernels.triton.grads import walk
+from sgcd_kernels.triton.partials import merged_head, merged_pair
+from sgcd_kernels.types import Projection, ProjectionGrads
+
+__all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
+
+
+def logprob_forward(
+    p: Projection,
+    targets: Tensor,  # [n]
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse) of the computed rows, each [n]."""
+    stats = merged_head(launch.head_stats(p, local(targets, p, group)))
+    stats.merge(group)
+    return stats.results()
+
+
+def logprob_backward(
+    p: Projection,
+    targets: Tensor,  # [n]
+    lse: Tensor,  # [n]
+    d_logp: Tensor,  # [n]
+    needs: Needs,
+    entropy: Tensor | None = None,  # [n], with d_entropy
+    d_entropy: Tensor | None = None,  # [n]
+    d_lse: Tensor | None = None,  # [n]
+    group: ProcessGroup | None = None,
+) -> ProjectionGrads:
+    """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse)."""
+    if entropy is None or d_entropy is None:
+        entropy = d_entropy = None
+    scale = -d_logp if d_lse is None else d_lse - d_logp
+    coefficients = [values(x) for x in (scale, d_logp, d_entropy) if x is not None]
+    lift = lift_of(p, coefficients)
+    scale, d_logp, *rest = (x * lift for x in coefficients) if lift is not None else coefficients
+    grad = launch.LogprobGrad(
+        local(targets, p, group),
+        values(lse),
+        scale,
+        d_logp,
+        None if entropy is None else values(entropy),
+        rest[0] if rest else None,
+    )
+    return walk(p, grad, needs, lift, group)
+
+
+def divergence_forward(
+    student: Projection,
+    teacher: Projection,
+    targets: Tensor,  # [n]
+    features: tuple[str, ...],
+    beta: float,
+    top_k: int | None,
+    group: ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """The asked-for fields of DivergenceStats, each [n]. The buckets of `top_k` are the torch backend's."""
+    if top_k is not None:
+        return torch_backend.divergence_forward(student, teacher, targets, features, beta, top_k, group)
+    stats = merged_pair(launch.pair_stats(student, teacher, local(targets, student, group)))
+    stats.merge(group)
+    fields = stats.results()
+    if features:
+        normalisers = torch.stack([stats.p.m, stats.p.z.log(), stats.q.m, stats.q.z.log()])
+        tv, jsd, _ = launch.mixture_stats(student, teacher, normalisers, beta, "jsd" in features).sum(0)
+        sums = {"tv": tv.clamp(0, 1), "jsd": jsd.clamp(0, math.log(2))}
+        fields |= {name: sums[name] for name in features}
+    return fields
+
+
+def distill_backward(
+    student: Projection,
+    teacher: Projection,
+    kind: str,
+    beta: float,
+    lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
+    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    d_loss: Tensor,  # [n]
+    needs: Needs,
+) -> ProjectionGrads:
+    """Gradients of sum(d_loss divergence)."""
+    centre = divergence
+    if kind == "jsd":
+        zeros = torch.zeros_like(lse[0])
+        normalisers = torch.stack([lse[0], zeros, lse[1], zeros])
+        centre = launch.mixture_stats(student, teacher, normalisers, beta, True)[:, 2].sum(0)
+    lift = lift_of(student, [values(d_loss)])
+    d_loss = values(d_loss) if lift is None else values(d_loss) * lift
+    grad = launch.DistillGrad(teacher, kind, beta, values(lse[0]), values(lse[1]), values(centre), d_loss)
+    return walk(student, grad, needs, lift)
+
+
+LIFTED = 64.0  # where the largest coefficient of an fp16 gradient comes to lie: far from 65,504, far from 6e-8
+
+
+def lift_of(p: Projection, coefficients: list[Tensor]) -> Tensor | None:
+    """A power of two that keeps gradients of logits from underflowing in fp16; None for other operands."""
+    if launch.operand_dtype(p) != torch.float16 or p.num_rows == 0:
+        return None
+    largest = torch.stack([x.abs().amax() for x in coefficients]).amax()
+    return torch.where(largest > 0, LIFTED / largest, 1.0).log2().floor().exp2()
+
+
+def local(targets: Tensor, p: Projection, group: ProcessGroup | None) -> Tensor:
+    """Targets as rows of this rank's weight; what is no row here is found by none."""
+    return (targets - shard_range(p.weight, group)[0]).contiguous()
+
+
+def values(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
