@@ -18,11 +18,12 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow lint sanitize train-real warmstart selfcheck view clean
+.PHONY: help train test test-slow test-gpu lint sanitize train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
+	@echo "make test-gpu    the Triton kernels' tests on a GPU             (GPU_PYTHON=python3)"
 	@echo "make lint        ruff and mypy"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
@@ -40,6 +41,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
+
+# Uses a Python that has torch with CUDA, triton and pytest already: GPU_PYTHON=... chooses another.
+GPU_PYTHON ?= python3
+test-gpu:
+	@$(GPU_PYTHON) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
+	  { echo "$(GPU_PYTHON) needs pytest, triton, and torch with a CUDA device (GPU_PYTHON=... chooses another)" >&2; exit 2; }
+	@$(GPU_PYTHON) -m pytest -q tests/kernels/test_triton_*.py $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
