@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +17,6 @@ from sgcd_kernels.cpp import extension
 from sgcd_kernels.triton import availability
 from sgcd_kernels.types import Projection
 from sgcd_kernels.validation import check_choice
-
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
 
 OPS = ("logprob_forward", "logprob_backward", "target_logp", "divergence_forward", "distill_backward")
 
@@ -84,12 +81,6 @@ def _reason(name: str, op: str, heads: tuple[Projection, ...]) -> str | None:
 def _function(name: str, op: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(importlib.import_module(_BACKENDS[name].module), op)
     return function
-
-
-def eager(op: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
-    """Keep torch.compile out of a public op: one graph break around it, where tracing its checks would make dozens."""
-    disabled: Callable[Inputs, Output] = torch.compiler.disable(op)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

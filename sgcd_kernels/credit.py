@@ -13,14 +13,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends import eager
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
+from sgcd_kernels.registered.credit import packed, register_credit
 from sgcd_kernels.spans import find_spans
 from sgcd_kernels.types import Credit
-from sgcd_kernels.validation import check_cu_seqlens, check_tensor, per_token
+from sgcd_kernels.validation import check_bounds, check_cu_seqlens, check_tensor, per_token
 
 
-@eager
 @torch.no_grad()
 def credit_weights(
     divergence: Tensor,  # [N], d
@@ -63,7 +62,40 @@ def credit_weights(
     holds a NaN or infinity at an eligible token. What it does not read may hold anything.
     """
     check_config(config)
-    check_tensor("divergence", divergence)
+    check_bounds(cu_seqlens)
+    signals = {
+        "divergence": divergence,
+        "teacher_entropy": teacher_entropy,
+        "cu_seqlens": cu_seqlens,
+        "mask": mask,
+        "turn_ids": turn_ids,
+        "advantages": advantages,
+        "log_ratio": log_ratio,
+        "forward_kl": forward_kl,
+        "bhattacharyya": bhattacharyya,
+        "student_entropy": student_entropy,
+    }
+    for name, value in signals.items():
+        if value is not None or name == "divergence":
+            check_tensor(name, value)
+    return Credit(*_OP(*signals.values(), *packed(config)))
+
+
+def _compute(
+    divergence: Tensor,
+    teacher_entropy: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None,
+    turn_ids: Tensor | None,
+    advantages: Tensor | None,
+    log_ratio: Tensor | None,
+    forward_kl: Tensor | None,
+    bhattacharyya: Tensor | None,
+    student_entropy: Tensor | None,
+    config: CreditConfig,
+) -> Credit:
+    """What `credit_weights` says."""
     if divergence.dim() != 1:
         raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
     cu = check_cu_seqlens(cu_seqlens, divergence.numel())
@@ -106,6 +138,9 @@ def credit_weights(
         out.span_ids[at] = torch.where(ids >= 0, ids + spans, -1)
         spans += int(ids.max()) + 1
     return Credit(*(x.to(device) for x in out))
+
+
+_OP = register_credit(_compute)
 
 
 @dataclass(frozen=True)

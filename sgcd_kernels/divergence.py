@@ -8,27 +8,25 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import eager, no_autocast, resolve
-from sgcd_kernels.shard import shard_range
-from sgcd_kernels.types import DivergenceStats, Projection
+from sgcd_kernels.backends import IMPLS
+from sgcd_kernels.registered import divergence as registered
+from sgcd_kernels.shard import name_of
+from sgcd_kernels.types import DivergenceStats
 from sgcd_kernels.validation import (
     check_choice,
     check_device,
     check_float,
+    check_head,
     check_int,
     check_jsd_beta,
     check_targets,
     check_tensor,
-    frozen,
-    kept_rows,
-    projection,
-    scatter,
+    tempering,
 )
 
 FEATURES = ("jsd", "tv")
 
 
-@eager
 @torch.no_grad()
 def linear_divergence(
     student_hidden: Tensor,  # [N, H] or [B, T, H]
@@ -80,25 +78,39 @@ def linear_divergence(
     check_float("beta", beta, 0.0, 1.0)
     if "jsd" in features:
         check_jsd_beta(beta)
-    student, teacher = projection_pair(
+    check_choice("impl", impl, IMPLS)
+    check_int("ignore_index", ignore_index)
+    leading = check_pair(
         student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, temperature, softcap
     )
-    leading = student_hidden.shape[:-1]
-    vocab = shard_range(weight, group)[1]
-    if top_k is not None:
-        check_int("top_k", top_k, 1, vocab)
+    check_targets(targets, leading, student_hidden.device)
     if group is not None and (features or top_k is not None):
         raise ValueError("group does not support features or top_k; needs features=() and top_k=None")
-    flat = check_targets(targets, leading, student_hidden.device, vocab, ignore_index)
-    rows = kept_rows(flat != ignore_index)
-    student, teacher = on_rows(student, rows), on_rows(teacher, rows)
-    with no_autocast(student_hidden.device):
-        forward = resolve("divergence_forward", impl, student, teacher)
-        fields = forward(student, teacher, flat if rows is None else flat[rows], tuple(features), beta, top_k, group)
-    return DivergenceStats(**{name: scatter(value, rows, leading) for name, value in fields.items()})
+    if top_k is not None:
+        check_int("top_k", top_k, 1, weight.shape[0])
+    values = registered.op(
+        student_hidden,
+        weight,
+        targets,
+        teacher_hidden,
+        teacher_weight,
+        bias,
+        bias_of_teacher(bias, teacher_weight, teacher_bias),
+        *tempering(temperature),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        "jsd" in features,
+        "tv" in features,
+        float(beta),
+        top_k,
+        impl,
+        name_of(group),
+    )
+    names = registered.asked_fields("jsd" in features, "tv" in features, top_k)
+    return DivergenceStats(**dict(zip(names, values, strict=True)))
 
 
-def projection_pair(
+def check_pair(
     student_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -107,30 +119,22 @@ def projection_pair(
     teacher_bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
-) -> tuple[Projection, Projection]:
-    """Check student and teacher and give both heads, the teacher's detached."""
-    student = projection(student_hidden, weight, bias, temperature, softcap)
+) -> torch.Size:
+    """Check both heads; give the leading shape."""
+    leading = check_head(student_hidden, weight, bias, temperature, softcap)
     check_tensor("teacher_hidden", teacher_hidden)
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        needs = list(student_hidden.shape[:-1])
-        raise ValueError(
-            f"teacher_hidden has leading shape {list(teacher_hidden.shape[:-1])}, needs {needs} as student_hidden"
-        )
+    if teacher_hidden.shape[:-1] != leading:
+        got, needs = list(teacher_hidden.shape[:-1]), list(leading)
+        raise ValueError(f"teacher_hidden has leading shape {got}, needs {needs} as student_hidden")
     check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    if teacher_weight is None:
-        teacher_weight, teacher_bias = weight, bias if teacher_bias is None else teacher_bias
-    check_tensor("teacher_weight", teacher_weight)
-    if teacher_bias is not None:
-        check_tensor("teacher_bias", teacher_bias)
-        teacher_bias = frozen(teacher_bias)
-    teacher = projection(
-        frozen(teacher_hidden), frozen(teacher_weight), teacher_bias, temperature, softcap, prefix="teacher_"
-    )
+    teacher_bias = bias_of_teacher(bias, teacher_weight, teacher_bias)
+    teacher_weight = weight if teacher_weight is None else teacher_weight
+    check_head(teacher_hidden, teacher_weight, teacher_bias, temperature, softcap, prefix="teacher_")
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"teacher_weight has V = {teacher_weight.shape[0]}, needs V = {weight.shape[0]} as weight")
-    return student, teacher
+    return leading
 
 
-def on_rows(p: Projection, rows: Tensor | None) -> Projection:
-    """The same head on some of the tokens."""
-    return Projection(p.hidden, p.weight, p.bias, p.temperature, p.softcap, rows)
+def bias_of_teacher(bias: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None) -> Tensor | None:
+    """A teacher that uses the student's head uses its bias too, unless it has its own."""
+    return bias if teacher_weight is None and teacher_bias is None else teacher_bias

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends import eager
+from sgcd_kernels.backends import IMPLS
 from sgcd_kernels.credit import USE_GAMMA, check_config, credit_weights
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
 from sgcd_kernels.divergence import linear_divergence
-from sgcd_kernels.policy_loss import check_options, linear_policy_loss, segments_of, spread
-from sgcd_kernels.shard import shard_range
-from sgcd_kernels.types import Credit, DivergenceStats
-from sgcd_kernels.validation import check_hidden, check_targets, check_tensor, per_token
+from sgcd_kernels.policy_loss import check_options, check_sequences, linear_policy_loss
+from sgcd_kernels.registered import sgcd as registered
+from sgcd_kernels.shard import name_of
+from sgcd_kernels.validation import (
+    check_advantages,
+    check_choice,
+    check_hidden,
+    check_int,
+    check_per_token,
+    check_targets,
+    check_tensor,
+)
 
 
-@eager
 def sgcd_loss(
     hidden: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]
@@ -71,26 +76,19 @@ def sgcd_loss(
     # Whatever can be refused is refused before the first product.
     check_config(config)
     check_options(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
+    check_choice("impl", impl, IMPLS)
+    check_int("ignore_index", ignore_index)
     leading = check_hidden("hidden", hidden)
     check_tensor("weight", weight)
-    vocab = shard_range(weight, group)[1]
-    targets = check_targets(targets, leading, hidden.device, vocab, ignore_index, mask).reshape(leading)
-    loss_tokens = targets != ignore_index
-    eligible = loss_tokens
-    if credit_mask is not None:
-        eligible = loss_tokens & (per_token("credit_mask", credit_mask, leading, hidden.device) != 0).reshape(leading)
-    turns = _runs(loss_tokens)
-    if turn_ids is not None:
-        turns = per_token("turn_ids", turn_ids, leading, hidden.device)
-    logps = {"old_logp": old_logp, "ref_logp": ref_logp, "importance_weights": importance_weights}
-    for name, value in logps.items():
-        if value is not None:
-            per_token(name, value, leading, hidden.device)
+    check_targets(targets, leading, hidden.device, mask)
+    given = {"credit_mask": credit_mask, "turn_ids": turn_ids, "old_logp": old_logp, "ref_logp": ref_logp}
+    check_per_token(given | {"importance_weights": importance_weights}, leading, hidden.device)
     bounds = _sequence_bounds(leading, cu_seqlens)
-    segments = segments_of(leading, cu_seqlens, loss_type, hidden.device)
-    check_tensor("advantages", advantages)
-    wide = torch.promote_types(advantages.dtype, torch.float32)
-    per_token_advantages = spread(advantages, segments, leading, wide)
+    check_advantages(advantages, leading, check_sequences(leading, cu_seqlens, loss_type))
+    with torch.no_grad():
+        targets, eligible, turns, per_token = registered.inputs_op(
+            weight, targets, advantages, cu_seqlens, mask, credit_mask, ignore_index, name_of(group)
+        )
     stats = linear_divergence(
         hidden,
         weight,
@@ -105,12 +103,35 @@ def sgcd_loss(
         impl=impl,
         group=group,
     )
-    credit = _credit(stats, bounds, eligible, turns, per_token_advantages, config)
+    credit = credit_weights(
+        stats.reverse_kl.reshape(-1),
+        stats.teacher_entropy.reshape(-1),
+        bounds,
+        mask=eligible.reshape(-1),
+        turn_ids=turns if turn_ids is None else turn_ids.reshape(-1),
+        advantages=per_token,
+        log_ratio=(stats.teacher_logp - stats.student_logp).reshape(-1),
+        forward_kl=stats.forward_kl.reshape(-1),
+        bhattacharyya=stats.bhattacharyya.reshape(-1),
+        student_entropy=stats.student_entropy.reshape(-1),
+        config=config,
+    )
+    weighted, credit_metrics = registered.weigh_op(
+        per_token,
+        *credit,
+        stats.reverse_kl.reshape(-1),
+        stats.student_entropy.reshape(-1),
+        stats.teacher_entropy.reshape(-1),
+        (targets != ignore_index).reshape(-1),
+        eligible.reshape(-1),
+        float(config.clip),
+        config.rule == "none" or (config.rule in USE_GAMMA and config.gamma == 0),
+    )
     loss, metrics = linear_policy_loss(
         hidden,
         weight,
         targets,
-        (per_token_advantages * credit.weights).reshape(leading),
+        weighted.reshape(leading),
         old_logp=old_logp,
         cu_seqlens=cu_seqlens,
         loss_type=loss_type,
@@ -128,67 +149,7 @@ def sgcd_loss(
         impl=impl,
         group=group,
     )
-    metrics["entropy"] = _mean(stats.student_entropy[loss_tokens])
-    metrics.update(credit_metrics(stats, credit, eligible.reshape(-1), config))
-    return loss, metrics
-
-
-def _credit(
-    stats: DivergenceStats,
-    bounds: Tensor,
-    eligible: Tensor,
-    turns: Tensor,  # [N]
-    advantages: Tensor,  # [N]
-    config: CreditConfig,
-) -> Credit:
-    return credit_weights(
-        stats.reverse_kl.reshape(-1),
-        stats.teacher_entropy.reshape(-1),
-        bounds,
-        mask=eligible.reshape(-1),
-        turn_ids=turns,
-        advantages=advantages,
-        log_ratio=(stats.teacher_logp - stats.student_logp).reshape(-1),
-        forward_kl=stats.forward_kl.reshape(-1),
-        bhattacharyya=stats.bhattacharyya.reshape(-1),
-        student_entropy=stats.student_entropy.reshape(-1),
-        config=config,
-    )
-
-
-def credit_metrics(stats: DivergenceStats, credit: Credit, eligible: Tensor, config: CreditConfig) -> dict[str, Tensor]:
-    """What the credit did over the eligible tokens, and a warning if it did nothing though it was meant to."""
-    d = stats.reverse_kl.reshape(-1)[eligible]
-    w, s, spans = (x[eligible] for x in credit)
-    no_divergence, no_weight = bool((d == 0).all()), bool((w == 1).all())
-    inert = d.numel() > 0 and (no_divergence or no_weight)
-    meant = config.rule == "none" or (config.rule in USE_GAMMA and config.gamma == 0)
-    if inert and not meant:
-        what = "all divergences are 0" if no_divergence else "all weights are 1"
-        so = ", so this is plain GRPO" if no_weight else ""
-        warnings.warn(f"credit is inert: {what} over {d.numel()} eligible tokens{so}", RuntimeWarning, stacklevel=4)
-    in_spans = (spans >= 0).sum()
-    count = torch.unique(spans[spans >= 0]).numel()
-    return {
-        "credit/mean_divergence": _mean(d),
-        "credit/mean_weight": _mean(w) if w.numel() else torch.ones((), dtype=w.dtype, device=w.device),
-        "credit/frac_salient": _mean((s > 0).float()),
-        "credit/frac_saturated": _mean((w >= config.clip).float()),
-        "credit/num_spans": torch.tensor(float(count), device=d.device),
-        "credit/mean_span_length": in_spans / max(count, 1),
-        "credit/teacher_entropy": _mean(stats.teacher_entropy.reshape(-1)[eligible]),
-        "credit/inert": torch.tensor(float(inert), device=d.device),
-    }
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.sum() / max(x.numel(), 1)
-
-
-def _runs(loss_tokens: Tensor) -> Tensor:  # [N]
-    """A number for each run of loss tokens. Runs that touch across sequences may share one: those are cut anyway."""
-    m = loss_tokens.reshape(-1)
-    return (m & ~m.roll(1)).cumsum(0)
+    return loss, metrics | dict(zip(registered.METRICS, credit_metrics.unbind(), strict=True))
 
 
 def _sequence_bounds(leading: torch.Size, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+
+def name_of(group: ProcessGroup | None) -> str:
+    """How a group travels through an op, which takes no objects; the empty name is none."""
+    return "" if group is None else group.group_name
+
+
+def group_of(name: str) -> ProcessGroup | None:
+    if not name:
+        return None
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group: ProcessGroup = resolve(name)
+    return group
 
 
 def shard_range(weight: Tensor, group: ProcessGroup | None) -> tuple[int, int]:

@@ -70,3 +70,8 @@ class ProjectionGrads(NamedTuple):
     hidden: Tensor | None  # [N, H], zero at tokens that were not computed
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
+
+
+def saved_dtype(x: Tensor) -> torch.dtype:
+    """fp16 gradients stay in fp32 until the loss scale has been multiplied in."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-
-from sgcd_kernels.types import Projection
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -30,7 +28,8 @@ def check_float(name: str, value: object, low: float, high: float = math.inf, *,
     bounds = f"{'(' if open_low else '['}{low}, {high}]"
     number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
     above = number > low if open_low else number >= low
-    if not (math.isfinite(number) and above and number <= high):
+    # Not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
+    if not (-math.inf < number < math.inf and above and number <= high):
         raise ValueError(f"{name} is {value!r}, needs a finite number in {bounds}")
 
 
@@ -51,6 +50,11 @@ def check_jsd_beta(beta: float) -> None:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+
+
+def detached(value: Tensor | None) -> Tensor | None:
+    """An input that gets no gradient."""
+    return None if value is None else value.detach()
 
 
 def frozen(value: Tensor) -> Tensor:
@@ -94,7 +98,14 @@ def per_token(name: str, value: Tensor, leading: torch.Size, device: torch.devic
     return value.reshape(-1)
 
 
-def projection(
+def check_per_token(values: Mapping[str, Tensor | None], leading: torch.Size, device: torch.device) -> None:
+    """Accept one value a token of each that is given."""
+    for name, value in values.items():
+        if value is not None:
+            per_token(name, value, leading, device)
+
+
+def check_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -102,8 +113,8 @@ def projection(
     softcap: float | None,
     *,
     prefix: str = "",
-) -> Projection:
-    """Check the description of one head and flatten it to packed rows."""
+) -> torch.Size:
+    """Check the description of one head; give the leading shape. The values of a temperature tensor come later."""
     hidden_name = f"{prefix}hidden"
     leading = check_hidden(hidden_name, hidden)
     check_weight(f"{prefix}weight", weight, hidden_name, hidden)
@@ -114,36 +125,49 @@ def projection(
         check_device(f"{prefix}bias", bias, hidden_name, hidden)
     if softcap is not None:
         check_float("softcap", softcap, 0.0, open_low=True)
-    checked = check_temperature(temperature, leading, hidden.device)
-    return Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, checked, softcap)
+    if not isinstance(temperature, Tensor):
+        check_float("temperature", temperature, 0.0, open_low=True)
+    elif temperature.dim() != 0:
+        per_token("temperature", temperature, leading, hidden.device)
+    return leading
 
 
-def check_temperature(value: float | Tensor, leading: torch.Size, device: torch.device) -> float | Tensor:
-    """Accept a positive number, or one positive number a token."""
-    if not isinstance(value, Tensor):
-        check_float("temperature", value, 0.0, open_low=True)
-        return float(value)
-    if value.dim() == 0:
-        return check_temperature(float(value), leading, device)
-    flat = per_token("temperature", frozen(value), leading, device)
+def tempering(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """As an op takes it: (values, number), of which the values count where there are any."""
+    return (temperature.detach(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
+def positive_temperature(number: float, values: Tensor | None) -> float | Tensor:
+    """`number`, or `values` where given: one for all, or flat one a token; refuse what is not positive."""
+    if values is None:
+        return number
+    if values.dim() == 0:
+        check_float("temperature", float(values), 0.0, open_low=True)
+        return float(values)
+    flat = frozen(values).reshape(-1)
     if flat.numel() and not bool((flat > 0).all() & flat.isfinite().all()):
         raise ValueError(f"temperature has a minimum of {float(flat.min())}, needs finite numbers > 0")
     return flat
 
 
-def check_targets(
-    targets: Tensor, leading: torch.Size, device: torch.device, vocab: int, ignore: int, mask: Tensor | None = None
-) -> Tensor:  # [N]
-    """Accept integers in [0, V) or `ignore_index`; give them flat, int64.
-
-    Where `mask` is false the target may be anything (padding, a placeholder) and comes back as `ignore_index`.
-    """
+def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
+    """Accept integers and a mask, one a token."""
     check_tensor("targets", targets)
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
-    flat = per_token("targets", targets, leading, device).long()
+    per_token("targets", targets, leading, device)
     if mask is not None:
-        flat = flat.masked_fill(per_token("mask", mask, leading, device) == 0, ignore)
+        per_token("mask", mask, leading, device)
+
+
+def flat_targets(targets: Tensor, vocab: int, ignore: int, mask: Tensor | None = None) -> Tensor:  # [N]
+    """Accept values in [0, V) or `ignore`; give them flat, int64.
+
+    Where `mask` is false the target may be anything (padding, a placeholder) and comes back as `ignore`.
+    """
+    flat = targets.reshape(-1).long()
+    if mask is not None:
+        flat = flat.masked_fill(mask.reshape(-1) == 0, ignore)
     wrong = (flat != ignore) & ((flat < 0) | (flat >= vocab))
     if bool(wrong.any()):
         value = int(flat[wrong][0])
@@ -151,12 +175,17 @@ def check_targets(
     return flat
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:  # [B + 1]
-    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64."""
+def check_bounds(cu_seqlens: Tensor) -> None:
+    """Accept integers [B + 1]; their values come later."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {got}, needs integers [B + 1]")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:  # [B + 1]
+    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64."""
+    check_bounds(cu_seqlens)
     cu = cu_seqlens.long()
     if int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((cu.diff() < 0).any()):
         got = f"from {int(cu[0])} to {int(cu[-1])}"
@@ -164,16 +193,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:  # [B + 1]
     return cu
 
 
+def check_advantages(advantages: Tensor, leading: torch.Size, sequences: int) -> None:
+    """Accept one a token or one a sequence."""
+    check_tensor("advantages", advantages)
+    if advantages.shape != leading and advantages.shape != (sequences,):
+        got, needs = list(advantages.shape), f"{list(leading)} (a token) or [{sequences}] (a sequence)"
+        raise ValueError(f"advantages has shape {got}, needs {needs}")
+
+
 def kept_rows(keep: Tensor) -> Tensor | None:  # [N] bool -> [n] or None
     """The indices of the tokens to compute, or None when that is all of them."""
     return None if bool(keep.all()) else keep.nonzero().squeeze(1)
-
-
-def scatter(values: Tensor, rows: Tensor | None, leading: torch.Size) -> Tensor:
-    """Put the results of the computed rows back at their tokens, 0 elsewhere."""
-    if rows is None:
-        return values.reshape(leading)
-    return values.new_zeros(leading.numel()).index_copy(0, rows, values).reshape(leading)
 
 
 def take(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from sgcd_kernels.torch_backend.blocks import (
     product,
 )
 from sgcd_kernels.types import Projection, ProjectionGrads
+from sgcd_kernels.types import saved_dtype as saved_dtype
 
 Needs = tuple[bool, bool, bool]  # hidden, weight, bias
 # (token range, word range, logits [t, w]) -> gradient of the loss in those logits [t, w]
@@ -52,11 +53,6 @@ def walk_gradients(
     if d_hidden is not None:
         d_hidden = sum_over(d_hidden, group).to(saved_dtype(p.hidden))
     return ProjectionGrads(d_hidden, d_weight, d_bias)
-
-
-def saved_dtype(x: Tensor) -> torch.dtype:
-    """fp16 gradients stay in fp32 until the loss scale has been multiplied in."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _add_rows(total: Tensor, rows: Rows, values: Tensor) -> None:
