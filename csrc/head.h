@@ -13,6 +13,10 @@ namespace sgcd {
 struct Words {
   const void* data;  // [count, ld] of the head's math
   int64_t ld;
+
+  const void* at(int64_t word, Math math) const {
+    return static_cast<const char*>(data) + word * ld * element_size(math);
+  }
 };
 
 class Head {
