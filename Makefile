@@ -62,8 +62,9 @@ sanitize: $(READY)
 	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
-	$(PY) tests/kernels/fuzz_cpp.py 0 10000 300; \
-	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py tests/kernels/test_cpp_grads.py
+	$(PY) tests/kernels/fuzz_cpp.py 10000; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py \
+	  tests/kernels/test_cpp_grads.py tests/kernels/test_packed.py
 
 train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare

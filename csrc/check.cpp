@@ -44,4 +44,14 @@ void check_same_tokens_and_words(const at::Tensor& hidden, const at::Tensor& wei
                     hidden.size(0), ", V = ", weight.size(0), " as the student");
 }
 
+std::vector<Head> checked_pair(const at::Tensor& hidden, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& teacher_hidden,
+                               const at::Tensor& teacher_weight, const std::optional<at::Tensor>& teacher_bias,
+                               const std::optional<at::Tensor>& rows) {
+  check_head("", hidden, weight, bias, rows);
+  check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, rows);
+  check_same_tokens_and_words(hidden, weight, teacher_hidden, teacher_weight);
+  return {{hidden, weight, bias, rows}, {teacher_hidden, teacher_weight, teacher_bias, rows}};
+}
+
 }  // namespace sgcd

@@ -5,6 +5,9 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <vector>
+
+#include "head.h"
 
 namespace sgcd {
 
@@ -33,5 +36,11 @@ void check_head(const char* prefix, const at::Tensor& hidden, const at::Tensor& 
                 const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows);
 void check_same_tokens_and_words(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& teacher_hidden,
                                  const at::Tensor& teacher_weight);
+
+// Student and teacher, checked.
+std::vector<Head> checked_pair(const at::Tensor& hidden, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& teacher_hidden,
+                               const at::Tensor& teacher_weight, const std::optional<at::Tensor>& teacher_bias,
+                               const std::optional<at::Tensor>& rows);
 
 }  // namespace sgcd

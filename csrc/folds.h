@@ -9,6 +9,7 @@
 namespace sgcd {
 
 constexpr int kTile = 64;
+constexpr float kLowest = -3.4028234663852886e38f;  // of maxima, not -inf: e^(-inf - m) must be 0, not NaN
 
 // Running statistics of one head: m = max z, z = sum e^(z-m), s = sum e^(z-m) (z-m).
 struct HeadStats {

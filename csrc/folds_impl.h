@@ -5,8 +5,6 @@
 namespace sgcd {
 namespace {
 
-constexpr float kLowest = -3.4028234663852886e38f;
-
 // Move a lane's maximum: give e^(old - new), and 0 for the shift where nothing was summed before.
 inline Vec shift_of(Vec sum, Vec from, Vec to) { return where(greater(sum, Vec(0.0f)), from - to, Vec(0.0f)); }
 

@@ -13,6 +13,8 @@ void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t
   if (math == Math::kBf16) {
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
                                 static_cast<const at::BFloat16*>(b), c, true);
+  } else if (const FloatProduct product = cpu_isa().product) {
+    product(m, n, k, static_cast<const float*>(a), lda, static_cast<const float*>(b), ldb, c, ldc, add);
   } else {
     // Without micro-kernels for this processor, the library does the same by its BLAS.
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const float*>(a),

@@ -1,4 +1,4 @@
-// Small products of tiles, by the library's exported micro-kernels.
+// Small products of tiles, by the library's exported micro-kernels or our own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@ inline int64_t element_size(Math math) { return math == Math::kBf16 ? 2 : 4; }
 
 bool has_bf16_products();
 
-// c [m, n] (+)= a [m, k] b [k, n], fp32 out. Rows of a are apart by lda elements, rows of c by ldc. For bf16, k is even
+// c [m, n] (+)= a [m, k] b [k, n], fp32 out, n a multiple of 16. Rows of a are apart by lda elements, rows of c by ldc. For bf16, k is even
 // and b holds pairs of its rows, b[k/2][n][2], pairs of rows apart by 2 ldb elements.
 void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
               float* c, int64_t ldc, bool add);

@@ -78,10 +78,8 @@ Grads distill_grads(const at::Tensor& hidden, const at::Tensor& weight, const Op
                     const OptionalTensor& teacher_bias, const OptionalTensor& rows, const OptionalTensor& temperature,
                     double softcap, const at::Tensor& lse, const at::Tensor& teacher_lse, const at::Tensor& centre,
                     const at::Tensor& d_loss, double beta, int64_t kind, std::array<bool, 3> needs) {
-  check_head("", hidden, weight, bias, rows);
-  check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, rows);
-  check_same_tokens_and_words(hidden, weight, teacher_hidden, teacher_weight);
-  const std::vector<Head> heads{{hidden, weight, bias, rows}, {teacher_hidden, teacher_weight, teacher_bias, rows}};
+  const std::vector<Head> heads =
+      checked_pair(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows);
   const int64_t n = heads[0].tokens();
   check_shared(temperature, n, softcap);
   TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta is ", beta, ", needs a number in [0, 1]");

@@ -117,16 +117,20 @@ class GradWalk {
       const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
       const at::Tensor packed_dz = bytes(step_ * kTile * size_);
       std::vector<at::Tensor> scratch;
-      for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(kTile)));
+      for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(step_)));
       for (int64_t task; (task = next()) >= 0;)
-        for (int64_t step = 0; step < words_; step += step_)
+        for (int64_t step = 0; step < words_; step += step_) {
+          const int64_t stop = std::min(step + step_, words_);
+          Words words[2];
+          for (size_t h = 0; h < heads_.size(); h++)
+            words[h] = heads_[h].words(word_ + step, stop - step, data(scratch[h]));
           for (int64_t tile = task * batch; tile < std::min((task + 1) * batch, tiles); tile++) {
-            const int64_t stop = std::min(step + step_, words_);
             for (int64_t at = step; at < stop; at += kTile)
-              grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), z.mutable_data_ptr<float>(), scratch,
+              grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), words, at - step, z.mutable_data_ptr<float>(),
                         data(packed_dz) + (at - step) * kTile * size_);
             if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
           }
+        }
       release_multiplier();
     });
   }
@@ -142,24 +146,24 @@ class GradWalk {
   }
 
   // dZ of one tile: packed into `out` for the product with W^T, and laid out in rows for the product with X.
-  void grad_tile(int64_t tile, int64_t at, int64_t count, float* z, const std::vector<at::Tensor>& scratch, char* out) {
+  // `words` are those from `skip` words before.
+  void grad_tile(int64_t tile, int64_t at, int64_t count, const Words* words, int64_t skip, float* z, char* out) {
     const int64_t token = first_ + tile * kTile, word = word_ + at;
-    const int words = static_cast<int>(count);
+    const int tall = static_cast<int>(count);
     float* tiles[2] = {z, z + kTile * kTile};
     for (size_t h = 0; h < heads_.size(); h++) {
-      const Words w = heads_[h].words(word, count, data(scratch[h]));
-      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), w.data, w.ld, packed(h, tile), kTile, tiles[h], kTile,
-               false);
-      folds_.finish(tiles[h], words, inputs_.finish(heads_[h], token, word));
+      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), words[h].at(skip, heads_[h].math()), words[h].ld,
+               packed(h, tile), kTile, tiles[h], kTile, false);
+      folds_.finish(tiles[h], tall, inputs_.finish(heads_[h], token, word));
     }
     float* logits = z + 2 * kTile * kTile;
     if (inputs_.softcap != 0) std::memcpy(logits, z, count * kTile * sizeof(float));
-    formula_.tile(tiles, words, word, token);
-    folds_.unfinish(z, logits, words, inputs_.finish(head_, token, word));
+    formula_.tile(tiles, tall, word, token);
+    folds_.unfinish(z, logits, tall, inputs_.finish(head_, token, word));
     if (needs_[2]) sum_rows(z, count, db_part_.mutable_data_ptr<float>() + tile * slab_ + at);
     char* rows = needs_[1] ? dz(at, tile * kTile) : nullptr;
     if (math_ == Math::kBf16) {
-      folds_.round_tile(z, words, reinterpret_cast<uint16_t*>(rows), kDzLd,
+      folds_.round_tile(z, tall, reinterpret_cast<uint16_t*>(rows), kDzLd,
                         reinterpret_cast<uint16_t*>(out));
       return;
     }

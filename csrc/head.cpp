@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "isa.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -116,17 +118,17 @@ void Head::pack_token_rows(int64_t token, void* out, int64_t block_stride) const
 
 Words Head::words(int64_t first, int64_t count, void* scratch) const {
   const bool as_is = depth_ == width_ && weight_type_ == (math_ == Math::kBf16 ? at::kBFloat16 : at::kFloat);
-  if (as_is) return {weight_ + first * weight_ld_ * element_size(math_), weight_ld_};
+  if (as_is && !cpu_isa().product) return {weight_ + first * weight_ld_ * element_size(math_), weight_ld_};
   with_types(weight_type_, math_, [&](auto* in, auto* to) {
     using Out = std::remove_pointer_t<decltype(to)>;
     Out* dst = static_cast<Out*>(scratch);
-    for (int64_t w = 0; w < count; w++, dst += depth_) {
+    for (int64_t w = 0; w < count; w++, dst += scratch_ld()) {
       const auto* src = reinterpret_cast<decltype(in)>(weight_) + (first + w) * weight_ld_;
       for (int64_t k = 0; k < width_; k++) dst[k] = element<Out>(src[k]);
       for (int64_t k = width_; k < depth_; k++) dst[k] = Out(0.0f);
     }
   });
-  return {scratch, depth_};
+  return {scratch, scratch_ld()};
 }
 
 void Head::transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const {

@@ -13,6 +13,10 @@ namespace sgcd {
 struct Words {
   const void* data;  // [count, ld] of the head's math
   int64_t ld;
+
+  const void* at(int64_t word, Math math) const {
+    return static_cast<const char*>(data) + word * ld * element_size(math);
+  }
 };
 
 class Head {
@@ -30,19 +34,22 @@ class Head {
   bool same_weight(const Head& other) const;
 
   int64_t token_tile_bytes() const { return depth_ * kTile * element_size(math_); }
-  int64_t words_bytes(int64_t count) const { return count * depth_ * element_size(math_); }
+  int64_t words_bytes(int64_t count) const { return count * scratch_ld() * element_size(math_); }
 
   // hidden^T of the tile that starts at `token`, [depth, kTile] (in pairs for bf16); tokens beyond the end are 0.
   void pack_token_tile(int64_t token, void* out) const;
   // Hidden of the same tile for a product over tokens: [ceil(H / kTile)][kTile tokens][kTile] (in pairs for bf16),
   // blocks of columns apart by `block_stride` elements.
   void pack_token_rows(int64_t token, void* out, int64_t block_stride) const;
-  // Rows of the weight, in place where they can be multiplied as they are, else copied to `scratch`.
+  // Rows of the weight, in place where they can be multiplied as they are, else copied to `scratch`. Our own product
+  // wants a copy: it reads few columns of many rows at a time, and rows a power of two apart share few sets of a cache.
   Words words(int64_t first, int64_t count, void* scratch) const;
   // weight^T of these words, [H, ld], columns from `count` to `padded` 0.
   void transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const;
 
  private:
+  int64_t scratch_ld() const { return math_ == Math::kFloat ? depth_ + 16 : depth_; }
+
   at::ScalarType hidden_type_, weight_type_;
   const char *hidden_, *weight_;
   int64_t hidden_ld_, weight_ld_;

@@ -47,7 +47,7 @@ Isa find_isa() {
     folds = folds_portable();
     if (level < kAvx512Bf16) level = kPortable;
   }
-  return {kNames[level], folds, level >= kAvx512Bf16};
+  return {kNames[level], folds, level >= kAvx512Bf16, level == kAvx2 ? float_product_avx2() : nullptr};
 }
 
 }  // namespace

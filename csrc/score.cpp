@@ -11,15 +11,6 @@
 namespace sgcd {
 namespace {
 
-constexpr float kLowest = -3.4028234663852886e38f;  // not -inf: e^(-inf - m) must be 0, not NaN
-
-HeadStats head_at(float* state, int64_t stride) { return {state, state + stride, state + 2 * stride}; }
-
-PairStats pair_at(float* state, int64_t stride) {
-  float* more = state + 6 * stride;
-  return {head_at(state, stride), head_at(state + 3 * stride, stride), more, more + stride, more + 2 * stride};
-}
-
 // Merging only reads what it merges from.
 float* readable(const float* state) { return const_cast<float*>(state); }
 
@@ -123,10 +114,8 @@ at::Tensor pair_stats(const at::Tensor& hidden, const at::Tensor& weight, const 
                       const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight,
                       const OptionalTensor& teacher_bias, const OptionalTensor& rows, const at::Tensor& targets,
                       const OptionalTensor& temperature, double softcap) {
-  check_head("", hidden, weight, bias, rows);
-  check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, rows);
-  check_same_tokens_and_words(hidden, weight, teacher_hidden, teacher_weight);
-  const std::vector<Head> heads{{hidden, weight, bias, rows}, {teacher_hidden, teacher_weight, teacher_bias, rows}};
+  const std::vector<Head> heads =
+      checked_pair(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows);
   const int64_t n = heads[0].tokens();
   check_tokens("targets", targets, at::kLong, n);
   check_shared(temperature, n, softcap);
@@ -143,10 +132,8 @@ at::Tensor mixture_stats(const at::Tensor& hidden, const at::Tensor& weight, con
                          const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight,
                          const OptionalTensor& teacher_bias, const OptionalTensor& rows, const at::Tensor& normalisers,
                          const OptionalTensor& temperature, double softcap, double beta, bool jsd, bool tv) {
-  check_head("", hidden, weight, bias, rows);
-  check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, rows);
-  check_same_tokens_and_words(hidden, weight, teacher_hidden, teacher_weight);
-  const std::vector<Head> heads{{hidden, weight, bias, rows}, {teacher_hidden, teacher_weight, teacher_bias, rows}};
+  const std::vector<Head> heads =
+      checked_pair(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, rows);
   const int64_t n = heads[0].tokens();
   check_matrix("normalisers", normalisers, 4, n);
   check_shared(temperature, n, softcap);

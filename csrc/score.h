@@ -5,7 +5,16 @@
 
 #include <optional>
 
+#include "folds.h"
+
 namespace sgcd {
+
+// Statistics that lie one field after the other, `stride` apart.
+inline HeadStats head_at(float* state, int64_t stride) { return {state, state + stride, state + 2 * stride}; }
+inline PairStats pair_at(float* state, int64_t stride) {
+  float* more = state + 6 * stride;
+  return {head_at(state, stride), head_at(state + 3 * stride, stride), more, more + stride, more + 2 * stride};
+}
 
 using OptionalTensor = std::optional<at::Tensor>;
 

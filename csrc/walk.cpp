@@ -95,8 +95,8 @@ class Group {
     float* z[2] = {scratch.z.mutable_data_ptr<float>(), scratch.z.mutable_data_ptr<float>() + kTile * kTile};
     for (size_t h = 0; h < heads_.size(); h++) {
       const Head& head = heads_[h];
-      const char* a = static_cast<const char*>(words[h].data) + skip * words[h].ld * element_size(head.math());
-      multiply(head.math(), count, kTile, head.depth(), a, words[h].ld, packed(h, tile), kTile, z[h], kTile, false);
+      multiply(head.math(), count, kTile, head.depth(), words[h].at(skip, head.math()), words[h].ld, packed(h, tile),
+               kTile, z[h], kTile, false);
       cpu_isa().folds->finish(z[h], static_cast<int>(count), inputs_.finish(head, token, word));
     }
     if (!inputs_.target.empty()) pick(z, word, count, token);

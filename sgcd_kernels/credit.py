@@ -1,23 +1,23 @@
 """From divergence to token weights: SGCD's rule, its ablations and its neighbours.
 
-One definition serves all backends: the work is O(N) and small beside one product with the head. Everything here is
-detached by construction.
+One definition serves all devices: tensor operations over the whole packed batch (`sgcd_kernels.packed`), and one scan
+(`sgcd_kernels.spans`). Nothing waits for a GPU. Everything here is detached by construction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
+from sgcd_kernels.packed import Packed
 from sgcd_kernels.registered.credit import packed, register_credit
 from sgcd_kernels.spans import find_spans
 from sgcd_kernels.types import Credit
-from sgcd_kernels.validation import check_bounds, check_cu_seqlens, check_tensor, per_token
+from sgcd_kernels.validation import check_bounds, check_cu_seqlens, check_device, check_tensor, per_token
 
 
 @torch.no_grad()
@@ -45,7 +45,8 @@ def credit_weights(
     - none: W = 1
     - uniform: s = 1, W = min(1 + gamma, clip)
     - matched_uniform: W = the mean sgcd W of the sequence's eligible tokens
-    - permuted: the sgcd result shuffled within the sequence, by config.seed and the sequence's place in the batch
+    - permuted: the sgcd result shuffled within the sequence, by config.seed, the sequence's place in the batch and its
+      number of eligible tokens
 
     Neighbours, with D = log_ratio, A = advantages and the parameters of `CreditConfig`:
     - gear (2605.11853): r = clip(-D / max(quantile(-D), d_floor), 0, 1), spans as above on r; the onset's r inside, a
@@ -58,8 +59,10 @@ def credit_weights(
 
     These may fall below 1, and `gamma` and `clip` do not apply. Their saliency is r for gear and 0 otherwise.
 
-    Raises ValueError for shapes that do not fit, and for an input that the rule reads (`NEEDS`) and that is missing or
-    holds a NaN or infinity at an eligible token. What it does not read may hold anything.
+    Raises ValueError for shapes that do not fit, and for an input that the rule reads (`NEEDS`) and that is missing
+    or holds a NaN or infinity at an eligible token. What it does not read may hold anything. On a GPU no value is
+    looked at, because that would wait for it: W is NaN at such a token, and cu_seqlens must indeed rise from 0 to
+    N.
     """
     check_config(config)
     check_bounds(cu_seqlens)
@@ -98,65 +101,59 @@ def _compute(
     """What `credit_weights` says."""
     if divergence.dim() != 1:
         raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
-    cu = check_cu_seqlens(cu_seqlens, divergence.numel())
-    device = divergence.device
-    dtype = torch.promote_types(divergence.dtype, torch.float32)
+    device, on_host = divergence.device, divergence.device.type == "cpu"
+    values_at_hand = on_host or (isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu")
+    cu = check_cu_seqlens(cu_seqlens, divergence.numel(), values=values_at_hand).to(device)
+    eligible = torch.ones(divergence.shape, dtype=torch.bool, device=device)
+    if mask is not None:
+        eligible = per_token("mask", mask, divergence.shape, device) != 0
+    segments = Packed(cu, eligible)
     given = {
         "divergence": divergence,
         "teacher_entropy": teacher_entropy,
-        "advantages": _per_token_advantages(advantages, cu, divergence),
+        "advantages": _per_token_advantages(advantages, packed, divergence),
         "log_ratio": log_ratio,
         "forward_kl": forward_kl,
         "bhattacharyya": bhattacharyya,
         "student_entropy": student_entropy,
     }
     flat = {name: per_token(name, x, divergence.shape, device) for name, x in given.items() if x is not None}
-    keep = torch.ones(divergence.shape, dtype=torch.bool)
-    if mask is not None:
-        keep = per_token("mask", mask, divergence.shape, device).cpu() != 0
-    read = {name: _finite(name, flat.get(name), keep, config.rule) for name in NEEDS[config.rule]}
-    turns = None if turn_ids is None else per_token("turn_ids", turn_ids, divergence.shape, device).cpu()
-    out = Credit(
-        torch.ones(divergence.numel(), dtype=dtype),
-        torch.zeros(divergence.numel(), dtype=dtype),
-        torch.full((divergence.numel(),), -1, dtype=torch.long),
+    turns = None if turn_ids is None else per_token("turn_ids", turn_ids, divergence.shape, device).long().contiguous()
+    read = {name: _needed(name, flat, config.rule) for name in NEEDS[config.rule]}
+    if on_host:
+        _check_finite(read, eligible)
+    dtype = torch.promote_types(divergence.dtype, torch.float32)
+    inputs = {name: x.to(dtype).contiguous() for name, x in read.items()}
+    outside = torch.zeros(divergence.shape, dtype=dtype, device=device)
+    if config.rule == "none" or divergence.numel() == 0:
+        return Credit(outside + 1, outside, torch.full_like(outside, -1, dtype=torch.long))
+    weights, saliency, ids = RULES[config.rule](_Batch(inputs, turns, segments, outside), config)
+    for x in inputs.values() if not on_host else ():
+        weights = weights.masked_fill(~x.isfinite(), torch.nan)
+    return Credit(
+        torch.where(eligible, weights, 1.0).to(dtype),
+        torch.where(eligible, saliency, 0.0).to(dtype),
+        torch.where(eligible, ids, -1),
     )
-    spans = 0
-    bounds = cu.tolist()
-    for index, (start, stop) in enumerate(pairwise(bounds)):
-        at = start + keep[start:stop].nonzero().squeeze(1)
-        if at.numel() == 0 or config.rule == "none":
-            continue
-        sequence = _Sequence(
-            {name: value[at].to(dtype) for name, value in read.items()},
-            None if turns is None else turns[at].tolist(),
-            index,
-            at.numel(),
-        )
-        weights, saliency, ids = RULES[config.rule](sequence, config)
-        out.weights[at], out.saliency[at] = weights.to(dtype), saliency.to(dtype)
-        out.span_ids[at] = torch.where(ids >= 0, ids + spans, -1)
-        spans += int(ids.max()) + 1
-    return Credit(*(x.to(device) for x in out))
 
 
 _OP = register_credit(_compute)
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """The eligible tokens of one sequence, on the CPU."""
+class _Batch:
+    """All packed tokens; what rules give at ineligible ones is not looked at."""
 
-    inputs: dict[str, Tensor]  # each [T]; only what the rule reads
-    turns: list[int] | None
-    index: int
-    tokens: int  # T
+    inputs: dict[str, Tensor]  # each [N]; only what the rule reads
+    turns: Tensor | None  # [N]
+    packed: Packed
+    zeros: Tensor  # [N]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
 
 
-Triple = tuple[Tensor, Tensor, Tensor]  # weights, saliency, span ids, each [T]
+Triple = tuple[Tensor, Tensor, Tensor]  # weights, saliency, span ids, each [N]
 
 
 def check_config(config: object) -> None:
@@ -164,106 +161,112 @@ def check_config(config: object) -> None:
         raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")
 
 
-def _finite(name: str, value: Tensor | None, keep: Tensor, rule: str) -> Tensor:
-    """On the CPU, finite at eligible tokens."""
-    if value is None:
+def _needed(name: str, given: dict[str, Tensor], rule: str) -> Tensor:
+    if name not in given:
         raise ValueError(f"{name} is None, needs one value a token for rule {rule!r}")
-    value = value.cpu()
-    broken = int((~value.isfinite() & keep).sum())
-    if broken:
-        raise ValueError(f"{name} holds {broken} NaN or infinite values at eligible tokens, needs finite ones")
-    return value
+    return given[name]
 
 
-def _per_token_advantages(advantages: Tensor | None, cu: Tensor, like: Tensor) -> Tensor | None:
+def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:
+    for name, x in read.items():
+        if count := int((eligible & ~x.isfinite()).sum()):
+            raise ValueError(f"{name} holds {count} NaN or infinite values at eligible tokens, needs finite ones")
+
+
+def _per_token_advantages(advantages: Tensor | None, packed: Packed, like: Tensor) -> Tensor | None:
     if advantages is None:
         return None
     check_tensor("advantages", advantages)
     if advantages.shape == like.shape:
         return advantages
-    if advantages.shape != (cu.numel() - 1,):
-        got, needs = list(advantages.shape), f"[{like.numel()}] (a token) or [{cu.numel() - 1}] (a sequence)"
+    sequences = packed.lengths.numel()
+    if advantages.shape != (sequences,):
+        got, needs = list(advantages.shape), f"[{like.numel()}] (a token) or [{sequences}] (a sequence)"
         raise ValueError(f"advantages has shape {got}, needs {needs}")
-    return advantages.repeat_interleave(cu.diff().to(advantages.device))
+    check_device("advantages", advantages, "divergence", like)
+    return packed.spread(advantages)
 
 
-def _normalise(d: Tensor, cfg: CreditConfig) -> Tensor:
-    scale = torch.quantile(d, cfg.quantile).clamp(min=cfg.d_floor)
-    return (d / scale).clamp(0, 1)
+def _normalise(d: Tensor, batch: _Batch, cfg: CreditConfig) -> Tensor:
+    scale = batch.packed.quantile(d, cfg.quantile).clamp(min=cfg.d_floor)
+    return (d / batch.packed.spread(scale)).clamp(0, 1)
 
 
-def _spread_over_spans(u: Tensor, seq: _Sequence, cfg: CreditConfig, outside: Tensor) -> tuple[Tensor, Tensor]:
+def _spread_over_spans(u: Tensor, batch: _Batch, cfg: CreditConfig, outside: Tensor) -> tuple[Tensor, Tensor]:
     """(saliency, span ids)"""
-    values, ids = outside.clone(), torch.full(u.shape, -1, dtype=torch.long)
-    for number, (onset, end) in enumerate(find_spans(u.tolist(), seq["teacher_entropy"].tolist(), seq.turns, cfg)):
-        values[onset:end] = u[onset] if cfg.span_value == "onset" else u[onset:end]
-        ids[onset:end] = number
-    return values, ids
+    packed = batch.packed
+    onset = find_spans(u, batch["teacher_entropy"], batch.turns, packed.eligible, packed.cu_seqlens, cfg)
+    inside, at = onset >= 0, onset.clamp(min=0)
+    number = (onset == torch.arange(onset.numel(), device=onset.device)).cumsum(0) - 1
+    saliency = torch.where(inside, u.index_select(0, at) if cfg.span_value == "onset" else u, outside)
+    return saliency, torch.where(inside, number.index_select(0, at), -1)
 
 
 def _plain(weights: Tensor) -> Triple:
     """A rule without saliency or spans."""
-    return weights, torch.zeros_like(weights), torch.full(weights.shape, -1, dtype=torch.long)
+    return weights, torch.zeros_like(weights), torch.full_like(weights, -1, dtype=torch.long)
 
 
-def _sgcd(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    u = _normalise(seq["divergence"], cfg)
-    saliency, ids = _spread_over_spans(u, seq, cfg, torch.zeros_like(u))
+def _sgcd(batch: _Batch, cfg: CreditConfig) -> Triple:
+    u = _normalise(batch["divergence"], batch, cfg)
+    saliency, ids = _spread_over_spans(u, batch, cfg, batch.zeros)
     return (1 + cfg.gamma * saliency).clamp(1, cfg.clip), saliency, ids
 
 
-def _uniform(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    ones = torch.ones(seq.tokens, dtype=torch.float64)  # rounded once, to the dtype of the results
-    return ones * min(1 + cfg.gamma, cfg.clip), ones, torch.full(ones.shape, -1, dtype=torch.long)
+def _uniform(batch: _Batch, cfg: CreditConfig) -> Triple:
+    weights, _, ids = _plain(torch.full_like(batch.zeros, min(1 + cfg.gamma, cfg.clip)))
+    return weights, batch.zeros + 1, ids
 
 
-def _matched_uniform(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    weights, saliency, ids = _sgcd(seq, cfg)
+def _matched_uniform(batch: _Batch, cfg: CreditConfig) -> Triple:
+    weights, saliency, ids = _sgcd(batch, cfg)
     # The mean of equal numbers may round past them; the bounds of W must hold.
-    mean = weights.mean().clamp(weights.min(), weights.max())
-    return mean.expand_as(weights), saliency.mean().expand_as(saliency), torch.full_like(ids, -1)
+    weights, saliency = (batch.packed.spread(batch.packed.mean(x)) for x in (weights, saliency))
+    return weights.clamp(1, cfg.clip), saliency, torch.full_like(ids, -1)
 
 
-def _permuted(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    weights, saliency, ids = _sgcd(seq, cfg)
-    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + seq.index) % (1 << 63))
-    order = torch.randperm(weights.numel(), generator=generator)
-    return weights[order], saliency[order], ids[order]
+def _permuted(batch: _Batch, cfg: CreditConfig) -> Triple:
+    to, source = batch.packed.shuffle(cfg.seed)
+    weights, saliency, ids = (x.index_copy(0, to, x.index_select(0, source)) for x in _sgcd(batch, cfg))
+    return weights, saliency, ids
 
 
-def _gear(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    own = _normalise(-seq["log_ratio"], cfg)
-    r, ids = _spread_over_spans(own, seq, cfg, own)
-    w = 0.5 + (0.5 - r) * seq["advantages"].sign()
+def _gear(batch: _Batch, cfg: CreditConfig) -> Triple:
+    own = _normalise(-batch["log_ratio"], batch, cfg)
+    r, ids = _spread_over_spans(own, batch, cfg, own)
+    w = 0.5 + (0.5 - r) * batch["advantages"].sign()
     return cfg.gear_alpha * w + 1 - cfg.gear_alpha / 2, r, ids
 
 
-def _signed_ratio(seq: _Sequence, epsilon: float) -> Tensor:
-    return (seq["advantages"].sign() * seq["log_ratio"]).exp().clamp(1 - epsilon, 1 + epsilon)
+def _signed_ratio(batch: _Batch, epsilon: float) -> Tensor:
+    return (batch["advantages"].sign() * batch["log_ratio"]).exp().clamp(1 - epsilon, 1 + epsilon)
 
 
-def _rlsd(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    return _plain((1 - cfg.rlsd_lambda) + cfg.rlsd_lambda * _signed_ratio(seq, cfg.rlsd_epsilon))
+def _rlsd(batch: _Batch, cfg: CreditConfig) -> Triple:
+    return _plain((1 - cfg.rlsd_lambda) + cfg.rlsd_lambda * _signed_ratio(batch, cfg.rlsd_epsilon))
 
 
-def _sc_grpo(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    kl = seq["forward_kl"]
-    return _plain(kl / (kl + torch.quantile(kl, cfg.sc_grpo_quantile).clamp(min=cfg.sc_grpo_floor)))
+def _sc_grpo(batch: _Batch, cfg: CreditConfig) -> Triple:
+    kl = batch["forward_kl"]
+    scale = batch.packed.quantile(kl, cfg.sc_grpo_quantile).clamp(min=cfg.sc_grpo_floor)
+    return _plain(kl / (kl + batch.packed.spread(scale)))
 
 
-def _egrsd(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    calm = (1 - cfg.egrsd_gamma * _share_of_maximum(seq["teacher_entropy"])).clamp(cfg.egrsd_floor, 1)
-    return _plain(_signed_ratio(seq, cfg.egrsd_epsilon) * calm)
+def _egrsd(batch: _Batch, cfg: CreditConfig) -> Triple:
+    calm = (1 - cfg.egrsd_gamma * _share_of_maximum(batch["teacher_entropy"], batch)).clamp(cfg.egrsd_floor, 1)
+    return _plain(_signed_ratio(batch, cfg.egrsd_epsilon) * calm)
 
 
-def _dgpo(seq: _Sequence, cfg: CreditConfig) -> Triple:
-    hellinger = (1 - seq["bhattacharyya"]).clamp(min=0).sqrt()
-    score = hellinger * _share_of_maximum(seq["student_entropy"]) ** cfg.dgpo_kappa / cfg.dgpo_tau
-    return _plain(score.softmax(0) * score.numel())
+def _dgpo(batch: _Batch, cfg: CreditConfig) -> Triple:
+    packed = batch.packed
+    hellinger = (1 - batch["bhattacharyya"]).clamp(min=0).sqrt()
+    score = hellinger * _share_of_maximum(batch["student_entropy"], batch) ** cfg.dgpo_kappa / cfg.dgpo_tau
+    e = (score - packed.spread(packed.maximum(score))).exp()
+    return _plain(e * packed.spread((packed.tokens / packed.total(e)).to(e.dtype)))
 
 
-def _share_of_maximum(entropy: Tensor) -> Tensor:
-    return entropy / entropy.max().clamp(min=1e-6)
+def _share_of_maximum(entropy: Tensor, batch: _Batch) -> Tensor:
+    return entropy / batch.packed.spread(batch.packed.maximum(entropy).clamp(min=1e-6))
 
 
 NEEDS: dict[str, tuple[str, ...]] = {  # all that a rule reads
@@ -279,7 +282,7 @@ NEEDS: dict[str, tuple[str, ...]] = {  # all that a rule reads
     "dgpo": ("bhattacharyya", "student_entropy"),
 }
 USE_GAMMA = ("sgcd", "uniform", "matched_uniform", "permuted")
-RULES: dict[str, Callable[[_Sequence, CreditConfig], Triple]] = {
+RULES: dict[str, Callable[[_Batch, CreditConfig], Triple]] = {
     "sgcd": _sgcd,
     "uniform": _uniform,
     "matched_uniform": _matched_uniform,

@@ -5,21 +5,25 @@ What the operators sum is finished, and merged over the ranks of a group, by the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels import torch_backend
 from sgcd_kernels.shard import shard_range, sum_over
 from sgcd_kernels.torch_backend import target_logp
 from sgcd_kernels.torch_backend.divergence import PairStats
 from sgcd_kernels.torch_backend.grads import Needs, saved_dtype
 from sgcd_kernels.torch_backend.logprob import RowStats
+from sgcd_kernels.torch_backend.topk import TeacherTopK
 from sgcd_kernels.types import Projection, ProjectionGrads
 from sgcd_kernels.validation import take
 
 __all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
 
+LN_2 = 0.6931471805599453
+MAX_LISTED = 1 << 19  # words of all tokens' top-K lists at one time: some 6 MB, and as much again a few times over
 KINDS = ("reverse_kl", "forward_kl", "jsd")  # by the numbers that csrc/folds.h gives them
 
 
@@ -29,9 +33,7 @@ def logprob_forward(
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse) of the computed rows, each [n]."""
-    raw = torch.ops.sgcd_kernels.head_stats(
-        *_head(p), p.rows, _local(targets, p, group), _temperature(p), p.softcap or 0.0
-    )
+    raw = torch.ops.sgcd_kernels.head_stats(*_head(p), p.rows, _local(targets, p, group), *_shared(p))
     stats = RowStats(p.num_rows, raw)
     _fill(stats, raw)
     stats.merge(group)
@@ -56,8 +58,7 @@ def logprob_backward(
         *_head(p),
         p.rows,
         _local(targets, p, group),
-        _temperature(p),
-        p.softcap or 0.0,
+        *_shared(p),
         _values(lse),
         _values(-d_logp if d_lse is None else d_lse - d_logp),
         _values(d_logp),
@@ -78,12 +79,22 @@ def divergence_forward(
     top_k: int | None,
     group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The asked-for fields of DivergenceStats, each [n]. The buckets of `top_k` are the torch backend's."""
-    if top_k is not None:
-        return torch_backend.divergence_forward(student, teacher, targets, features, beta, top_k, group)
-    stats = _pair_stats(student, teacher, _local(targets, student, group))
-    stats.merge(group)
-    fields = stats.results()
+    """The asked-for fields of DivergenceStats, each [n]."""
+    n = student.num_rows
+    if top_k is not None and n > (step := max(64, MAX_LISTED // top_k)):
+        cuts = [slice(start, start + step) for start in range(0, n, step)]
+        parts = [
+            divergence_forward(_part(student, cut), _part(teacher, cut), targets[cut], features, beta, top_k)
+            for cut in cuts
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    best: dict[str, Tensor] = {}
+    if top_k is None:
+        stats = _pair_stats(student, teacher, _local(targets, student, group))
+        stats.merge(group)
+    else:
+        stats, best = _pair_topk(student, teacher, targets, top_k)
+    fields = stats.results() | best
     if features:
         jsd, tv, _ = _mixture(student, teacher, stats, beta, "jsd" in features, "tv" in features)
         sums = {"jsd": jsd.clamp(0, LN_2), "tv": tv.clamp(0, 1)}
@@ -108,11 +119,8 @@ def distill_backward(
         normalisers = torch.stack([_values(lse[0]), zeros, _values(lse[1]), zeros])
         centre = _mixture_sums(student, teacher, normalisers, beta, True, False)[2]
     grads = torch.ops.sgcd_kernels.distill_grads(
-        *_head(student),
-        *_head(teacher),
-        student.rows,
-        _temperature(student),
-        student.softcap or 0.0,
+        *_pair(student, teacher),
+        *_shared(student),
         _values(lse[0]),
         _values(lse[1]),
         _values(centre),
@@ -124,14 +132,28 @@ def distill_backward(
     return _grads(student, needs, grads, None)
 
 
-LN_2 = 0.6931471805599453
+def _pair(student: Projection, teacher: Projection) -> tuple[Tensor | None, ...]:
+    return *_head(student), *_head(teacher), student.rows
 
 
 def _pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> PairStats:
-    raw = torch.ops.sgcd_kernels.pair_stats(
-        *_head(student), *_head(teacher), student.rows, targets, _temperature(student), student.softcap or 0.0
-    )
-    stats = PairStats(student.num_rows, raw)
+    heads = _pair(student, teacher)
+    return _filled(torch.ops.sgcd_kernels.pair_stats(*heads, targets, *_shared(student)))
+
+
+def _pair_topk(
+    student: Projection, teacher: Projection, targets: Tensor, top_k: int
+) -> tuple[PairStats, dict[str, Tensor]]:
+    heads = _pair(student, teacher)
+    raw, logits, words = torch.ops.sgcd_kernels.pair_topk(*heads, targets, *_shared(student), top_k)
+    stats, best = _filled(raw[:11]), TeacherTopK(top_k, targets)
+    best.p, best.q, best.words = logits[0], logits[1], words
+    tail_p, tail_q = (z / of.z * (m - of.m).exp() for (m, z), of in ((raw[11:13], stats.p), (raw[13:], stats.q)))
+    return stats, best.results(stats.p, stats.q, tail_p, tail_q)
+
+
+def _filled(raw: Tensor) -> PairStats:  # [11, n]
+    stats = PairStats(raw.shape[1], raw)
     _fill(stats.p, raw[:4])
     _fill(stats.q, raw[4:8])
     stats.a_p, stats.a_q, stats.overlap = raw[8:].unbind(0)
@@ -152,17 +174,8 @@ def _mixture(
 def _mixture_sums(
     student: Projection, teacher: Projection, normalisers: Tensor, beta: float, jsd: bool, tv: bool
 ) -> tuple[Tensor, ...]:
-    sums: Tensor = torch.ops.sgcd_kernels.mixture_stats(
-        *_head(student),
-        *_head(teacher),
-        student.rows,
-        normalisers,
-        _temperature(student),
-        student.softcap or 0.0,
-        beta,
-        jsd,
-        tv,
-    )
+    heads = _pair(student, teacher)
+    sums: Tensor = torch.ops.sgcd_kernels.mixture_stats(*heads, normalisers, *_shared(student), beta, jsd, tv)
     return sums.unbind(0)
 
 
@@ -182,10 +195,19 @@ def _local(targets: Tensor, p: Projection, group: ProcessGroup | None) -> Tensor
     return (targets - shard_range(p.weight, group)[0]).contiguous()
 
 
-def _temperature(p: Projection) -> Tensor | None:
+def _shared(p: Projection) -> tuple[Tensor | None, float]:
+    """Temperatures and softcap."""
     if isinstance(p.temperature, Tensor):
-        return _values(take(p.temperature, p.rows))
-    return None if p.temperature == 1.0 else torch.full((p.num_rows,), p.temperature)
+        temperature: Tensor | None = _values(take(p.temperature, p.rows))
+    else:
+        temperature = None if p.temperature == 1.0 else torch.full((p.num_rows,), p.temperature)
+    return temperature, p.softcap or 0.0
+
+
+def _part(p: Projection, cut: slice) -> Projection:
+    """The same head on fewer tokens."""
+    rows = torch.arange(p.num_rows) if p.rows is None else p.rows
+    return replace(p, rows=rows[cut].contiguous())
 
 
 def _wanted(p: Projection, needs: Needs) -> list[bool]:

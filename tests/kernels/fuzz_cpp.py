@@ -1,131 +1,231 @@
-"""Call the raw operators with random arguments, many of them wrong: python fuzz_cpp.py SEED CALLS SECONDS.
+"""Call the raw operators with arguments that hypothesis draws, many of them wrong: python fuzz_cpp.py CASES [SEED].
 
-Prints how many calls worked and how many were refused. Run by test_cpp_entry in a process of its own.
+Prints, for each operator, how many calls worked and how many were refused. A process of its own, run by test_cpp_entry
+and `make sanitize`, because what it looks for would take the test runner down with it.
 """
 
-import random
+from __future__ import annotations
+
+import collections
 import sys
-import time
+from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 from sgcd_kernels import backend_status
 
 assert backend_status()["cpp"].usable
-ops, r = torch.ops.sgcd_kernels, random.Random(int(sys.argv[1]))
-FLOATS = [torch.float32] * 6 + [torch.bfloat16] * 4 + [torch.float16, torch.float64, torch.int64, torch.bool]
+ops = torch.ops.sgcd_kernels
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [*FLOATS, torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64]
+LAYOUTS = (
+    "transposed",
+    "one row expanded",
+    "every other row",
+    "huge and empty",
+    "meta",
+    "sparse",
+    "one more",
+    "one less",
+)
+NUMBERS = [0.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e-30, 1e30]
+BROKEN_VALUES = [float("nan"), float("inf"), -float("inf"), 1e30]
+INTEGERS = [-1, -100, 2**31 - 1, 2**31, -(2**63), 2**63 - 1]
 
 
-def tensor(shape, dtypes):
-    dtype = r.choice(dtypes)
-    shape = [max(0, s + r.choice([0] * 30 + [-1, 1])) for s in shape]
-    if r.random() < 0.03:
-        shape = shape[1:] if r.random() < 0.5 else [1, *shape]
-    x = torch.randn(shape) * r.choice([1, 1, 1, 30, 1e30])
-    if x.numel() and r.random() < 0.05:
-        x.view(-1)[r.randrange(x.numel())] = r.choice([float("nan"), float("inf"), -float("inf")])
-    x = x.to(dtype)
-    how = r.random()
-    if how < 0.03 and x.dim() == 2:
+class Draw:
+    """Draws what a call needs; about one call in two is flawless."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.flaws = data.draw(st.sampled_from([0, 0, 1, 2, 4]))
+        self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def of(self, *options: Any) -> Any:
+        return self.data.draw(st.sampled_from(options))
+
+    def flaw(self) -> bool:
+        """Whether to do it wrong here; seldom, and no more often than the case allows."""
+        if self.flaws == 0 or self.of(*range(8)) != 0:
+            return False
+        self.flaws -= 1
+        return True
+
+    def tensor(self, shape: list[int], dtype: torch.dtype, high: int = 2) -> torch.Tensor:
+        """Numbers, of which one may be infinite, or integers in [0, high), of which one may be far outside."""
+        if self.flaw():
+            dtype = self.of(*DTYPES)
+        layout = self.of(*LAYOUTS) if self.flaw() else None
+        if layout in ("one more", "one less") and shape:
+            at = self.of(*range(len(shape)))
+            shape = [max(0, s + (1 if layout == "one more" else -1) * (i == at)) for i, s in enumerate(shape)]
+        if dtype.is_floating_point or dtype.is_complex:
+            x = torch.randn(shape, generator=self.generator) * self.of(1, 1, 30)
+        else:
+            x = torch.randint(max(1, high), shape, generator=self.generator)
+        if x.numel() and self.of(*range(6)) == 0:
+            x.view(-1)[self.of(0, x.numel() // 2, x.numel() - 1)] = self.of(
+                *(BROKEN_VALUES if x.is_floating_point() else INTEGERS)
+            )
+        return laid_out(x.to(dtype), layout)
+
+    def number(self, *usual: float) -> float:
+        return self.of(*NUMBERS) if self.flaw() else self.of(*usual)
+
+    def maybe(self, make: Any) -> Any:
+        return make() if self.of(True, False) else None
+
+
+def laid_out(x: torch.Tensor, layout: str | None) -> torch.Tensor:
+    if layout == "transposed" and x.dim() == 2:
         return x.t().contiguous().t()
-    if how < 0.05 and x.dim() == 2:
-        return x[:1].expand(max(1, x.shape[0]), x.shape[1])
-    if how < 0.06 and x.dim():
+    if layout == "one row expanded" and x.dim() and x.shape[0]:
+        return x[:1].expand(x.shape)
+    if layout == "every other row" and x.dim():
         return x[::2]
-    if how < 0.065:
-        return torch.empty(1, dtype=dtype).expand([2**33] + [1] * max(0, x.dim() - 1))  # huge, and holds nothing
-    if how < 0.07:
+    if layout == "huge and empty":
+        return x.new_empty(1).expand([2**33] + [1] * max(0, x.dim() - 1))
+    if layout == "meta":
         return x.to("meta")
-    if how < 0.075:
-        return x.to_sparse() if dtype.is_floating_point and x.dim() else x
+    if layout == "sparse" and x.dim() and x.is_floating_point():
+        return x.to_sparse()
     return x
 
 
-def maybe(x, chance=0.4):
-    return x if r.random() < chance else None
+class Call:
+    """The arguments of one call, around one shape."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+        self.n, self.h = draw.of(0, 1, 2, 63, 64, 65, 70, 260), draw.of(1, 2, 3, 8, 33)
+        self.v = draw.of(1, 2, 63, 64, 65, 130)
+        self.dtype = draw.of(*FLOATS)
+        self.rows = draw.maybe(lambda: draw.tensor([draw.of(0, 1, 5, self.n)], torch.int64, self.n))
+        rows_fit = self.rows is not None and self.rows.dim() == 1
+        self.m = self.rows.shape[0] if rows_fit and self.rows.shape[0] < 2**20 else self.n
+
+    def head(self) -> tuple[torch.Tensor | None, ...]:
+        bias = self.draw.maybe(lambda: self.draw.tensor([self.v], torch.float32))
+        return self.draw.tensor([self.n, self.h], self.dtype), self.draw.tensor([self.v, self.h], self.dtype), bias
+
+    def each(self) -> torch.Tensor:
+        return self.draw.tensor([self.m], torch.float32)
+
+    def targets(self) -> torch.Tensor:
+        return self.draw.tensor([self.m], torch.int64, self.v)
+
+    def shared(self) -> tuple[torch.Tensor | None, float]:
+        return self.draw.maybe(self.each), self.draw.number(0.0, 5.0)
+
+    def needs(self) -> list[bool]:
+        return [self.draw.of(True, False) for _ in range(2 if self.draw.flaw() else 3)]
+
+    def entropies(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.draw.flaw():
+            return self.each(), None
+        return (self.each(), self.each()) if self.draw.of(True, False) else (None, None)
+
+    def bounds(self) -> torch.Tensor:
+        cuts = sorted(self.draw.of(*range(self.n + 1)) for _ in range(self.draw.of(0, 1, 3)))
+        if self.draw.flaw():
+            return self.draw.tensor([len(cuts) + 2], torch.int64, self.n + 1)
+        return torch.tensor([0, *cuts, self.n])
+
+    def packed(self, floats: int) -> tuple[torch.Tensor, ...]:
+        dtype = self.draw.of(torch.float32, torch.float64)
+        return tuple(self.draw.tensor([self.n], dtype) for _ in range(floats))
+
+    def eligible(self) -> torch.Tensor:
+        return self.draw.tensor([self.n], torch.bool)
 
 
-def integers(n, low, high, chance=0.03):
-    x = torch.randint(low, max(high, low + 1), (max(0, n + r.choice([0] * 30 + [-1, 1])),))
-    if x.numel() and r.random() < chance:
-        x[r.randrange(len(x))] = r.choice([-1, -100, 2**31, 2**31 - 1, -(2**63), 2**63 - 1, high])
-    return x.int() if r.random() < 0.02 else x
+def order_statistics(c: Call) -> tuple[Any, ...]:
+    bounds = c.bounds()
+    places = (c.draw.tensor([max(0, bounds.numel() - 1)], torch.int64, c.n) for _ in range(2))
+    return (*c.packed(1), c.eligible(), bounds, *places)
 
 
-def number(usual):
-    return r.choice([usual] * 20 + [0.0, -1.0, float("nan"), float("inf"), 1e-30, 1e30])
+def find_spans(c: Call) -> tuple[Any, ...]:
+    turns = c.draw.maybe(lambda: c.draw.tensor([c.n], torch.int64, 3))
+    limits = (
+        c.draw.number(0.1),
+        c.draw.number(0.02),
+        c.draw.of(1, 16, 0, -1, 2**62),
+        c.draw.number(1.5),
+        c.draw.number(0.1),
+    )
+    return (*c.packed(2), turns, c.eligible(), c.bounds(), *limits)
 
 
-def random_calls():
-    """(operator, a function that makes its arguments) for each operator, around one random shape."""
-    n, h, v = r.choice([0, 1, 2, 3, 63, 64, 65, 70]), r.choice([1, 2, 3, 8, 33]), r.choice([1, 2, 63, 64, 65, 130])
-    f = FLOATS if r.random() < 0.2 else [r.choice(FLOATS[:10])]
-    rows = maybe(integers(r.randrange(0, n + 2), 0, n), 0.3)
-    m = n if rows is None else len(rows)
-    f32 = [torch.float32] * 40 + FLOATS
-
-    def head():
-        return tensor([n, h], f), tensor([v, h], f), maybe(tensor([v], f32))
-
-    def each():
-        return tensor([m], f32)
-
-    shared = (maybe(each()), r.choice([0.0, 5.0, number(5.0)]))
-    needs = [r.random() < 0.6 for _ in range(r.choice([3] * 30 + [2]))]
-    return {
-        "head_stats": lambda: (*head(), rows, integers(m, 0, v, 0.3), *shared),
-        "pair_stats": lambda: (*head(), *head(), rows, integers(m, 0, v, 0.3), *shared),
-        "mixture_stats": lambda: (
-            *head(),
-            *head(),
-            rows,
-            tensor([4, m], f32),
-            *shared,
-            number(0.5),
-            True,
-            r.random() < 0.5,
-        ),
-        "bare_walk": lambda: (*head()[:2], maybe(tensor([n, h], f))),
-        "logprob_grads": lambda: (
-            *head(),
-            rows,
-            integers(m, 0, v, 0.3),
-            *shared,
-            each(),
-            each(),
-            each(),
-            *((each(), each()) if r.random() < 0.4 else (maybe(each(), 0.05), None)),
-            needs,
-            r.random() < 0.3,
-        ),
-        "distill_grads": lambda: (
-            *head(),
-            *head(),
-            rows,
-            *shared,
-            each(),
-            each(),
-            each(),
-            each(),
-            number(0.5),
-            r.choice([0, 1, 2, 3, -1]),
-            needs,
-        ),
-    }
+def mixture_stats(c: Call) -> tuple[Any, ...]:
+    normalisers = c.draw.tensor([4, c.m], torch.float32)
+    wanted = c.draw.of(True, False), c.draw.of(True, False)
+    return (*c.head(), *c.head(), c.rows, normalisers, *c.shared(), c.draw.number(0.5, 0.0, 1.0), *wanted)
 
 
-done, limit = [0, 0], time.time() + float(sys.argv[3])
-for _ in range(int(sys.argv[2])):
-    name, make = r.choice(list(random_calls().items()))
+def logprob_grads(c: Call) -> tuple[Any, ...]:
+    values = c.each(), c.each(), c.each(), *c.entropies()
+    return (*c.head(), c.rows, c.targets(), *c.shared(), *values, c.needs(), c.draw.of(True, False))
+
+
+def distill_grads(c: Call) -> tuple[Any, ...]:
+    values, beta = [c.each() for _ in range(4)], c.draw.number(0.5, 0.0, 1.0)
+    return (
+        *c.head(),
+        *c.head(),
+        c.rows,
+        *c.shared(),
+        *values,
+        beta,
+        c.draw.of(3, -1) if c.draw.flaw() else c.draw.of(0, 1, 2),
+        c.needs(),
+    )
+
+
+def pair_topk(c: Call) -> tuple[Any, ...]:
+    k = c.draw.of(0, -1, 2**40, c.v + 1) if c.draw.flaw() else c.draw.of(*range(1, c.v + 1))
+    return (*c.head(), *c.head(), c.rows, c.targets(), *c.shared(), k)
+
+
+CALLS = {
+    "bare_walk": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
+    "head_stats": lambda c: (*c.head(), c.rows, c.targets(), *c.shared()),
+    "pair_stats": lambda c: (*c.head(), *c.head(), c.rows, c.targets(), *c.shared()),
+    "pair_topk": pair_topk,
+    "mixture_stats": mixture_stats,
+    "logprob_grads": logprob_grads,
+    "distill_grads": distill_grads,
+    "find_spans": find_spans,
+    "order_statistics": order_statistics,
+}
+worked: collections.Counter[str] = collections.Counter()
+refused: collections.Counter[str] = collections.Counter()
+
+
+def one_case(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(CALLS)))
     try:
-        arguments = make()
-    except (RuntimeError, TypeError):
-        continue  # the generator asked torch for something that does not exist
+        arguments = CALLS[name](Call(Draw(data)))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return  # it asked torch for something that does not exist
     try:
         getattr(ops, name)(*arguments)
-        done[0] += 1
+        worked[name] += 1
     except (ValueError, NotImplementedError, RuntimeError):
-        done[1] += 1
-    if time.time() > limit:
-        break
-print(*done)
+        refused[name] += 1
+
+
+def main(cases: int, start: int) -> None:
+    checks = list(HealthCheck)
+    fuzz = settings(
+        max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=checks
+    )
+    seed(start)(fuzz(given(st.data())(one_case)))()
+    for name in sorted(CALLS):
+        print(name, worked[name], refused[name])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)

@@ -19,14 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @usable
-def test_ten_thousand_calls_and_no_crash() -> None:
-    command = [sys.executable, "-X", "faulthandler", str(Path(__file__).parent / "fuzz_cpp.py"), "0", "10000", "60"]
+@pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_argument_crashes_an_operator(cases: int) -> None:
+    command = [sys.executable, "-X", "faulthandler", str(Path(__file__).parent / "fuzz_cpp.py"), str(cases)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
-    worked, refused = map(int, done.stdout.split())
-    assert worked > 1000 and refused > 1000
-    assert worked + refused > 9000
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert len(counts) == 9
+    assert all(int(worked) > 0 and int(refused) > 0 for _, worked, refused in counts)
+    assert sum(int(worked) + int(refused) for _, worked, refused in counts) > 0.8 * cases
 
 
 PEAK = r"""

@@ -1,0 +1,94 @@
+"""Reductions over the eligible tokens of each packed sequence: whole-batch operations that never wait for a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.cpp import extension
+
+
+class Packed:
+    """Which sequence each of N packed tokens belongs to, and which tokens count."""
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,  # [B + 1] int64
+        eligible: Tensor,  # [N] bool
+    ) -> None:
+        self.cu_seqlens, self.eligible = cu_seqlens, eligible
+        self.lengths = cu_seqlens.diff()  # [B]
+        numbers = torch.arange(self.lengths.numel(), device=cu_seqlens.device)
+        self.sequence = numbers.repeat_interleave(self.lengths, output_size=eligible.numel())  # [N]
+        seen = torch.nn.functional.pad(eligible.cumsum(0), (1, 0))
+        self.first = seen[cu_seqlens[:-1]]  # [B], eligible tokens before the sequence
+        self.tokens = seen[cu_seqlens[1:]] - self.first  # [B], its eligible tokens
+        self.before = seen[:-1]  # [N], eligible tokens before the token
+
+    def spread(self, x: Tensor) -> Tensor:  # [B] -> [N]
+        return x.index_select(0, self.sequence)
+
+    def maximum(self, x: Tensor) -> Tensor:  # [N] -> [B]
+        return self._reduce(x.masked_fill(~self.eligible, -torch.inf), "max")
+
+    def total(self, x: Tensor) -> Tensor:  # [N] -> [B] fp64
+        return self._reduce(x.double().masked_fill(~self.eligible, 0.0), "sum")
+
+    def mean(self, x: Tensor) -> Tensor:  # [N] -> [B], rounded once
+        return (self.total(x) / self.tokens.clamp(min=1)).to(x.dtype)
+
+    def quantile(self, x: Tensor, q: float) -> Tensor:  # [N] -> [B]
+        """`torch.quantile` of each sequence, in its very bits; any number where no token is eligible."""
+        place = torch.full((), q, dtype=x.dtype, device=x.device) * (self.tokens - 1).clamp(min=0).to(x.dtype)
+        low, high = place.long(), place.ceil().long()
+        if x.device.type == "cpu" and extension.unavailable_reason() is None:
+            values = torch.ops.sgcd_kernels.order_statistics(x, self.eligible, self.cu_seqlens, low, high)
+        else:
+            values = self.order_statistics(x, low, high)
+        return torch.lerp(values[0], values[1], place - low)
+
+    def order_statistics(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:  # [2, B]
+        """Of each sequence's eligible values in rising order, those at two places."""
+        by_value, at = x.sort()  # equal values may come in any order
+        ordered = by_value.index_select(0, self._by_sequence(at))
+        places = (self.first + torch.stack((low, high))).clamp(max=x.numel() - 1)
+        return ordered[places]
+
+    def shuffle(self, seed: int) -> tuple[Tensor, Tensor]:
+        """(to, from): which token gets whose value, so that each sequence's eligible tokens are shuffled.
+
+        The order follows from the seed, the sequence's place in the batch and its number of tokens alone.
+        """
+        start = _mix(torch.arange(self.lengths.numel(), device=self.lengths.device) + _signed(seed * _STEP))
+        rank = self.before - self.spread(self.first)  # among the eligible tokens of its sequence
+        draw = _mix(self.spread(start) + rank * _signed(_STEP))
+        in_place, drawn = torch.arange(draw.numel(), device=draw.device), draw.sort(stable=True).indices
+        return self._by_sequence(in_place), drawn[self._by_sequence(drawn)]
+
+    def _by_sequence(self, tokens: Tensor) -> Tensor:
+        """The order that groups `tokens` by sequence and keeps it within; those that do not count come last."""
+        group = self.sequence.masked_fill(~self.eligible, self.lengths.numel()).index_select(0, tokens)
+        return group.sort(stable=True).indices
+
+    def _reduce(self, x: Tensor, how: str) -> Tensor:
+        # Not index_add, whose order of summation, and so whose last bit, varies from run to run on CUDA.
+        return torch.segment_reduce(x, how, lengths=self.lengths, unsafe=True)
+
+
+_STEP = 0x9E3779B97F4A7C15
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same low 64 bits."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _mix(x: Tensor) -> Tensor:  # int64, wraps around
+    """SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014): every bit in depends on every bit out."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)
