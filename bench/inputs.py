@@ -56,9 +56,7 @@ class Inputs:
 
     def leaves(self) -> Inputs:
         """The same with hidden and weight as fresh leaves of the graph."""
-        return replace(
-            self, hidden=self.hidden.detach().requires_grad_(), weight=self.weight.detach().requires_grad_()
-        )
+        return replace(self, hidden=self.hidden.detach().requires_grad_(), weight=self.weight.detach().requires_grad_())
 
     def copy(self) -> Inputs:
         """The same values at other addresses."""
@@ -120,4 +118,5 @@ def with_history(i: Inputs, logp: Tensor, divergence: Tensor, teacher_entropy: T
     g = torch.Generator(i.hidden.device).manual_seed(1)
     drift = 0.1 * torch.randn(i.kept, generator=g, device=i.hidden.device)
     found = {"old_logp": logp + drift, "divergence": divergence, "teacher_entropy": teacher_entropy}
-    return replace(i, **{name: torch.zeros_like(i.old_logp).index_copy(0, i.rows, v.float()) for name, v in found.items()})
+    blank = torch.zeros_like(i.old_logp)
+    return replace(i, **{name: blank.index_copy(0, i.rows, values.float()) for name, values in found.items()})

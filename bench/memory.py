@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ class ChildTrials:
         self.folder = tempfile.TemporaryDirectory(prefix="bench-")
         self.path = Path(self.folder.name) / "inputs.pt"
         torch.save({f.name: getattr(i, f.name) for f in fields(i)}, self.path)
-        self.context = multiprocessing.get_context(START)
+        self.context: Any = multiprocessing.get_context(START)
         if START == "forkserver":
             multiprocessing.set_forkserver_preload(["bench.preload"])
 
@@ -94,9 +95,7 @@ def name_death(code: int) -> str:
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _child(
-    send: Connection, op: str, name: str, case: Case, path: Path, files: tuple[Path, ...], threads: int
-) -> None:
+def _child(send: Connection, op: str, name: str, case: Case, path: Path, files: tuple[Path, ...], threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         registry.load(files)

@@ -1,4 +1,4 @@
-"""Pictures from the CSVs, as PNG and SVG: time and memory over the number of tokens, and bars of time over the floor."""
+"""Pictures from the CSVs, as PNG and SVG: time and memory over the number of tokens, bars of time over the floor."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             label = "peak MB beyond the inputs"
             written += _save(folder / f"{stem}_memory", rows, lambda ax: _lines(ax, memory, "peak_mb", label))
     largest = max(x.N for x in rows)
-    bars = [x for x in rows if x.N == largest and x.floor_ratio is not None and x.provider != "gemm"]
+    bars = [x for x in rows if largest == x.N and x.floor_ratio is not None and x.provider != "gemm"]
     if bars:
         written += _save(folder / f"{stem}_floor", rows, lambda ax: _bars(ax, bars, largest))
     return written
@@ -107,7 +107,7 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str, label: str) -> None:
     for provider in _ordered({r.provider for r in rows}):
         mine = sorted((r for r in rows if r.provider == provider), key=lambda r: r.N)
         values = [getattr(r, column) for r in mine]
-        style = {"linestyle": "--" if provider in BARE else "-", "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"linestyle": "--" if provider in BARE else "-", "marker": "o", "markersize": 4}
         ax.plot([r.N for r in mine], values, label=_label(provider), color=COLOURS.get(provider), **style)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")

@@ -138,7 +138,7 @@ def _noted(prepare: timing.Prepare, name: str, note: Callable[[str], None]) -> t
 
 
 def _check_device(case: Case) -> None:
-    """After a kernel that failed on a GPU nothing may work any more: then this process must end, and a new one go on."""
+    """After a kernel that failed on a GPU nothing may work any more: then this process ends, and a new one goes on."""
     if case.device == "cuda":
         try:
             gc.collect()

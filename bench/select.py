@@ -41,7 +41,7 @@ def check(args: Namespace) -> None:
 
 
 def cases(args: Namespace, on: str) -> list[Case]:
-    """The device's selection as far as it fits the words; with a head or tokens named, all combinations of the words."""
+    """The device's selection as far as it fits the words; with a head or tokens named, all combinations of them."""
     dtypes = tuple(args.dtype) or machine.fast_dtypes(on)
     selection = cpu_selection(dtypes) if on == "cpu" else gpu_selection()
     if args.shape or args.tokens:
@@ -70,7 +70,7 @@ def cases(args: Namespace, on: str) -> list[Case]:
 
 def _missing(found: list[Case], args: Namespace) -> list[tuple[str, str]]:
     present = {(c.op, c.mode) for c in found}
-    ops = [op for op in dict.fromkeys(c.op for c in found)]
+    ops = dict.fromkeys(c.op for c in found)
     return [(op, mode) for op in ops for mode in args.mode if mode in OPS[op].modes and (op, mode) not in present]
 
 

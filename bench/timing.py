@@ -53,14 +53,14 @@ class Stopwatch:
         return time.perf_counter() - start
 
     def _events(self, runs: list[Callable[[], object]]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.dirt.zero_()
         start.record()
         for run in runs:
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
 
 def repeats_for(seconds: float, device: str) -> int:
@@ -78,7 +78,7 @@ def samples_for(seconds: float, samples: int = SAMPLES) -> int:
 def interleaved(
     runs: dict[str, Prepare], device: str, samples: int = SAMPLES
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Sample all variants in turn, so that whatever else the machine does falls on all of them; and those that threw."""
+    """Sample all variants in turn, so that whatever else the machine does falls on all; and those that threw."""
     watch = Stopwatch(device)
     plan: dict[str, tuple[int, int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}

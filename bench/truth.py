@@ -41,7 +41,7 @@ class Truth:
         self.i = i
         self.weight = i.weight.double()
         block = max(1, CHUNK[i.hidden.device.type] // (8 * i.weight.shape[0]))
-        parts = [self._block(rows) for rows in i.rows.split(block)]
+        parts = [self._block(rows) for rows in torch.split(i.rows, block)]
         columns = [torch.cat(column) for column in zip(*parts)]
         self.student_logp, self.teacher_logp, self.student_entropy, self.teacher_entropy = columns[:4]
         self.student_lse, self.teacher_lse, self.reverse_kl, self.forward_kl, self.bhattacharyya = columns[4:9]
@@ -108,7 +108,7 @@ class Truth:
     def vocabulary(self) -> Tensor:  # words that occur as targets, and some that need not
         some = self.i.words[self.i.rows[self.tokens]][: SAMPLED // 2]
         step = max(1, self.weight.shape[0] // (SAMPLED // 2))
-        return torch.cat([some, torch.arange(0, self.weight.shape[0], step, device=some.device)]).unique()
+        return torch.unique(torch.cat([some, torch.arange(0, self.weight.shape[0], step, device=some.device)]))  # type: ignore[no-any-return]
 
     def gradients(self, e: Expected) -> tuple[Tensor, Tensor]:
         """(d hidden at the sampled tokens [s, H], d weight at the sampled words [w, H]), fp64."""
@@ -118,12 +118,12 @@ class Truth:
         d_z = self._d_logits(e, at, None)
         d_hidden = d_z @ self.weight
         d_weight = torch.zeros(self.vocabulary.numel(), i.hidden.shape[1], dtype=torch.float64, device=rows.device)
-        for part in torch.arange(i.kept, device=rows.device).split(1 << 16):
+        for part in torch.split(torch.arange(i.kept, device=rows.device), 1 << 16):
             d_weight += self._d_logits(e, part, self.vocabulary).T @ i.hidden[rows[part]].double()
         return d_hidden, d_weight
 
     def _d_logits(self, e: Expected, tokens: Tensor, words: Tensor | None) -> Tensor:
-        """The loss's derivative by some logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
+        """The derivative by logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
         assert e.coefficients is not None
         i, rows = self.i, self.i.rows[tokens]
         weight = self.weight if words is None else self.weight[words]
@@ -138,7 +138,7 @@ class Truth:
 
     @cached_property
     def plain(self) -> dict[str, float]:
-        """The error of plain PyTorch in the inputs' dtype, on the sampled tokens: RMS in nats, of gradients relative."""
+        """Errors of plain PyTorch in the inputs' dtype at the sampled tokens: RMS in nats, of gradients relative."""
         i, at = self.i, self.tokens
         rows = i.rows[at]
         x = i.hidden[rows].detach().requires_grad_()

@@ -104,8 +104,8 @@ def naive_credit(i: Inputs, mode: str) -> Outputs:
     columns = (i.divergence, i.teacher_entropy, i.turns)
     for start, stop in pairwise(i.cu_seqlens.tolist()):
         at = start + i.mask[start:stop].nonzero().squeeze(1)
-        signals = (x[at].tolist() for x in columns)
-        weights[at.cpu()] = torch.tensor(reference.sgcd_credit(*signals, CREDIT)[0])
+        divergence, entropy, turns = (x[at].tolist() for x in columns)
+        weights[at.cpu()] = torch.tensor(reference.sgcd_credit(divergence, entropy, turns, CREDIT)[0])
     return {"weights": weights.to(i.hidden.device)}
 
 

@@ -22,16 +22,16 @@ BLOCK = 8192  # tokens
 
 
 def products(hidden: Tensor, weight: Tensor, count: float) -> None:
-    """`count` products of hidden [n, H] and weight [V, H]: up to one each of logits, d hidden, d weight; then logits."""
+    """`count` products of hidden [n, H] and weight [V, H]: one each of logits, d hidden, d weight; then logits."""
     logits: Tensor | None = None
     d_weight = torch.zeros_like(weight) if count >= 3 else None
-    for x in hidden.split(BLOCK):
+    for x in torch.split(hidden, BLOCK):
         logits = torch.mm(x, weight.T, out=logits if logits is not None and len(logits) == len(x) else None)
         if d_weight is not None:
             torch.mm(logits, weight)
             d_weight.addmm_(logits.T, x)
     for _ in range(int(count) - (3 if count >= 3 else 1)):
-        for x in hidden.split(BLOCK):
+        for x in torch.split(hidden, BLOCK):
             logits = torch.mm(x, weight.T, out=logits if logits is not None and len(logits) == len(x) else None)
 
 

@@ -53,7 +53,7 @@ def chunked_grpo_loss() -> Any:
 
 
 def grpo(i: Inputs, weights: Tensor | None = None) -> Tensor:
-    """Sequences of equal length as [B, T]. A weight a token [N] goes in as the importance ratio, which multiplies it."""
+    """Sequences of equal length as [B, T]. A token's weight goes in as its importance ratio, which multiplies."""
     b = i.sequences
     loss, _ = chunked_grpo_loss()(
         i.hidden.view(b, -1, i.hidden.shape[-1]),

@@ -41,7 +41,7 @@ def divergence(i: Inputs, beta: float) -> Tensor:  # [n]
 
 @torch.no_grad()
 def score(i: Inputs) -> tuple[Tensor, Tensor]:
-    """(KL(student || teacher), entropy of the teacher): its divergence gives the student's entropy, so a second pass."""
+    """(KL(student || teacher), entropy of the teacher): its divergence gives the student's only, so two passes."""
     _, entropy = target_logp(i.teacher[i.rows], i.weight, i.words[i.rows], ("entropy",))
     assert entropy is not None
     return divergence(i, REVERSE_KL), entropy
