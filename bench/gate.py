@@ -55,7 +55,8 @@ def judge(op: str, dtype: str, i: Inputs, truth: Truth, outputs: Outputs) -> Ver
             ("d_hidden", outputs["d_hidden"].reshape(i.hidden.shape)[i.rows[truth.tokens]], d_hidden),
             ("d_weight", outputs["d_weight"][truth.vocabulary], d_weight),
         )
-        grad_allowed = max(ALLOWED * max(truth.plain["grad"], TINY), JUMPS[dtype] if op == "sgcd" else 0.0)
+        plain = truth.plain["jsd_grad" if op == "distill" else "grad"]
+        grad_allowed = max(ALLOWED * max(plain, TINY), JUMPS[dtype] if op == "sgcd" else 0.0)
         found = {name: relative(value, exact) for name, value, exact in pairs}
         grad_error = max(found.values(), key=lambda e: float("inf") if e != e else e)
         reasons += [
@@ -72,7 +73,7 @@ def _allowed(op: str, dtype: str, name: str, truth: Truth) -> float:
     if name == "loss":  # every token may be off by what plain PyTorch's log-probs (or divergences) are off by
         coefficients = truth.expected(op).coefficients
         assert coefficients is not None
-        each = truth.plain["kl" if op == "distill" else "logp"]
+        each = truth.plain["jsd" if op == "distill" else "logp"]
         jumps = JUMPS[dtype] if op == "sgcd" else 0.0
         return float(coefficients.abs().sum()) * (ALLOWED * max(each, TINY) + jumps)
     return ALLOWED * max(truth.plain[KIND[name]], TINY)

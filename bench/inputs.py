@@ -17,7 +17,7 @@ from bench.cases import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEQUENCES = 8
-TURN, OBSERVED = 40, 12  # tokens of a turn, and how many of them somebody else wrote: 30 %
+TURN, OBSERVED = 40, 0.3  # tokens of a turn, about, and the share of them that somebody else wrote
 SPREAD = 2.0  # standard deviation of the logits of words that are not meant
 IGNORED = -100
 EPSILON, EPSILON_HIGH = 0.2, 0.28
@@ -71,7 +71,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
-    batch = next(b for b in (SEQUENCES, 4, 2, 1) if n % b == 0)
+    batch = next(b for b in (SEQUENCES, 4, 2, 1) if n % b == 0 and n // b >= min(n, TURN // 2))
     weight = normal(head.vocab, head.hidden).mul_(SPREAD / head.hidden**0.5)
     word = torch.randint(head.vocab, (n,), generator=g, device=device)
     other = torch.randint(head.vocab, (n,), generator=g, device=device)
@@ -84,8 +84,10 @@ def make(case: Case, seed: int = 0) -> Inputs:
     teacher += dissent[:, None] * _towards(weight[other], lean, teacher)
     sampled = torch.rand(n, generator=g, device=device) < 0.1  # now and then the policy says something else
     word = torch.where(sampled, other, word)
-    place = torch.arange(n, device=device) % (n // batch)
-    mask = place % TURN >= OBSERVED if n // batch >= TURN else place % 10 >= 3
+    length = n // batch
+    place = torch.arange(n, device=device) % length
+    turns = max(1, length // TURN)
+    mask = place * turns % length >= OBSERVED * length
     reward = (torch.arange(batch, device=device) % 3 == 0).float()
     blank = torch.zeros(n, device=device)
     dtype = DTYPES[case.dtype]
@@ -97,8 +99,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
         words=word,
         mask=mask,
         rows=mask.nonzero().squeeze(1),
-        turns=torch.arange(n, device=device) // TURN,
-        cu_seqlens=torch.arange(batch + 1, device=device) * (n // batch),
+        turns=place * turns // length,
+        cu_seqlens=torch.arange(batch + 1, device=device) * length,
         advantages=reward - reward.mean() if batch > 1 else reward,
         old_logp=blank,
         upstream=normal(n),

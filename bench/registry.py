@@ -35,6 +35,7 @@ class Provider:
     refuses: Callable[[Case], str | None]  # why it cannot run a case, in a few words
     package: str  # whose version goes into the row
     bare: bool = False  # products alone: nothing to check, nothing to differentiate
+    compiles: bool = False  # for the shapes of its first call
 
 
 _PROVIDERS: dict[tuple[str, str], Provider] = {}
@@ -51,12 +52,13 @@ def provides(
     package: str = "torch",
     refuses: Callable[[Case], str | None] = never,
     bare: bool = False,
+    compiles: bool = False,
 ) -> Callable[[Callable[[Inputs, str], Outputs]], Callable[[Inputs, str], Outputs]]:
     """Register a function as the provider `name` of `op`. The last registration of a name wins."""
     assert op in OPS, op
 
     def register(run: Callable[[Inputs, str], Outputs]) -> Callable[[Inputs, str], Outputs]:
-        _PROVIDERS[op, name] = Provider(op, name, run, refuses, package, bare)
+        _PROVIDERS[op, name] = Provider(op, name, run, refuses, package, bare, compiles)
         return run
 
     return register

@@ -15,7 +15,7 @@ import torch
 
 SHORTEST = {"cpu": 5e-3, "cuda": 5e-4}  # seconds a sample lasts at least; below, it is repeated within the sample
 SAMPLES = 5
-SLOW = 5.0  # seconds; what takes longer is sampled once, after its warm-up
+SLOW = 8.0  # seconds; what takes longer is sampled once, after its warm-up
 SPEND = 4.0  # seconds of samples a variant that is not slow may take beyond three of them
 
 # Takes the number of the run (to choose among copies of the inputs), prepares it untimed, and gives what is timed.
@@ -83,15 +83,17 @@ def interleaved(
     plan: dict[str, tuple[int, int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, Exception] = {}
-    for name, run in runs.items():  # a run of each, which is not counted, says how long it takes
+    for name, run in runs.items():  # a run of each says how long it takes; if that is long enough it is a sample
         try:
             once = watch(run, 0, 1)
             plan[name] = (samples_for(once, samples), repeats_for(once, device))
+            if plan[name][1] == 1:
+                seconds[name].append(once)
         except Exception as error:
             failed[name] = error
     for turn in range(samples):
         for name, (wanted, repeats) in plan.items():
-            if turn >= wanted or name in failed:
+            if len(seconds[name]) >= wanted or name in failed:
                 continue
             try:
                 seconds[name].append(watch(runs[name], turn * repeats + 1, repeats) / repeats)

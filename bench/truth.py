@@ -6,6 +6,7 @@ weight): each element there still depends on all words, or all tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -150,12 +151,27 @@ class Truth:
         exact = self._d_logits(Expected({}, i.upstream[i.rows].double()), at, None) @ self.weight
         p, q = log_p.detach().exp(), log_q.exp()
         kl = (p * (log_p.detach() - log_q)).sum(-1)
+        jsd, d_jsd = self._plain_jsd(i.hidden[rows], log_q)
+        one = Expected({}, torch.ones_like(self.jsd), of_divergence=True)
         return {
             "logp": rms(logp.detach(), self.student_logp[at]),
             "kl": rms(kl, self.reverse_kl[at]),
             "entropy": rms(-(q * log_q).sum(-1), self.teacher_entropy[at]),
+            "jsd": rms(jsd, self.jsd[at]),
             "grad": relative(x.grad, exact),
+            "jsd_grad": relative(d_jsd, self._d_logits(one, at, None) @ self.weight),
         }
+
+    def _plain_jsd(self, hidden: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """(JSD a token, d hidden of their sum): a gradient of small differences, in which rounding weighs more."""
+        x = hidden.detach().requires_grad_()
+        log_p = F.log_softmax((x @ self.i.weight.T).float(), -1)
+        log_m = torch.logaddexp(log_p + math.log(1 - BETA), log_q + math.log(BETA))
+        of_p, of_q = (log_p.exp() * (log_p - log_m)).sum(-1), (log_q.exp() * (log_q - log_m)).sum(-1)
+        jsd = (1 - BETA) * of_p + BETA * of_q
+        jsd.sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        return jsd.detach(), x.grad
 
 
 @dataclass(frozen=True)

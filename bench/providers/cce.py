@@ -20,11 +20,11 @@ def loss(i: Inputs, reduction: str, impl: str) -> Tensor:
 def register(name: str, impl: str, gpu: bool) -> None:
     refuses = needs("cut_cross_entropy", gpu=gpu)
 
-    @provides("logprob", name, package=PACKAGE, refuses=refuses)
+    @provides("logprob", name, package=PACKAGE, refuses=refuses, compiles=not gpu)
     def logprob(i: Inputs, mode: str) -> Outputs:
         return {"logp": -loss(i, "none", impl)}
 
-    @provides("cross_entropy", name, package=PACKAGE, refuses=refuses)
+    @provides("cross_entropy", name, package=PACKAGE, refuses=refuses, compiles=not gpu)
     def cross_entropy(i: Inputs, mode: str) -> Outputs:
         return {"loss": loss(i, "mean", impl)}
 

@@ -18,7 +18,7 @@ def refuses_trl_verl(case: Case) -> str | None:
     return trl.refuses(case) or verl.refuses(case)
 
 
-@provides("sgcd", "trl+liger", package="liger-kernel", refuses=refuses_trl_liger)
+@provides("sgcd", "trl+liger", package="liger-kernel", refuses=refuses_trl_liger, compiles=True)
 def trl_liger(i: Inputs, mode: str) -> Outputs:
     """TRL's divergence, Liger's GRPO loss."""
     return {"loss": liger.grpo(i, spread(i, credit_of(i, *trl.score(i))))}

@@ -38,7 +38,7 @@ def chunked_jsd_loss() -> Any:
     return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, ignore_index=IGNORED)
 
 
-@provides("distill", "liger-chunked", package=PACKAGE, refuses=anywhere)
+@provides("distill", "liger-chunked", package=PACKAGE, refuses=anywhere, compiles=True)
 def chunked_jsd(i: Inputs, mode: str) -> Outputs:
     return {"loss": chunked_jsd_loss()(i.hidden, i.weight, i.teacher, i.weight.detach(), i.targets)}
 
@@ -67,6 +67,6 @@ def grpo(i: Inputs, weights: Tensor | None = None) -> Tensor:
     return loss  # type: ignore[no-any-return]
 
 
-@provides("policy_loss", "liger-chunked", package=PACKAGE, refuses=anywhere)
+@provides("policy_loss", "liger-chunked", package=PACKAGE, refuses=anywhere, compiles=True)
 def policy_loss(i: Inputs, mode: str) -> Outputs:
     return {"loss": grpo(i)}
