@@ -109,16 +109,32 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str, label: str) -> None:
         values = [getattr(r, column) for r in mine]
         style: dict[str, Any] = {"linestyle": "--" if provider in BARE else "-", "marker": "o", "markersize": 4}
         ax.plot([r.N for r in mine], values, label=_label(provider), color=COLOURS.get(provider), **style)
+    if column == "peak_mb" and rows[0].mode != "forward":
+        size = rows[0].V * rows[0].H * (4 if rows[0].dtype == "fp32" else 2) / 2**20
+        ax.axhline(size, color="black", linewidth=1, linestyle=":", label="the weight's gradient")
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ticks = sorted({r.N for r in rows})
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    ax.minorticks_off()
     ax.set_xlabel("tokens, 30 % of them masked")
     ax.set_ylabel(label)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    ax.grid(alpha=0.25, which="both")
+    _scale(ax, [getattr(r, column) for r in rows])
+    ax.grid(alpha=0.25)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _scale(ax: Axes, values: Sequence[float]) -> None:
+    """From zero; logarithmic where the values differ by more than one such axis can show."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if max(values) > 10 * max(min(values), 1e-9):
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=max(min(values), max(values) / 1e4) * 0.8)
+        ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    else:
+        ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}")
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _bars(ax: Axes, rows: Sequence[Row], tokens: int) -> None:
