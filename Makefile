@@ -63,7 +63,7 @@ sanitize: $(READY)
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)
-	@$(PY) -m bench run --device cpu --budget 440 $(ARGS)
+	@$(PY) -m bench run --device cpu --samples 3 --budget 440 $(ARGS)
 	@$(PY) -m bench train --steps 3
 	@$(PY) -m bench plot
 	@$(PY) -m bench table

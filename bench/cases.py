@@ -79,14 +79,15 @@ class Case:
 
 def cpu_selection(dtypes: tuple[str, ...]) -> list[Case]:
     """`make bench`, what matters most first: under ten minutes on two cores."""
-    sweeps = {"sgcd": "full", "divergence": "forward", "policy_loss": "full"}
+    tokens = {"sgcd": (512, 128), "divergence": (512, 256, 128), "policy_loss": (256,)}
+    modes = {"sgcd": "full", "divergence": "forward", "policy_loss": "full"}
     singles = [("logprob", "forward"), ("logprob", "full"), ("cross_entropy", "full"), ("distill", "full")]
     first, *others = dtypes
     cases = [Case("credit", "forward", "smollm2", 4096, "fp32")]
-    cases += [Case(op, mode, "smollm2", n, first) for op, mode in sweeps.items() for n in (512, 256, 128)]
-    cases += [Case(op, mode, "smollm2", 256, dtype) for dtype in others for op, mode in sweeps.items()]
-    cases += [Case("divergence", "forward", "qwen3-0.6b", 128, first)]
-    cases += [Case(op, mode, "smollm2", 256, first) for op, mode in singles]
+    cases += [Case(op, modes[op], "smollm2", n, first) for op, counts in tokens.items() for n in counts]
+    cases += [Case(op, mode, "smollm2", 128, dtype) for dtype in others for op, mode in modes.items()]
+    cases += [Case("divergence", "forward", "qwen3-0.6b", 64, first)]
+    cases += [Case(op, mode, "smollm2", 128, first) for op, mode in singles]
     return cases
 
 

@@ -81,6 +81,7 @@ def _try_all(
                 if not trial.failure and not p.bare:
                     verdict = gate.judge(case.op, case.dtype, i, exact, found)
                     row.error, row.grad_error, row.status = verdict.error, verdict.grad_error, verdict.reason or OK
+                del found  # or it would be in the way of the next one's memory
             except Exception as error:
                 row.status = calls.name_failure(error)
                 _check_device(case)
@@ -112,11 +113,10 @@ def _time_all(
     copies = [i, i.copy()]
     elsewhere = machine.Elsewhere()
     runs = {p.name: _noted(calls.prepare(p, copies, case.mode), p.name, note) for p in providers}
-    times, failed = timing.interleaved(runs, case.device, samples)
+    times, failed = timing.interleaved(runs, case.device, samples, lambda: _check_device(case))
     others = elsewhere.cores() if case.device == "cpu" else None
     for name, error in failed.items():
         rows[name].status = calls.name_failure(error)
-        _check_device(case)
     units = OPS[case.op].floor[case.mode]
     flop = units * 2 * i.kept * case.head.hidden * case.head.vocab
     for name, t in times.items():

@@ -76,7 +76,10 @@ def samples_for(seconds: float, samples: int = SAMPLES) -> int:
 
 
 def interleaved(
-    runs: dict[str, Prepare], device: str, samples: int = SAMPLES
+    runs: dict[str, Prepare],
+    device: str,
+    samples: int = SAMPLES,
+    after_failure: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
     """Sample all variants in turn, so that whatever else the machine does falls on all; and those that threw."""
     watch = Stopwatch(device)
@@ -91,6 +94,7 @@ def interleaved(
                 seconds[name].append(once)
         except Exception as error:
             failed[name] = error
+            after_failure()
     for turn in range(samples):
         for name, (wanted, repeats) in plan.items():
             if len(seconds[name]) >= wanted or name in failed:
@@ -99,6 +103,7 @@ def interleaved(
                 seconds[name].append(watch(runs[name], turn * repeats + 1, repeats) / repeats)
             except Exception as error:
                 failed[name] = error
+                after_failure()
     return {n: summary(s, plan[n][1]) for n, s in seconds.items() if s and n not in failed}, failed
 
 

@@ -21,12 +21,12 @@ from bench.registry import Provider
 def main(arguments: Sequence[str]) -> int:
     job, progress = Job.load(sys.stdin.read()), Progress(Path(arguments[0]))
     torch.set_num_threads(job.threads or torch.get_num_threads())
-    torch._dynamo.config.recompile_limit = 64  # many token counts in one process are no reason to give up compiling
     files = tuple(Path(f) for f in job.files)
     registry.load(files)
     bad = 0
     for number, case in enumerate(job.cases):
         progress.write(number, bad=bad)
+        torch._dynamo.reset()  # every case is compiled for its own shapes, as if it were the only one
         chosen = [p for p in registry.of(case.op) if not job.providers or p.name in job.providers]
         found = take(case, chosen, job, files, number, progress, bad)
         bad += sum(row.status.startswith(("wrong", "threw")) for row in found if _ours(row, chosen))

@@ -56,7 +56,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 def test_the_selection_narrows_and_named_shapes_leave_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(planned(capsys)) == len(cpu_selection(("fp32",)))
     assert all(line.startswith("divergence") for line in planned(capsys, "--op", "divergence"))
-    assert planned(capsys, "--op", "logprob", "--mode", "backward") == ["logprob backward smollm2 N=256 fp32"]
+    assert planned(capsys, "--op", "logprob", "--mode", "backward") == ["logprob backward smollm2 N=128 fp32"]
     lines = planned(capsys, "--op", "distill", "--shape", "tiny", "llama3", "--tokens", "64", "32")
     assert len(lines) == 8 and "distill full llama3 N=32 fp32" in lines
     assert {line.split()[0] for line in planned(capsys, "--provider", "quack")} == {"cross_entropy"}
