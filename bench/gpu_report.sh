@@ -32,15 +32,17 @@ for name, status in backend_status().items():
     print(f"{name}: {'usable' if status.usable else 'not usable'}, {status.reason}")
 PYTHON
 }
-verify() { # the tests of the kernels, then the gate on the cases that will be measured
+verify() { # the tests of the kernels, and the gate on the cases that will be measured, whether or not those passed
+  local failed=0
   if [ "$DEVICE" = cpu ]; then
-    "$PY" -m pytest -q tests/kernels/test_package.py tests/bench/test_gate.py
+    "$PY" -m pytest -q tests/kernels/test_package.py tests/bench/test_gate.py || failed=1
   elif make -n test-gpu >/dev/null 2>&1; then
-    make test-gpu PY="$PY"
+    make test-gpu PY="$PY" || failed=1
   else
-    "$PY" -m pytest -q tests/kernels -m "not slow"
+    "$PY" -m pytest -q tests/kernels -m "not slow" || failed=1
   fi
-  "$PY" -m bench verify --device "$DEVICE" --budget 240 "${CASES[@]}"
+  "$PY" -m bench verify --device "$DEVICE" --budget 240 "${CASES[@]}" || failed=1
+  return $failed
 }
 bench() { "$PY" -m bench run --device "$DEVICE" --budget "$BUDGET" --out "$OUT/$1" "${CASES[@]}"; }
 bench_1() { bench before; }
