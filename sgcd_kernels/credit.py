@@ -111,7 +111,7 @@ def _compute(
     given = {
         "divergence": divergence,
         "teacher_entropy": teacher_entropy,
-        "advantages": _per_token_advantages(advantages, packed, divergence),
+        "advantages": _per_token_advantages(advantages, segments, divergence),
         "log_ratio": log_ratio,
         "forward_kl": forward_kl,
         "bhattacharyya": bhattacharyya,

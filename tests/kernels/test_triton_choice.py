@@ -31,7 +31,7 @@ def test_auto_never_interprets() -> None:
 def test_fp64_is_for_another_backend() -> None:
     pytest.importorskip("triton")
     x, w = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="takes float16, bfloat16 and float32 and hidden is torch.float64"):
+    with pytest.raises(ValueError, match="takes float16, bfloat16 and float32 and hidden is"):
         linear_logprob(x, w, torch.tensor([0, 1]), impl="triton")
 
 

@@ -1,0 +1,124 @@
+"""Inputs that look like training: peaked rows, a teacher close to the student, 30 % of the tokens masked.
+
+Uniform noise is kind to every kernel: its softmax is flat, nothing overflows, both heads agree everywhere. Here a
+hidden state leans towards the embedding of one word, by an amount that varies from token to token, so that most rows
+are nearly certain and some are not; the teacher is the student and a little noise, and at one token in twenty it leans
+towards another word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEQUENCES = 8
+TURN, OBSERVED = 40, 0.3  # tokens of a turn, about, and the share of them that somebody else wrote
+SPREAD = 2.0  # standard deviation of the logits of words that are not meant
+IGNORED = -100
+EPSILON, EPSILON_HIGH = 0.2, 0.28
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch of B sequences of equal length, packed: N = B T tokens, n of them with a loss."""
+
+    hidden: Tensor  # [N, H]
+    teacher: Tensor  # [N, H]
+    weight: Tensor  # [V, H], of student and teacher
+    targets: Tensor  # [N] int64, IGNORED where masked
+    words: Tensor  # [N] int64, the same with a word everywhere
+    mask: Tensor  # [N] bool
+    rows: Tensor  # [n] int64, where `mask` is true
+    turns: Tensor  # [N] int64
+    cu_seqlens: Tensor  # [B + 1] int64
+    advantages: Tensor  # [B] fp32
+    old_logp: Tensor  # [N] fp32
+    upstream: Tensor  # [N] fp32, the gradient of log p(y) in op logprob
+    divergence: Tensor  # [N] fp32, given to op credit
+    teacher_entropy: Tensor  # [N] fp32, given to op credit
+
+    @property
+    def sequences(self) -> int:
+        return self.advantages.numel()
+
+    @property
+    def kept(self) -> int:
+        return self.rows.numel()
+
+    @property
+    def token_advantages(self) -> Tensor:  # [n]
+        return self.advantages.repeat_interleave(self.cu_seqlens.diff())[self.rows]
+
+    def leaves(self) -> Inputs:
+        """The same with hidden and weight as fresh leaves of the graph."""
+        return replace(self, hidden=self.hidden.detach().requires_grad_(), weight=self.weight.detach().requires_grad_())
+
+    def copy(self) -> Inputs:
+        """The same values at other addresses."""
+        return Inputs(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    """The inputs of a case; `old_logp`, `divergence` and `teacher_entropy` still to be set by `bench.truth`."""
+    n, head, device = case.tokens, case.head, torch.device(case.device)
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    batch = next(b for b in (SEQUENCES, 4, 2, 1) if n % b == 0 and n // b >= min(n, TURN // 2))
+    weight = normal(head.vocab, head.hidden).mul_(SPREAD / head.hidden**0.5)
+    word = torch.randint(head.vocab, (n,), generator=g, device=device)
+    other = torch.randint(head.vocab, (n,), generator=g, device=device)
+    # A word's logit L beats the V others of standard deviation s when L > ln V + s^2 / 2.
+    lean = torch.log(torch.tensor(float(head.vocab))) + SPREAD**2 / 2 + 3 + 3 * normal(n)
+    hidden = normal(n, head.hidden)
+    hidden += _towards(weight[word], lean, hidden)
+    dissent = torch.rand(n, generator=g, device=device) < 0.05
+    teacher = hidden + 0.03 * normal(n, head.hidden)
+    teacher += dissent[:, None] * _towards(weight[other], lean, teacher)
+    sampled = torch.rand(n, generator=g, device=device) < 0.1  # now and then the policy says something else
+    word = torch.where(sampled, other, word)
+    length = n // batch
+    place = torch.arange(n, device=device) % length
+    turns = max(1, length // TURN)
+    mask = place * turns % length >= OBSERVED * length
+    reward = (torch.arange(batch, device=device) % 3 == 0).float()
+    blank = torch.zeros(n, device=device)
+    dtype = DTYPES[case.dtype]
+    return Inputs(
+        hidden=hidden.to(dtype),
+        teacher=teacher.to(dtype),
+        weight=weight.to(dtype),
+        targets=word.masked_fill(~mask, IGNORED),
+        words=word,
+        mask=mask,
+        rows=mask.nonzero().squeeze(1),
+        turns=place * turns // length,
+        cu_seqlens=torch.arange(batch + 1, device=device) * length,
+        advantages=reward - reward.mean() if batch > 1 else reward,
+        old_logp=blank,
+        upstream=normal(n),
+        divergence=blank,
+        teacher_entropy=blank,
+    )
+
+
+def _towards(embedding: Tensor, lean: Tensor, hidden: Tensor) -> Tensor:  # [N, H]
+    """What has to be added to `hidden` for the embedding's word to get the logit `lean`."""
+    gap = lean.to(hidden.device) - (embedding * hidden).sum(1)
+    return embedding * (gap / embedding.square().sum(1))[:, None]
+
+
+def with_history(i: Inputs, logp: Tensor, divergence: Tensor, teacher_entropy: Tensor) -> Inputs:
+    """Log-probs of a policy that was nearly this one, and the divergences that op credit starts from; all [n]."""
+    g = torch.Generator(i.hidden.device).manual_seed(1)
+    drift = 0.1 * torch.randn(i.kept, generator=g, device=i.hidden.device)
+    found = {"old_logp": logp + drift, "divergence": divergence, "teacher_entropy": teacher_entropy}
+    blank = torch.zeros_like(i.old_logp)
+    return replace(i, **{name: blank.index_copy(0, i.rows, values.float()) for name, values in found.items()})

@@ -1,0 +1,161 @@
+"""Peak memory of one run beyond its inputs; outputs and gradients count.
+
+On a GPU it is the caching allocator's peak. On a CPU it is the peak resident set of a child process that has loaded
+the inputs and warmed the provider up: the kernel's own high-water mark (VmHWM), set back just before the run. glibc is
+told to give every block of a megabyte back at once, or a warm-up would leave memory behind that the run then reuses
+unseen. The child is also where a provider is tried first: what kills it, kills the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import resource
+import signal
+import tempfile
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import calls, inputs, registry
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.registry import Provider
+
+TIMEOUT = 120.0  # seconds for a child's two runs
+START = "forkserver"  # a server without threads of its own: OpenMP does not survive a fork
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
+SPARE = 512 << 20  # of the machine's free memory a child leaves alone
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial run took: bytes beyond the inputs (None where this system cannot tell), or why it failed."""
+
+    peak: int | None = None
+    failure: str = ""
+
+
+def on_cuda(p: Provider, i: Inputs, mode: str) -> tuple[Trial, dict[str, torch.Tensor]]:
+    """One run, with its values."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = calls.once(p, i, mode)
+    torch.cuda.synchronize()
+    return Trial(torch.cuda.max_memory_allocated() - before), found
+
+
+class ChildTrials:
+    """Runs trials of one case in child processes, one a provider."""
+
+    def __init__(self, case: Case, i: Inputs, files: tuple[Path, ...]) -> None:
+        self.case, self.files = case, files
+        self.folder = tempfile.TemporaryDirectory(prefix="bench-")
+        self.path = Path(self.folder.name) / "inputs.pt"
+        torch.save({f.name: getattr(i, f.name) for f in fields(i)}, self.path)
+        self.context: Any = multiprocessing.get_context(START)
+        if START == "forkserver":
+            multiprocessing.set_forkserver_preload(["bench.preload"])
+
+    def __enter__(self) -> ChildTrials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
+
+    def run(self, p: Provider) -> Trial:
+        """Try the provider; whatever becomes of the child is said in the trial."""
+        receive, send = self.context.Pipe(duplex=False)
+        arguments = (send, p.op, p.name, self.case, self.path, self.files, torch.get_num_threads())
+        child = self.context.Process(target=_child, args=arguments, daemon=False)
+        child.start()
+        send.close()
+        found: Trial | None = None
+        if receive.poll(TIMEOUT):
+            with contextlib.suppress(EOFError):
+                found = receive.recv()
+        else:
+            found = Trial(failure=f"gave up after {TIMEOUT:.0f} s")
+            child.kill()
+        child.join()
+        return found or Trial(failure=name_death(child.exitcode or 0))
+
+
+def name_death(code: int) -> str:
+    """How a process ended that left no word."""
+    if code == -signal.SIGKILL:
+        return "killed by the system, most likely out of memory"
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _child(send: Connection, op: str, name: str, case: Case, path: Path, files: tuple[Path, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        registry.load(files)
+        p = next(p for p in registry.of(op) if p.name == name)
+        send.send(_measured(p, Inputs(**torch.load(path)), case))
+    except BaseException as error:
+        send.send(Trial(failure=calls.name_failure(error)))
+
+
+def _measured(p: Provider, i: Inputs, case: Case) -> Trial:
+    _limit_memory()
+    libc, mode = _libc(), case.mode
+    # Libraries are loaded by a call on small inputs; code that is compiled for its shapes needs these.
+    calls.once(p, i if p.compiles else inputs.make(replace(case, shape="tiny", tokens=64)), mode)
+    gc.collect()
+    if libc:
+        libc.malloc_trim(0)
+    before = _resident("VmRSS")
+    if not _reset_peak() or before is None:
+        return Trial()
+    calls.once(p, i, mode)
+    peak = _resident("VmHWM")
+    return Trial(None if peak is None else max(0, peak - before))
+
+
+def _limit_memory() -> None:
+    """Make an allocation that the machine cannot serve fail in Python, instead of having a process shot."""
+    free, size = _meminfo(), _resident("VmSize")
+    if free is not None and size is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (size + max(0, free - SPARE),) * 2)
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(TRIM_THRESHOLD, 1 << 20)
+    except (OSError, AttributeError):  # not glibc: its VmHWM may be too low by what the warm-up left behind
+        return None
+    return libc
+
+
+def _resident(field: str) -> int | None:
+    return _field(Path("/proc/self/status"), field)
+
+
+def _meminfo() -> int | None:
+    return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _field(file: Path, name: str) -> int | None:  # bytes
+    if not file.is_file():
+        return None
+    line = next((x for x in file.read_text().splitlines() if x.startswith(f"{name}:")), "")
+    return int(line.split()[1]) * 1024 if line else None
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to the present size
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,78 @@
+"""The floor: an op's products with the head and nothing else, by the library's GEMM; and our own walk without its fold.
+
+Only tokens with a loss are multiplied, gathered beforehand; tokens go in blocks, so that the products need no more
+memory than any careful implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.cases import OPS, Case
+from bench.inputs import Inputs
+from bench.providers import ours
+from bench.registry import Outputs, provides
+from sgcd_kernels import linear_logprob
+
+BLOCK = 8192  # tokens
+
+
+def products(hidden: Tensor, weight: Tensor, count: float) -> None:
+    """`count` products of hidden [n, H] and weight [V, H]: one each of logits, d hidden, d weight; then logits."""
+    logits: Tensor | None = None
+    d_weight = torch.zeros_like(weight) if count >= 3 else None
+    for x in torch.split(hidden, BLOCK):
+        logits = torch.mm(x, weight.T, out=logits if logits is not None and len(logits) == len(x) else None)
+        if d_weight is not None:
+            torch.mm(logits, weight)
+            d_weight.addmm_(logits.T, x)
+    for _ in range(int(count) - (3 if count >= 3 else 1)):
+        for x in torch.split(hidden, BLOCK):
+            logits = torch.mm(x, weight.T, out=logits if logits is not None and len(logits) == len(x) else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _gathered(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Gathered once, at the first call, which warms up; tensors are hashed by identity."""
+    return hidden.detach()[rows]
+
+
+def register(op: str) -> None:
+    @provides(op, "gemm", bare=True)
+    def gemm(i: Inputs, mode: str) -> Outputs:
+        products(_gathered(i.hidden, i.rows), i.weight, OPS[op].floor[mode])
+        return {}
+
+
+for name, op in OPS.items():
+    if max(op.floor.values()):
+        register(name)
+
+
+@functools.cache
+def _bare_walk() -> Callable[..., object]:
+    """The operator, which the first use of the backend loads."""
+    linear_logprob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), impl="cpp")
+    walk: Callable[..., object] = torch.ops.sgcd_kernels.bare_walk
+    return walk
+
+
+def walk_refuses(case: Case) -> str | None:
+    return ours.refuses("cpp")(case) or (None if case.mode == "forward" else "no bare walk of a backward pass")
+
+
+@provides("logprob", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
+def walk_one(i: Inputs, mode: str) -> Outputs:
+    """The C++ backend's tiles of logits, made and forgotten: what its own arithmetic costs beyond products."""
+    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, None)
+    return {}
+
+
+@provides("divergence", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
+def walk_two(i: Inputs, mode: str) -> Outputs:
+    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
+    return {}

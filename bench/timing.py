@@ -1,0 +1,113 @@
+"""Time, taken honestly: variants interleaved, cold caches, and a run too short for the timer repeated.
+
+On a GPU: CUDA events, and the L2 cache overwritten before each sample. On a CPU: `perf_counter`. Both rotate between
+copies of the inputs, so that no run finds its operands where the last one left them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SHORTEST = {"cpu": 5e-3, "cuda": 5e-4}  # seconds a sample lasts at least; below, it is repeated within the sample
+SAMPLES = 5
+SLOW = 8.0  # seconds; what takes longer is sampled once, after its warm-up
+SPEND = 4.0  # seconds of samples a variant that is not slow may take beyond three of them
+
+# Takes the number of the run (to choose among copies of the inputs), prepares it untimed, and gives what is timed.
+Prepare = Callable[[int], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run: the median, 20th and 80th percentile of the samples, each a mean over `repeats`."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+    repeats: int
+
+
+class Stopwatch:
+    """Seconds of a number of runs on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.dirt = torch.empty(0)
+        if device == "cuda":
+            size = torch.cuda.get_device_properties(0).L2_cache_size
+            self.dirt = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, prepare: Prepare, first: int, repeats: int) -> float:
+        runs = [prepare(k) for k in range(first, first + repeats)]
+        if self.device == "cuda":
+            return self._events(runs)
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        return time.perf_counter() - start
+
+    def _events(self, runs: list[Callable[[], object]]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.dirt.zero_()
+        start.record()
+        for run in runs:
+            run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def repeats_for(seconds: float, device: str) -> int:
+    """How often to repeat a run of `seconds` so that a sample is long enough for the timer."""
+    return max(1, min(10_000, int(SHORTEST[device] / max(seconds, 1e-9)) + 1)) if seconds < SHORTEST[device] else 1
+
+
+def samples_for(seconds: float, samples: int = SAMPLES) -> int:
+    """How many samples of a run of `seconds`: fewer of slow ones, at least three unless one alone takes long."""
+    if seconds > SLOW:
+        return 1
+    return max(min(3, samples), min(samples, int(SPEND / max(seconds, 1e-9))))
+
+
+def interleaved(
+    runs: dict[str, Prepare],
+    device: str,
+    samples: int = SAMPLES,
+    after_failure: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Sample all variants in turn, so that whatever else the machine does falls on all; and those that threw."""
+    watch = Stopwatch(device)
+    plan: dict[str, tuple[int, int]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, Exception] = {}
+    for name, run in runs.items():  # a run of each says how long it takes; if that is long enough it is a sample
+        try:
+            once = watch(run, 0, 1)
+            plan[name] = (samples_for(once, samples), repeats_for(once, device))
+            if plan[name][1] == 1:
+                seconds[name].append(once)
+        except Exception as error:
+            failed[name] = error
+            after_failure()
+    for turn in range(samples):
+        for name, (wanted, repeats) in plan.items():
+            if len(seconds[name]) >= wanted or name in failed:
+                continue
+            try:
+                seconds[name].append(watch(runs[name], turn * repeats + 1, repeats) / repeats)
+            except Exception as error:
+                failed[name] = error
+                after_failure()
+    return {n: summary(s, plan[n][1]) for n, s in seconds.items() if s and n not in failed}, failed
+
+
+def summary(seconds: list[float], repeats: int) -> Timing:
+    quantiles = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
+    median = statistics.median(seconds)
+    return Timing(median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, len(seconds), repeats)

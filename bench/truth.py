@@ -1,0 +1,204 @@
+"""What is right, in fp64, and how wrong plain PyTorch is in the same dtype: the correctness gate measures against both.
+
+Values are exact at every token. Gradients are exact at some tokens (of the hidden states) and some words (of the
+weight): each element there still depends on all words, or all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import inputs
+from bench.cases import Case
+from bench.inputs import EPSILON, EPSILON_HIGH, Inputs
+from sgcd_kernels import CreditConfig, credit_weights
+
+CHUNK = {"cpu": 1 << 27, "cuda": 1 << 31}  # bytes of one fp64 block of logits
+SAMPLED = 64  # tokens and words whose gradients are checked, and tokens that plain PyTorch is tried on
+CREDIT = CreditConfig()
+TINY = 1e-6  # what fp32 statistics may be off by where plain PyTorch happens to be closer
+BETA = 0.5  # of the Jensen-Shannon divergence
+
+
+def prepare(case: Case) -> tuple[Inputs, Truth]:
+    """The inputs of a case, complete, and the truth about them."""
+    i = inputs.make(case)
+    truth = Truth(i)
+    i = inputs.with_history(i, truth.student_logp, truth.reverse_kl, truth.teacher_entropy)
+    truth.i = i
+    return i, truth
+
+
+class Truth:
+    """Per-token values [n], fp64, of the tokens with a loss; and gradients on demand."""
+
+    def __init__(self, i: Inputs) -> None:
+        self.i = i
+        self.weight = i.weight.double()
+        block = max(1, CHUNK[i.hidden.device.type] // (8 * i.weight.shape[0]))
+        parts = [self._block(rows) for rows in torch.split(i.rows, block)]
+        columns = [torch.cat(column) for column in zip(*parts)]
+        self.student_logp, self.teacher_logp, self.student_entropy, self.teacher_entropy = columns[:4]
+        self.student_lse, self.teacher_lse, self.reverse_kl, self.forward_kl, self.bhattacharyya = columns[4:9]
+        self.jsd, self.mixture_kl = columns[9:]
+
+    def _block(self, rows: Tensor) -> tuple[Tensor, ...]:
+        i, at = self.i, self.i.words[rows][:, None]
+        z_p, z_q = i.hidden[rows].double() @ self.weight.T, i.teacher[rows].double() @ self.weight.T
+        lse_p, lse_q = z_p.logsumexp(-1), z_q.logsumexp(-1)
+        log_p, log_q = z_p.sub_(lse_p[:, None]), z_q.sub_(lse_q[:, None])
+        p, q = log_p.exp(), log_q.exp()
+        log_m = torch.log((1 - BETA) * p + BETA * q)
+        mixture_kl = (p * (log_p - log_m)).sum(-1)
+        return (
+            log_p.gather(1, at)[:, 0],
+            log_q.gather(1, at)[:, 0],
+            -(p * log_p).sum(-1),
+            -(q * log_q).sum(-1),
+            lse_p,
+            lse_q,
+            (p * (log_p - log_q)).sum(-1),
+            (q * (log_q - log_p)).sum(-1),
+            (p * q).sqrt().sum(-1),
+            (1 - BETA) * mixture_kl + BETA * (q * (log_q - log_m)).sum(-1),
+            mixture_kl,
+        )
+
+    @cached_property
+    def weights(self) -> Tensor:  # [n]
+        """Token weights W from the exact divergences."""
+        n = self.i.words.numel()
+        full = [torch.zeros(n, dtype=x.dtype, device=x.device).index_copy(0, self.i.rows, x) for x in self._signals]
+        return credit(self.i, *full)[self.i.rows].double()
+
+    @property
+    def _signals(self) -> tuple[Tensor, Tensor]:
+        return self.reverse_kl, self.teacher_entropy
+
+    def expected(self, op: str) -> Expected:
+        """What a provider of `op` must return."""
+        i, n = self.i, self.i.kept
+        if op == "divergence":
+            return Expected({"reverse_kl": self.reverse_kl, "teacher_entropy": self.teacher_entropy})
+        if op == "credit":
+            return Expected({"weights": self.weights})
+        if op == "logprob":
+            return Expected({"logp": self.student_logp}, i.upstream[i.rows].double())
+        if op == "cross_entropy":
+            coefficients = torch.full_like(self.student_logp, -1 / n)
+            return Expected({"loss": -self.student_logp.mean()}, coefficients)
+        if op == "distill":
+            return Expected({"loss": self.jsd.mean()}, torch.full_like(self.jsd, 1 / n), of_divergence=True)
+        weights = self.weights if op == "sgcd" else torch.ones_like(self.student_logp)
+        logp = self.student_logp.clone().requires_grad_()
+        loss = policy_loss(logp, i.old_logp[i.rows].double(), i.token_advantages.double() * weights)
+        (coefficients,) = torch.autograd.grad(loss, logp)
+        return Expected({"loss": loss.detach()}, coefficients)
+
+    @cached_property
+    def tokens(self) -> Tensor:  # indices into the kept tokens, spread over them
+        return torch.linspace(0, self.i.kept - 1, min(SAMPLED, self.i.kept), device=self.i.rows.device).long()
+
+    @cached_property
+    def vocabulary(self) -> Tensor:  # words that occur as targets, and some that need not
+        some = self.i.words[self.i.rows[self.tokens]][: SAMPLED // 2]
+        step = max(1, self.weight.shape[0] // (SAMPLED // 2))
+        return torch.unique(torch.cat([some, torch.arange(0, self.weight.shape[0], step, device=some.device)]))  # type: ignore[no-any-return]
+
+    def gradients(self, e: Expected) -> tuple[Tensor, Tensor]:
+        """(d hidden at the sampled tokens [s, H], d weight at the sampled words [w, H]), fp64."""
+        assert e.coefficients is not None
+        i, rows = self.i, self.i.rows
+        at = self.tokens
+        d_z = self._d_logits(e, at, None)
+        d_hidden = d_z @ self.weight
+        d_weight = torch.zeros(self.vocabulary.numel(), i.hidden.shape[1], dtype=torch.float64, device=rows.device)
+        for part in torch.split(torch.arange(i.kept, device=rows.device), 1 << 16):
+            d_weight += self._d_logits(e, part, self.vocabulary).T @ i.hidden[rows[part]].double()
+        return d_hidden, d_weight
+
+    def _d_logits(self, e: Expected, tokens: Tensor, words: Tensor | None) -> Tensor:
+        """The derivative by logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
+        assert e.coefficients is not None
+        i, rows = self.i, self.i.rows[tokens]
+        weight = self.weight if words is None else self.weight[words]
+        ids = torch.arange(self.weight.shape[0], device=rows.device) if words is None else words
+        log_p = i.hidden[rows].double() @ weight.T - self.student_lse[tokens][:, None]
+        scale = e.coefficients[tokens][:, None]
+        if not e.of_divergence:
+            return scale * ((ids == i.words[rows][:, None]).double() - log_p.exp())
+        log_q = i.teacher[rows].double() @ weight.T - self.teacher_lse[tokens][:, None]
+        log_m = torch.log((1 - BETA) * log_p.exp() + BETA * log_q.exp())
+        return scale * (1 - BETA) * log_p.exp() * (log_p - log_m - self.mixture_kl[tokens][:, None])
+
+    @cached_property
+    def plain(self) -> dict[str, float]:
+        """Errors of plain PyTorch in the inputs' dtype at the sampled tokens: RMS in nats, of gradients relative."""
+        i, at = self.i, self.tokens
+        rows = i.rows[at]
+        x = i.hidden[rows].detach().requires_grad_()
+        log_p = F.log_softmax((x @ i.weight.T).float(), -1)
+        log_q = F.log_softmax((i.teacher[rows] @ i.weight.T).float(), -1)
+        logp = log_p.gather(1, i.words[rows][:, None])[:, 0]
+        logp.backward(i.upstream[rows])  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        exact = self._d_logits(Expected({}, i.upstream[i.rows].double()), at, None) @ self.weight
+        p, q = log_p.detach().exp(), log_q.exp()
+        kl = (p * (log_p.detach() - log_q)).sum(-1)
+        jsd, d_jsd = self._plain_jsd(i.hidden[rows], log_q)
+        one = Expected({}, torch.ones_like(self.jsd), of_divergence=True)
+        return {
+            "logp": rms(logp.detach(), self.student_logp[at]),
+            "kl": rms(kl, self.reverse_kl[at]),
+            "entropy": rms(-(q * log_q).sum(-1), self.teacher_entropy[at]),
+            "jsd": rms(jsd, self.jsd[at]),
+            "grad": relative(x.grad, exact),
+            "jsd_grad": relative(d_jsd, self._d_logits(one, at, None) @ self.weight),
+        }
+
+    def _plain_jsd(self, hidden: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """(JSD a token, d hidden of their sum): a gradient of small differences, in which rounding weighs more."""
+        x = hidden.detach().requires_grad_()
+        log_p = F.log_softmax((x @ self.i.weight.T).float(), -1)
+        log_m = torch.logaddexp(log_p + math.log(1 - BETA), log_q + math.log(BETA))
+        of_p, of_q = (log_p.exp() * (log_p - log_m)).sum(-1), (log_q.exp() * (log_q - log_m)).sum(-1)
+        jsd = (1 - BETA) * of_p + BETA * of_q
+        jsd.sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        return jsd.detach(), x.grad
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Values by name: per token [n], or a scalar; and the loss's derivative by log p(y) (or the divergence), [n]."""
+
+    values: dict[str, Tensor]
+    coefficients: Tensor | None = None
+    of_divergence: bool = False
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:  # all [n]
+    """DAPO (arXiv 2503.14476): the clipped surrogate, a mean over tokens."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON_HIGH) * advantages).mean()
+
+
+def credit(i: Inputs, divergence: Tensor, teacher_entropy: Tensor) -> Tensor:  # [N] each
+    """Token weights by SGCD's rule. Nobody else has one, so that compositions of peers use ours."""
+    found = credit_weights(divergence, teacher_entropy, i.cu_seqlens, mask=i.mask, turn_ids=i.turns, config=CREDIT)
+    return found.weights
+
+
+def rms(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).square().mean().sqrt())
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    """Norm of the error over norm of the truth."""
+    return float((value.double() - exact).norm() / exact.norm().clamp(min=1e-30))
