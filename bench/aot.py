@@ -67,7 +67,9 @@ def kernels() -> dict[str, Any]:
     }
 
 
-def cases(kernel: str | None = None, arch: int | None = None, dtype: str | None = None) -> list[tuple[str, str, int, Any, bool]]:
+def cases(
+    kernel: str | None = None, arch: int | None = None, dtype: str | None = None
+) -> list[tuple[str, str, int, Any, bool]]:
     """(kernel, dtype, arch, configuration, whether it is the one that runs)"""
     from sgcd_kernels.triton.configs import HALF, SINGLE
 
