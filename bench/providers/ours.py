@@ -28,6 +28,8 @@ def refuses(impl: str) -> Callable[[Case], str | None]:
         status = backend_status()[impl]
         if not status.usable:
             return f"not usable here: {status.reason}"
+        if impl == "triton" and case.device == "cpu":
+            return "not usable here: on CPU tensors only Triton's interpreter runs it, which says nothing of its speed"
         return "runs on CPU tensors" if impl == "cpp" and case.device != "cpu" else None
 
     return reason
