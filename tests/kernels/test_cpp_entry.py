@@ -27,7 +27,8 @@ def test_no_argument_crashes_an_operator(cases: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [line.split() for line in done.stdout.splitlines()]
     assert len(counts) == 9
-    assert all(int(worked) > 0 and int(refused) > 0 for _, worked, refused in counts)
+    if cases >= 10_000:  # fewer need not meet every operator with both good and bad input
+        assert all(int(worked) > 0 and int(refused) > 0 for _, worked, refused in counts)
     assert sum(int(worked) + int(refused) for _, worked, refused in counts) > 0.8 * cases
 
 
@@ -95,7 +96,7 @@ def test_why_it_is_missing(
     monkeypatch.setattr(extension, "FOLDER", tmp_path)
     monkeypatch.setattr(extension, "_note", lambda: note)
     said = extension.unavailable_reason.__wrapped__()
-    broken = backends.Backend("sgcd_kernels.cpp.ops", lambda: said, extension.refuses)
+    broken = backends.Backend("sgcd_kernels.cpp.ops", lambda: said, extension.refuses, ("cpu",))
     monkeypatch.setitem(backends._BACKENDS, "cpp", broken)
     with pytest.raises(ValueError, match=reason):
         linear_logprob(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), impl="cpp")
