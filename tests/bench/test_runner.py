@@ -18,6 +18,7 @@ CASE = Case("divergence", "forward", "tiny", 64, "fp32")
 
 @pytest.fixture(autouse=True)
 def providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.load()  # the suite's own register once in a process, and must outlive this test
     monkeypatch.setattr(registry, "_PROVIDERS", dict(registry._PROVIDERS))
     registry.load((FAKES,))
 
