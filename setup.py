@@ -9,6 +9,7 @@ the pure-Python package.
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ CHOICE = os.environ.get("SGCD_BUILD", "")
 # -ffp-contract=off: what is rounded, and when, must not depend on the compiler's taste. No -march: one binary, chosen
 # among its own paths at run time.
 FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-w", "-DNDEBUG"]
+digest = runpy.run_path("sgcd_kernels/cpp/sources.py")["digest"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
@@ -59,7 +61,7 @@ class BuildExtension(build_ext):
                 abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
                 extension.define_macros += [("_GLIBCXX_USE_CXX11_ABI", str(abi))]
             super().run()
-            write_note(folder, torch=torch.__version__)
+            write_note(folder, torch=torch.__version__, sources=digest(Path("csrc")))
         except Exception as error:
             if CHOICE == "1":
                 raise

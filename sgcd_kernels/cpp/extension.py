@@ -1,7 +1,8 @@
 """Finding and loading the compiled operators, and saying why when that cannot be.
 
-`setup.py` leaves a note beside the extension: which torch it was compiled against, or why it was not compiled. The
-extension calls torch's C++ interface, which changes between releases, so it is loaded only into the release it knows.
+`setup.py` leaves a note beside the extension: which torch and which sources it was compiled from, or why it was not
+compiled. The extension calls torch's C++ interface, which changes between releases, so it is loaded only into the
+release it knows; in a checkout, only while `csrc/` is what it was built from.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import torch
 
+from sgcd_kernels.cpp.sources import digest
 from sgcd_kernels.types import Projection
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = FOLDER / "build.json"
+SOURCES = FOLDER.parents[1] / "csrc"  # there only in a checkout
 REBUILD = "`pip install --no-build-isolation .` from the sources, in an environment with torch and a C++ compiler"
+EDITABLE = "pip install --no-build-isolation --no-deps -e ."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +36,8 @@ def unavailable_reason() -> str | None:
         return (
             f"the C++ extension was built for torch {built_for} and this is {torch.__version__}; {REBUILD} rebuilds it"
         )
+    if SOURCES.is_dir() and note.get("sources") != digest(SOURCES):
+        return f"csrc/ changed since the C++ extension was built; `{EDITABLE}` rebuilds it"
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:

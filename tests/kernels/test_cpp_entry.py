@@ -12,6 +12,7 @@ import torch
 
 from sgcd_kernels import backend_status, backends, linear_logprob
 from sgcd_kernels.cpp import extension
+from sgcd_kernels.cpp.sources import digest
 
 STATUS = backend_status()["cpp"]
 usable = pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)
@@ -85,7 +86,8 @@ def test_auto_takes_it_on_the_cpu_and_leaves_fp64_to_torch() -> None:
         ({"reason": "no C++ compiler was found"}, [], "not built: no C\\+\\+ compiler was found"),
         ({}, [], "not built: setup.py has not run"),
         ({"torch": "1.0"}, ["_C.so"], "built for torch 1.0 and this is"),
-        ({"torch": torch.__version__}, ["_C.so"], "does not load"),
+        ({"torch": torch.__version__, "sources": "of last week"}, ["_C.so"], "csrc/ changed since .* was built"),
+        ({"torch": torch.__version__, "sources": digest(extension.SOURCES)}, ["_C.so"], "does not load"),
     ],
 )
 def test_why_it_is_missing(
