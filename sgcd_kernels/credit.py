@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
 from sgcd_kernels.packed import Packed
-from sgcd_kernels.registered.credit import packed, register_credit
+from sgcd_kernels.registered.credit import as_arguments, register_credit
 from sgcd_kernels.spans import find_spans
 from sgcd_kernels.types import Credit
 from sgcd_kernels.validation import check_bounds, check_cu_seqlens, check_device, check_tensor, per_token
@@ -81,7 +81,7 @@ def credit_weights(
     for name, value in signals.items():
         if value is not None or name == "divergence":
             check_tensor(name, value)
-    return Credit(*_OP(*signals.values(), *packed(config)))
+    return Credit(*_OP(*signals.values(), *as_arguments(config)))
 
 
 def _compute(
@@ -102,16 +102,16 @@ def _compute(
     if divergence.dim() != 1:
         raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
     device, on_host = divergence.device, divergence.device.type == "cpu"
-    values_at_hand = on_host or (isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu")
+    values_at_hand = on_host or cu_seqlens.device.type == "cpu"
     cu = check_cu_seqlens(cu_seqlens, divergence.numel(), values=values_at_hand).to(device)
     eligible = torch.ones(divergence.shape, dtype=torch.bool, device=device)
     if mask is not None:
         eligible = per_token("mask", mask, divergence.shape, device) != 0
-    segments = Packed(cu, eligible)
+    packed = Packed(cu, eligible)
     given = {
         "divergence": divergence,
         "teacher_entropy": teacher_entropy,
-        "advantages": _per_token_advantages(advantages, segments, divergence),
+        "advantages": _per_token_advantages(advantages, packed, divergence),
         "log_ratio": log_ratio,
         "forward_kl": forward_kl,
         "bhattacharyya": bhattacharyya,
@@ -127,7 +127,7 @@ def _compute(
     outside = torch.zeros(divergence.shape, dtype=dtype, device=device)
     if config.rule == "none" or divergence.numel() == 0:
         return Credit(outside + 1, outside, torch.full_like(outside, -1, dtype=torch.long))
-    weights, saliency, ids = RULES[config.rule](_Batch(inputs, turns, segments, outside), config)
+    weights, saliency, ids = RULES[config.rule](_Batch(inputs, turns, packed, outside), config)
     for x in inputs.values() if not on_host else ():
         weights = weights.masked_fill(~x.isfinite(), torch.nan)
     return Credit(
@@ -176,7 +176,6 @@ def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:
 def _per_token_advantages(advantages: Tensor | None, packed: Packed, like: Tensor) -> Tensor | None:
     if advantages is None:
         return None
-    check_tensor("advantages", advantages)
     if advantages.shape == like.shape:
         return advantages
     sequences = packed.lengths.numel()

@@ -13,6 +13,7 @@ from sgcd_kernels.divergence import linear_divergence
 from sgcd_kernels.policy_loss import check_options, check_sequences, linear_policy_loss
 from sgcd_kernels.registered import sgcd as registered
 from sgcd_kernels.shard import name_of
+from sgcd_kernels.types import DivergenceStats
 from sgcd_kernels.validation import (
     check_advantages,
     check_choice,
@@ -103,30 +104,8 @@ def sgcd_loss(
         impl=impl,
         group=group,
     )
-    credit = credit_weights(
-        stats.reverse_kl.reshape(-1),
-        stats.teacher_entropy.reshape(-1),
-        bounds,
-        mask=eligible.reshape(-1),
-        turn_ids=turns if turn_ids is None else turn_ids.reshape(-1),
-        advantages=per_token,
-        log_ratio=(stats.teacher_logp - stats.student_logp).reshape(-1),
-        forward_kl=stats.forward_kl.reshape(-1),
-        bhattacharyya=stats.bhattacharyya.reshape(-1),
-        student_entropy=stats.student_entropy.reshape(-1),
-        config=config,
-    )
-    weighted, credit_metrics = registered.weigh_op(
-        per_token,
-        *credit,
-        stats.reverse_kl.reshape(-1),
-        stats.student_entropy.reshape(-1),
-        stats.teacher_entropy.reshape(-1),
-        (targets != ignore_index).reshape(-1),
-        eligible.reshape(-1),
-        float(config.clip),
-        config.rule == "none" or (config.rule in USE_GAMMA and config.gamma == 0),
-    )
+    loss_tokens = targets != ignore_index
+    weighted, credit_metrics = _weighted(stats, per_token, bounds, loss_tokens, eligible, turn_ids, turns, config)
     loss, metrics = linear_policy_loss(
         hidden,
         weight,
@@ -150,6 +129,38 @@ def sgcd_loss(
         group=group,
     )
     return loss, metrics | dict(zip(registered.METRICS, credit_metrics.unbind(), strict=True))
+
+
+def _weighted(
+    stats: DivergenceStats,
+    advantages: Tensor,  # [N]
+    bounds: Tensor,  # [B + 1]
+    loss_tokens: Tensor,  # like targets, bool
+    eligible: Tensor,  # like targets, bool
+    turn_ids: Tensor | None,  # like targets
+    runs: Tensor,  # [N], what turns are where `turn_ids` does not tell
+    config: CreditConfig,
+) -> tuple[Tensor, Tensor]:
+    """(A W [N], the metrics of the credit in the order of `registered.METRICS`)"""
+    flat = DivergenceStats(*(None if x is None else x.reshape(-1) for x in stats))  # type: ignore[arg-type]
+    credit = credit_weights(
+        flat.reverse_kl,
+        flat.teacher_entropy,
+        bounds,
+        mask=eligible.reshape(-1),
+        turn_ids=runs if turn_ids is None else turn_ids.reshape(-1),
+        advantages=advantages,
+        log_ratio=flat.teacher_logp - flat.student_logp,
+        forward_kl=flat.forward_kl,
+        bhattacharyya=flat.bhattacharyya,
+        student_entropy=flat.student_entropy,
+        config=config,
+    )
+    idle = config.rule == "none" or (config.rule in USE_GAMMA and config.gamma == 0)
+    masks = (loss_tokens.reshape(-1), eligible.reshape(-1))
+    signals = (flat.reverse_kl, flat.student_entropy, flat.teacher_entropy)
+    made: tuple[Tensor, Tensor] = registered.weigh_op(advantages, *credit, *signals, *masks, float(config.clip), idle)
+    return made
 
 
 def _sequence_bounds(leading: torch.Size, cu_seqlens: Tensor | None) -> Tensor:

@@ -5,24 +5,29 @@ What the operators sum is finished, and merged over the ranks of a group, by the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.shard import shard_range, sum_over
+from sgcd_kernels.kernel_inputs import (
+    local_targets,
+    mixture_fields,
+    normalisers,
+    normalisers_from_lse,
+    part_of,
+    temperatures,
+    values,
+)
+from sgcd_kernels.shard import sum_over
 from sgcd_kernels.torch_backend import target_logp
 from sgcd_kernels.torch_backend.divergence import PairStats
 from sgcd_kernels.torch_backend.grads import Needs, saved_dtype
 from sgcd_kernels.torch_backend.logprob import RowStats
 from sgcd_kernels.torch_backend.topk import TeacherTopK
 from sgcd_kernels.types import Projection, ProjectionGrads
-from sgcd_kernels.validation import take
 
 __all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
 
-LN_2 = 0.6931471805599453
 MAX_LISTED = 1 << 19  # words of all tokens' top-K lists at one time: some 6 MB, and as much again a few times over
 KINDS = ("reverse_kl", "forward_kl", "jsd")  # by the numbers that csrc/folds.h gives them
 
@@ -33,7 +38,7 @@ def logprob_forward(
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse) of the computed rows, each [n]."""
-    raw = torch.ops.sgcd_kernels.head_stats(*_head(p), p.rows, _local(targets, p, group), *_shared(p))
+    raw = torch.ops.sgcd_kernels.head_stats(*_head(p), p.rows, local_targets(targets, p, group), *_shared(p))
     stats = RowStats(p.num_rows, raw)
     _fill(stats, raw)
     stats.merge(group)
@@ -57,13 +62,13 @@ def logprob_backward(
     grads = torch.ops.sgcd_kernels.logprob_grads(
         *_head(p),
         p.rows,
-        _local(targets, p, group),
+        local_targets(targets, p, group),
         *_shared(p),
-        _values(lse),
-        _values(-d_logp if d_lse is None else d_lse - d_logp),
-        _values(d_logp),
-        None if entropy is None else _values(entropy),
-        None if d_entropy is None else _values(d_entropy),
+        values(lse),
+        values(-d_logp if d_lse is None else d_lse - d_logp),
+        values(d_logp),
+        None if entropy is None else values(entropy),
+        None if d_entropy is None else values(d_entropy),
         _wanted(p, needs),
         group is not None,
     )
@@ -84,21 +89,21 @@ def divergence_forward(
     if top_k is not None and n > (step := max(64, MAX_LISTED // top_k)):
         cuts = [slice(start, start + step) for start in range(0, n, step)]
         parts = [
-            divergence_forward(_part(student, cut), _part(teacher, cut), targets[cut], features, beta, top_k)
+            divergence_forward(part_of(student, cut), part_of(teacher, cut), targets[cut], features, beta, top_k)
             for cut in cuts
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     best: dict[str, Tensor] = {}
     if top_k is None:
-        stats = _pair_stats(student, teacher, _local(targets, student, group))
+        stats = _pair_stats(student, teacher, local_targets(targets, student, group))
         stats.merge(group)
     else:
         stats, best = _pair_topk(student, teacher, targets, top_k)
     fields = stats.results() | best
     if features:
-        jsd, tv, _ = _mixture(student, teacher, stats, beta, "jsd" in features, "tv" in features)
-        sums = {"jsd": jsd.clamp(0, LN_2), "tv": tv.clamp(0, 1)}
-        fields |= {name: sums[name] for name in features}
+        asked = "jsd" in features, "tv" in features
+        jsd, tv, _ = _mixture_sums(student, teacher, normalisers(stats), beta, *asked)
+        fields |= mixture_fields(features, jsd, tv)
     return fields
 
 
@@ -115,16 +120,14 @@ def distill_backward(
     """Gradients of sum(d_loss divergence)."""
     centre = divergence
     if kind == "jsd":
-        zeros = torch.zeros_like(lse[0])
-        normalisers = torch.stack([_values(lse[0]), zeros, _values(lse[1]), zeros])
-        centre = _mixture_sums(student, teacher, normalisers, beta, True, False)[2]
+        centre = _mixture_sums(student, teacher, normalisers_from_lse(*lse), beta, True, False)[2]
     grads = torch.ops.sgcd_kernels.distill_grads(
         *_pair(student, teacher),
         *_shared(student),
-        _values(lse[0]),
-        _values(lse[1]),
-        _values(centre),
-        _values(d_loss),
+        values(lse[0]),
+        values(lse[1]),
+        values(centre),
+        values(d_loss),
         beta,
         KINDS.index(kind),
         _wanted(student, needs),
@@ -164,50 +167,24 @@ def _fill(stats: RowStats, raw: Tensor) -> None:
     stats.m, stats.z, stats.s, stats.target = raw.unbind(0)
 
 
-def _mixture(
-    student: Projection, teacher: Projection, stats: PairStats, beta: float, jsd: bool, tv: bool
-) -> tuple[Tensor, ...]:
-    normalisers = torch.stack([stats.p.m, stats.p.z.log(), stats.q.m, stats.q.z.log()])
-    return _mixture_sums(student, teacher, normalisers, beta, jsd, tv)
-
-
 def _mixture_sums(
-    student: Projection, teacher: Projection, normalisers: Tensor, beta: float, jsd: bool, tv: bool
+    student: Projection, teacher: Projection, known: Tensor, beta: float, jsd: bool, tv: bool
 ) -> tuple[Tensor, ...]:
     heads = _pair(student, teacher)
-    sums: Tensor = torch.ops.sgcd_kernels.mixture_stats(*heads, normalisers, *_shared(student), beta, jsd, tv)
+    sums: Tensor = torch.ops.sgcd_kernels.mixture_stats(*heads, known, *_shared(student), beta, jsd, tv)
     return sums.unbind(0)
 
 
 def _head(p: Projection) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden = p.hidden.detach()
-    if hidden.shape[0] > 1 and (hidden.stride(0) < hidden.shape[1] or hidden.stride(1) != 1):
-        hidden = hidden.contiguous()
-    return hidden, p.weight.detach(), None if p.bias is None else _values(p.bias)
-
-
-def _values(x: Tensor) -> Tensor:
-    return x.detach().float().contiguous()
-
-
-def _local(targets: Tensor, p: Projection, group: ProcessGroup | None) -> Tensor:
-    """Targets as rows of this rank's weight; what is no row here is found by none."""
-    return (targets - shard_range(p.weight, group)[0]).contiguous()
+    if hidden.stride(1) != 1 or (hidden.shape[0] > 1 and hidden.stride(0) < hidden.shape[1]):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one as it is
+    return hidden, p.weight.detach(), None if p.bias is None else values(p.bias)
 
 
 def _shared(p: Projection) -> tuple[Tensor | None, float]:
     """Temperatures and softcap."""
-    if isinstance(p.temperature, Tensor):
-        temperature: Tensor | None = _values(take(p.temperature, p.rows))
-    else:
-        temperature = None if p.temperature == 1.0 else torch.full((p.num_rows,), p.temperature)
-    return temperature, p.softcap or 0.0
-
-
-def _part(p: Projection, cut: slice) -> Projection:
-    """The same head on fewer tokens."""
-    rows = torch.arange(p.num_rows) if p.rows is None else p.rows
-    return replace(p, rows=rows[cut].contiguous())
+    return temperatures(p), p.softcap or 0.0
 
 
 def _wanted(p: Projection, needs: Needs) -> list[bool]:

@@ -16,7 +16,7 @@ from sgcd_kernels.types import Credit
 NUMBERS = tuple(field.name for field in fields(CreditConfig) if field.type == "float")
 
 
-def packed(config: CreditConfig) -> tuple[str, str, int, int, list[float]]:
+def as_arguments(config: CreditConfig) -> tuple[str, str, int, int, list[float]]:
     seed = config.seed % (1 << 63)  # an op's integers have 64 bits, and the rules use the seed modulo this
     return config.rule, config.span_value, config.patience, seed, [float(getattr(config, name)) for name in NUMBERS]
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sgcd_kernels.kernel_inputs import part_of
 from sgcd_kernels.shard import sum_over
 from sgcd_kernels.torch_backend.grads import Needs, saved_dtype
-from sgcd_kernels.triton.launch import operand_dtype, tokens_of
+from sgcd_kernels.triton.launch import Write, operand_dtype
 from sgcd_kernels.types import Projection, ProjectionGrads
 from sgcd_kernels.validation import take
 
@@ -30,7 +31,8 @@ LONGEST_SLICE = 16_384  # words; beyond it products gain nothing
 class LogitGrad(Protocol):
     """What differs between log-probs and distillation."""
 
-    def write(self, p: Projection, tokens: slice, first: int, out: Tensor) -> None: ...
+    def writer(self, p: Projection, tokens: slice) -> Write:
+        """What fills dZ of a range of the computed tokens, p being the head on these."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,18 @@ def walk(
     (n, width), vocab = (p.num_rows, p.hidden.shape[1]), p.weight.shape[0]
     cut = cut_of(n, width, vocab, operand.itemsize, p.weight.dtype != operand)
     d_hidden = torch.zeros(p.hidden.shape, dtype=saved_dtype(p.hidden), device=device) if needs[0] else None
-    d_weight = torch.zeros_like(p.weight, dtype=saved_dtype(p.weight)) if needs[1] else None
+    made = torch.empty_like if n else torch.zeros_like  # the first group writes every word's row
+    d_weight = made(p.weight, dtype=saved_dtype(p.weight)) if needs[1] else None
     d_bias = torch.zeros_like(p.bias, dtype=torch.float32) if needs[2] and p.bias is not None else None
     buffer = torch.empty(cut.tokens * cut.words, dtype=operand, device=device)
     for tokens in ranges(n, cut.tokens):
-        part = tokens_of(p, tokens)
+        part = part_of(p, tokens)
+        write = logit_grad.writer(part, tokens)
         x = take(part.hidden.detach(), part.rows).to(operand)
         dx = torch.zeros(x.shape, dtype=torch.float32, device=device) if d_hidden is not None else None
         for words in ranges(vocab, cut.words):
             dz = buffer[: x.shape[0] * (words.stop - words.start)].view(x.shape[0], -1)
-            logit_grad.write(part, tokens, words.start, dz)
+            write(words.start, dz)
             if dx is not None:
                 add_product(dx, dz, p.weight[words].detach().to(operand))
             if d_weight is not None:

@@ -5,6 +5,7 @@ Every function takes `Projection`s that `availability.refuses` has let pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from sgcd_kernels.kernel_inputs import part_of, temperatures
 from sgcd_kernels.triton import forward_kernels, grad_kernels
 from sgcd_kernels.triton.configs import INTERPRETER, Config, config_for
 from sgcd_kernels.types import Projection
-from sgcd_kernels.validation import take
 
+Write = Callable[[int, Tensor], None]  # (first word, [tokens, words] to be filled)
 LANGUAGE_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MAX_SHARES = 64  # of the vocabulary
 PARTIAL_BYTES = 32 << 20  # of the statistics of all shares, 11 a token and share at most
@@ -63,12 +65,6 @@ def config_of(kernel: str, head: Head) -> Config:
     return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize)
 
 
-def temperature_of(p: Projection) -> Tensor | None:  # [n] fp32
-    if isinstance(p.temperature, Tensor):
-        return take(p.temperature, p.rows).float().contiguous()
-    return None if p.temperature == 1.0 else torch.full((p.num_rows,), p.temperature, device=p.hidden.device)
-
-
 def pair_flags(student: Head, teacher: Head, config: Config, even_words: bool) -> dict[str, Any]:
     same = teacher.w.data_ptr() == student.w.data_ptr() and teacher.w.stride() == student.w.stride()
     return {
@@ -80,6 +76,13 @@ def pair_flags(student: Head, teacher: Head, config: Config, even_words: bool) -
         "TEACHER_OPERAND": LANGUAGE_TYPES[teacher.operand],
         "PRECISION": precision(),
     }
+
+
+def pair_pointers(student: Head, teacher: Head, rows: Tensor | None) -> tuple[Any, ...]:
+    """How every kernel of two heads begins."""
+    x, w, y, v = student.x, student.w, teacher.x, teacher.w
+    first = (x, rows, x.stride(0), w, w.stride(0), student.bias)
+    return (*first, y, y.stride(0), v, v.stride(0), teacher.bias)
 
 
 def shape_options(config: Config) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
     if n == 0:
         return out
     forward_kernels.head_stats_kernel[(cut.token_tiles * cut.count,)](
-        head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias, targets, temperature_of(p), p.softcap,
+        head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias, targets, temperatures(p), p.softcap,
         out, n, vocab, head.x.shape[1], cut.words, cut.token_tiles,
         EVEN_H=head.x.shape[1] % config.depth == 0, EVEN_V=vocab % config.words == 0,
         OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), **shape_options(config),
@@ -151,9 +154,7 @@ def pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> Ten
     if n == 0:
         return out
     forward_kernels.pair_stats_kernel[(cut.token_tiles * cut.count,)](
-        head.x, student.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias,
-        other.x, other.x.stride(0), other.w, other.w.stride(0), other.bias,
-        targets, temperature_of(student), student.softcap, out,
+        *pair_pointers(head, other, student.rows), targets, temperatures(student), student.softcap, out,
         n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles,
         **pair_flags(head, other, config, vocab % config.words == 0), **shape_options(config),
     )  # fmt: skip
@@ -175,9 +176,7 @@ def mixture_stats(
     if n == 0:
         return out
     forward_kernels.mixture_stats_kernel[(cut.token_tiles * cut.count,)](
-        head.x, student.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias,
-        other.x, other.x.stride(0), other.w, other.w.stride(0), other.bias,
-        normalisers, temperature_of(student), student.softcap, beta, out,
+        *pair_pointers(head, other, student.rows), normalisers, temperatures(student), student.softcap, beta, out,
         n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles,
         **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, **shape_options(config),
     )  # fmt: skip
@@ -195,21 +194,29 @@ class LogprobGrad:
     entropy: Tensor | None
     d_entropy: Tensor | None
 
-    def write(self, p: Projection, tokens: slice, first: int, out: Tensor) -> None:
-        """Of some tokens in words [first, first + out.shape[1])."""
-        head, vocab, count = Head.of(p), p.weight.shape[0], out.shape[1]
+    def writer(self, p: Projection, tokens: slice) -> Write:
+        """For a range of the computed tokens, p being the head on these."""
+        head, n, vocab, width = Head.of(p), p.num_rows, p.weight.shape[0], p.hidden.shape[1]
         config = config_of("logprob_grad", head)
-        token_tiles, word_tiles = ceil_div(p.num_rows, config.tokens), ceil_div(count, config.words)
-        entropy = None if self.entropy is None else self.entropy[tokens]
-        d_entropy = None if self.d_entropy is None else self.d_entropy[tokens]
-        grad_kernels.logprob_grad_kernel[(token_tiles * word_tiles,)](
+        per_token = [
+            None if x is None else x[tokens] for x in (self.lse, self.scale, self.d_logp, self.entropy, self.d_entropy)
+        ]
+        inputs = (
             head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias, self.target[tokens],
-            temperature_of(p), p.softcap, self.lse[tokens], self.scale[tokens], self.d_logp[tokens],
-            entropy, d_entropy, out, out.stride(0),
-            p.num_rows, vocab, head.x.shape[1], first, count, token_tiles, word_tiles,
-            EVEN_H=head.x.shape[1] % config.depth == 0, EVEN_V=count % config.words == 0,
-            OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), GROUP=config.group, **shape_options(config),
+            temperatures(p), p.softcap, *per_token,
         )  # fmt: skip
+
+        def write(first: int, out: Tensor) -> None:
+            count = out.shape[1]
+            token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
+            grad_kernels.logprob_grad_kernel[(token_tiles * word_tiles,)](
+                *inputs, out, out.stride(0), n, vocab, width, first, count, token_tiles, word_tiles,
+                EVEN_H=width % config.depth == 0, EVEN_V=count % config.words == 0,
+                OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), GROUP=config.group,
+                **shape_options(config),
+            )  # fmt: skip
+
+        return write
 
 
 @dataclass(frozen=True)
@@ -224,26 +231,21 @@ class DistillGrad:
     centre: Tensor
     d_loss: Tensor
 
-    def write(self, p: Projection, tokens: slice, first: int, out: Tensor) -> None:
-        """Of some tokens in words [first, first + out.shape[1])."""
-        teacher = tokens_of(self.teacher, tokens)
-        head, other, vocab, count = Head.of(p), Head.of(teacher), p.weight.shape[0], out.shape[1]
+    def writer(self, p: Projection, tokens: slice) -> Write:
+        """For a range of the computed tokens, p being the student's head on these."""
+        head, other = Head.of(p), Head.of(part_of(self.teacher, tokens))
+        n, vocab, widths = p.num_rows, p.weight.shape[0], (head.x.shape[1], other.x.shape[1])
         config = config_of("distill_grad", head)
-        token_tiles, word_tiles = ceil_div(p.num_rows, config.tokens), ceil_div(count, config.words)
-        grad_kernels.distill_grad_kernel[(token_tiles * word_tiles,)](
-            head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias,
-            other.x, other.x.stride(0), other.w, other.w.stride(0), other.bias, temperature_of(p), p.softcap,
-            self.lse[tokens], self.teacher_lse[tokens], self.centre[tokens], self.d_loss[tokens], self.beta,
-            out, out.stride(0), p.num_rows, vocab, head.x.shape[1], other.x.shape[1],
-            first, count, token_tiles, word_tiles,
-            KIND=self.kind, GROUP=config.group,
-            **pair_flags(head, other, config, count % config.words == 0), **shape_options(config),
-        )  # fmt: skip
+        per_token = [x[tokens] for x in (self.lse, self.teacher_lse, self.centre, self.d_loss)]
+        inputs = (*pair_pointers(head, other, p.rows), temperatures(p), p.softcap, *per_token, self.beta)
 
+        def write(first: int, out: Tensor) -> None:
+            count = out.shape[1]
+            token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
+            grad_kernels.distill_grad_kernel[(token_tiles * word_tiles,)](
+                *inputs, out, out.stride(0), n, vocab, *widths, first, count, token_tiles, word_tiles,
+                KIND=self.kind, GROUP=config.group,
+                **pair_flags(head, other, config, count % config.words == 0), **shape_options(config),
+            )  # fmt: skip
 
-def tokens_of(p: Projection, tokens: slice) -> Projection:
-    """The same head on a range of its computed tokens."""
-    if p.rows is not None:
-        return Projection(p.hidden, p.weight, p.bias, p.temperature, p.softcap, p.rows[tokens])
-    temperature = p.temperature[tokens] if isinstance(p.temperature, Tensor) else p.temperature
-    return Projection(p.hidden[tokens], p.weight, p.bias, temperature, p.softcap)
+        return write

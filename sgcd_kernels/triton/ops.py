@@ -5,14 +5,18 @@ What the kernels sum is finished, and merged over the ranks of a group, by the s
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels import torch_backend
-from sgcd_kernels.shard import shard_range
+from sgcd_kernels.kernel_inputs import (
+    local_targets,
+    mixture_fields,
+    normalisers,
+    normalisers_from_lse,
+    values,
+)
 from sgcd_kernels.torch_backend import target_logp
 from sgcd_kernels.torch_backend.grads import Needs
 from sgcd_kernels.triton import launch
@@ -29,7 +33,7 @@ def logprob_forward(
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, lse) of the computed rows, each [n]."""
-    stats = merged_head(launch.head_stats(p, local(targets, p, group)))
+    stats = merged_head(launch.head_stats(p, local_targets(targets, p, group)))
     stats.merge(group)
     return stats.results()
 
@@ -53,7 +57,7 @@ def logprob_backward(
     lift = lift_of(p, coefficients)
     scale, d_logp, *rest = (x * lift for x in coefficients) if lift is not None else coefficients
     grad = launch.LogprobGrad(
-        local(targets, p, group),
+        local_targets(targets, p, group),
         values(lse),
         scale,
         d_logp,
@@ -75,14 +79,12 @@ def divergence_forward(
     """The asked-for fields of DivergenceStats, each [n]. The buckets of `top_k` are the torch backend's."""
     if top_k is not None:
         return torch_backend.divergence_forward(student, teacher, targets, features, beta, top_k, group)
-    stats = merged_pair(launch.pair_stats(student, teacher, local(targets, student, group)))
+    stats = merged_pair(launch.pair_stats(student, teacher, local_targets(targets, student, group)))
     stats.merge(group)
     fields = stats.results()
     if features:
-        normalisers = torch.stack([stats.p.m, stats.p.z.log(), stats.q.m, stats.q.z.log()])
-        tv, jsd, _ = launch.mixture_stats(student, teacher, normalisers, beta, "jsd" in features).sum(0)
-        sums = {"tv": tv.clamp(0, 1), "jsd": jsd.clamp(0, math.log(2))}
-        fields |= {name: sums[name] for name in features}
+        tv, jsd, _ = launch.mixture_stats(student, teacher, normalisers(stats), beta, "jsd" in features).sum(0)
+        fields |= mixture_fields(features, jsd, tv)
     return fields
 
 
@@ -99,9 +101,7 @@ def distill_backward(
     """Gradients of sum(d_loss divergence)."""
     centre = divergence
     if kind == "jsd":
-        zeros = torch.zeros_like(lse[0])
-        normalisers = torch.stack([lse[0], zeros, lse[1], zeros])
-        centre = launch.mixture_stats(student, teacher, normalisers, beta, True)[:, 2].sum(0)
+        centre = launch.mixture_stats(student, teacher, normalisers_from_lse(*lse), beta, True)[:, 2].sum(0)
     lift = lift_of(student, [values(d_loss)])
     d_loss = values(d_loss) if lift is None else values(d_loss) * lift
     grad = launch.DistillGrad(teacher, kind, beta, values(lse[0]), values(lse[1]), values(centre), d_loss)
@@ -117,12 +117,3 @@ def lift_of(p: Projection, coefficients: list[Tensor]) -> Tensor | None:
         return None
     largest = torch.stack([x.abs().amax() for x in coefficients]).amax()
     return torch.where(largest > 0, LIFTED / largest, 1.0).log2().floor().exp2()
-
-
-def local(targets: Tensor, p: Projection, group: ProcessGroup | None) -> Tensor:
-    """Targets as rows of this rank's weight; what is no row here is found by none."""
-    return (targets - shard_range(p.weight, group)[0]).contiguous()
-
-
-def values(x: Tensor) -> Tensor:
-    return x.detach().float().contiguous()
