@@ -1,8 +1,11 @@
-"""Run the tests of the ops on each backend that "auto" can choose here, and on the torch backend alone."""
+"""Which backends the tests of the ops run on: the ops by "auto", with and without C++; the kernels by name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from sgcd_kernels import backend_status, backends
 
@@ -20,3 +23,21 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Leave the compiled backend out for the half of the tests that is for the torch backend."""
     if request.param == "torch":
         monkeypatch.delitem(backends._BACKENDS, "cpp")
+
+
+@pytest.fixture
+def impl(request: pytest.FixtureRequest) -> str:
+    """A compiled backend by name, where it can be used."""
+    status = backend_status()[request.param]
+    if not status.usable:
+        pytest.skip(status.reason)
+    return str(request.param)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill all fresh memory, scratch inside the operators too, with NaN (bytes with 255, NaN in bf16)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

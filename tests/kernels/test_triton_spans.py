@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgcd_kernels import CreditConfig, reference
-from tests.kernels.triton_device import DEVICE
+from tests.kernels.cases import DEVICES
 
 pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ def test_onsets(seed: int) -> None:
     eligible = torch.rand(n, generator=g) < 0.8
     for start in cu[:-1][torch.tensor(lengths) > 0].tolist():
         u[start], eligible[start] = 1.0, True
-    device = (a.to(DEVICE) for a in (u, entropy, turns, eligible, cu))
+    device = (a.to(DEVICES["triton"]) for a in (u, entropy, turns, eligible, cu))
     got = find_spans(*device, cfg).cpu()  # type: ignore[arg-type]
     want = torch.full((n,), -1)
     for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist()):

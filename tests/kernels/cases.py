@@ -1,12 +1,18 @@
-"""Inputs, and the fp64 truth, shared by the tests of the C++ backend."""
+"""Inputs, and the fp64 truth, shared by the tests of the compiled backends; and where each of these runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from sgcd_kernels import reference
+
+# Triton's kernels run on a GPU if there is one, else on the CPU in its interpreter (tests/conftest.py).
+DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+IMPLS = tuple(DEVICES)
 
 
 class Case(NamedTuple):
@@ -21,6 +27,31 @@ def case(n: int, h: int, v: int, dtype: torch.dtype, std: float = 2.0, seed: int
     x, w = torch.randn(n, h, generator=g) * std, torch.randn(v, h, generator=g) / h**0.5
     t = x + 0.3 * std * torch.randn(n, h, generator=g)
     return Case(x.to(dtype), w.to(dtype), torch.randint(v, (n,), generator=g), t.to(dtype))
+
+
+def on(c: Case, impl: str) -> Case:
+    return Case(*(x.to(DEVICES[impl]) for x in c))
+
+
+def skip_if_slow(impl: str, n: int, v: int) -> None:
+    if impl == "triton" and DEVICES[impl] == "cpu" and n * v > 25_000:
+        pytest.skip("takes too long in the interpreter")
+
+
+Leaves = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden, weight, bias
+
+
+def leaves_of(c: Case, dtype: torch.dtype, device: str = "cpu") -> Leaves:
+    bias = torch.linspace(-1, 1, c.w.shape[0]).to(c.w.dtype)
+    return tuple(a.to(device, dtype).requires_grad_() for a in (c.x, c.w, bias))  # type: ignore[return-value]
+
+
+def grads(loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], leaves: Leaves) -> Leaves:
+    return tuple(g.cpu() for g in torch.autograd.grad(loss(*leaves), leaves))  # type: ignore[return-value]
+
+
+def weights(n: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.linspace(-1, 2, n, device=device)
 
 
 def exact(c: Case, dtype: torch.dtype = torch.float64, **extras: Any) -> dict[str, torch.Tensor]:
