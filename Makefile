@@ -24,11 +24,11 @@ export GOMP_SPINCOUNT ?= 1000
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
-	@echo "make test-gpu    the Triton kernels' tests on a GPU             (GPU_PYTHON=python3)"
+	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make lint        ruff and mypy"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
-	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is installed)"
+	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
@@ -45,12 +45,11 @@ test: $(READY)
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
 
-# Uses a Python that has torch with CUDA, triton and pytest already: GPU_PYTHON=... chooses another.
-GPU_PYTHON ?= python3
+# Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
 test-gpu:
-	@$(GPU_PYTHON) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
-	  { echo "$(GPU_PYTHON) needs pytest, triton, and torch with a CUDA device (GPU_PYTHON=... chooses another)" >&2; exit 2; }
-	@$(GPU_PYTHON) -m pytest -q tests/kernels/test_triton_*.py $(ARGS)
+	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
+	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
+	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
@@ -67,8 +66,8 @@ sanitize: $(READY)
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
 	$(PY) tests/kernels/fuzz_cpp.py 10000; \
-	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." tests/kernels/test_cpp_values.py \
-	  tests/kernels/test_cpp_grads.py tests/kernels/test_packed.py
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/kernels/test_cpp_values.py \
+	  tests/kernels/test_cpp_grads.py tests/kernels/test_packed.py tests/kernels/test_kernel_*.py
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)

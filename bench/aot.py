@@ -154,12 +154,14 @@ def main() -> int:
     args = parser.parse_args()
     print(HEADER)
     print("|---|---|---|---|---|---|---|---|---|")
+    failed = 0
     for case in cases(args.kernel, args.arch, args.dtype):
         try:
             print(compile_case(*case, everything=args.everything).line(), flush=True)
-        except Exception as error:
+        except Exception as error:  # a case that does not compile is a row too, and the exit code says so
+            failed = 1
             print(f"| {case[0]} | {case[1]} | sm_{case[2]} | {case[3]} | {type(error).__name__}: {str(error)[:300]} |")
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

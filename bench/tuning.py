@@ -1,22 +1,83 @@
-"""`python -m bench tune`: the configs of the Triton kernels, from the table `sgcd_kernels.triton.configs.CONFIGS`."""
+"""`python -m bench tune`: each configuration of the Triton kernels' tables, in the op that it serves.
+
+On a GPU every candidate of `sgcd_kernels.triton.configs` for that device is timed, interleaved, inside the whole op;
+the tables are changed by hand, from what this prints. Without a GPU the candidates are listed.
+"""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
+from typing import Any
 
-from bench.errors import UserError
+import torch
 
-MODULE = "sgcd_kernels.triton.configs"
+from bench.cases import Case
+from bench.inputs import Inputs, make
+from bench.timing import Prepare, interleaved
+from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
+from sgcd_kernels.triton.configs import HALF, Config
+
+CASE = Case("divergence", "forward", "qwen3-8b", 8192, "bf16", "cuda")
+
+
+def calls(i: Inputs) -> dict[str, Callable[[], object]]:
+    """The op by which each kernel is timed."""
+    leaves = i.leaves()
+    with torch.no_grad():
+        lse = linear_logprob(i.hidden, i.weight, i.targets, impl="triton").lse
+
+    def policy() -> None:
+        options: dict[str, Any] = {"cu_seqlens": i.cu_seqlens, "loss_type": "dapo", "lse": lse, "impl": "triton"}
+        linear_policy_loss(leaves.hidden, leaves.weight, i.targets, i.advantages, **options)
+
+    def distill() -> None:
+        loss = linear_distill_loss(leaves.hidden, leaves.weight, i.teacher, mask=i.mask, impl="triton")
+        torch.autograd.grad(loss, (leaves.hidden, leaves.weight))
+
+    heads = (i.hidden, i.weight, i.targets, i.teacher)
+    return {
+        "head_stats": lambda: linear_logprob(i.hidden, i.weight, i.targets, impl="triton"),
+        "pair_stats": lambda: linear_divergence(*heads, impl="triton"),
+        "mixture_stats": lambda: linear_divergence(*heads, features=("jsd",), impl="triton"),
+        "logprob_grad": policy,
+        "distill_grad": distill,
+    }
+
+
+def compare(kernel: str, major: int, call: Callable[[], object], device: str) -> dict[Config, float | str]:
+    """Milliseconds of the op with each candidate in the place of the one that runs, or why there are none."""
+    table, candidates = HALF[kernel], HALF[kernel][major]
+
+    def chosen(config: Config) -> Prepare:
+        def prepare(_: int) -> Callable[[], object]:
+            table[major] = (config,)
+            return call
+
+        return prepare
+
+    try:
+        timings, failed = interleaved({str(config): chosen(config) for config in candidates}, device)
+    finally:
+        table[major] = candidates
+    found: dict[Config, float | str] = {}
+    for config in candidates:
+        timing = timings.get(str(config))
+        found[config] = timing.median if timing else f"{type(failed[str(config)]).__name__}: {failed[str(config)]}"
+    return found
 
 
 def main() -> int:
-    """List every op's configs."""
-    try:
-        configs = importlib.import_module(MODULE).CONFIGS
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise UserError(f"no Triton kernels to tune in this version ({error})") from None
-    for op, candidates in configs.items():
-        print(f"{op}: {len(candidates)} configs")
-        for config in candidates:
-            print(f"  {config}")
+    """Print a line a candidate."""
+    if not torch.cuda.is_available():
+        print("PyTorch sees no GPU: these are the candidates, nothing is timed")
+        for kernel, table in HALF.items():
+            for major, candidates in table.items():
+                print(f"{kernel}, compute capability {major}.x:", *candidates, sep="\n  ")
+        return 0
+    major = torch.cuda.get_device_capability()[0]
+    major = max(known for known in HALF["pair_stats"] if known <= major)
+    for kernel, call in calls(make(CASE)).items():
+        print(f"{kernel}, in {CASE.shape}, N {CASE.tokens}, {CASE.dtype}; the first runs today")
+        for config, result in compare(kernel, major, call, "cuda").items():
+            print(f"  {result if isinstance(result, str) else f'{result:.3f} ms'}  {config}", flush=True)
     return 0

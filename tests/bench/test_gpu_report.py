@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_report.sh"
 STAND_IN = """#!/bin/sh
 echo "$@" >> "$CALLS"
-case "$*" in *"-m bench run"*after*) [ -e "$FIXED" ] || exit 3 ;; *"-m bench tune"*) exit 2 ;; esac
+case "$*" in *"-m bench run"*after*) [ -e "$FIXED" ] || exit 3 ;; esac
 cat >/dev/null </dev/null
 """
 
@@ -35,7 +35,7 @@ def test_a_piece_that_fails_does_not_stop_the_others_and_is_tried_again_alone(tm
     assert first.returncode == 1
     found = states(tmp_path)
     assert found.pop("bench_2") == "failed" and set(found.values()) == {"done"}
-    assert "nothing to do in this version" in (tmp_path / "out" / "tune.done").read_text()
+    assert any("-m bench tune" in c for c in (tmp_path / "calls").read_text().splitlines())
     calls = (tmp_path / "calls").read_text().splitlines()
     assert any("bench run --device cpu" in c and "before" in c for c in calls) and any("bench plot" in c for c in calls)
     (tmp_path / "fixed").touch()

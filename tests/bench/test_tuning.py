@@ -1,0 +1,39 @@
+"""The tuning run: every candidate is in force while it is timed, and the table is afterwards what it was."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from bench import tuning
+from bench.__main__ import main
+from sgcd_kernels.triton.configs import HALF, Config, config_for
+
+
+def test_each_candidate_is_in_force_while_it_is_timed() -> None:
+    table, seen = dict(HALF["pair_stats"]), []
+
+    def call() -> None:
+        config = config_for("pair_stats", 9, 2)
+        seen.append(config)
+        if config == table[9][1]:
+            raise RuntimeError("out of resources")
+        time.sleep(0.02 if config == table[9][0] else 0.006)
+
+    found = tuning.compare("pair_stats", 9, call, "cpu")
+    first, second, third = table[9]
+    assert set(seen) == set(table[9]) == set(found)
+    assert found[second] == "RuntimeError: out of resources"
+    assert isinstance(found[first], float) and isinstance(found[third], float) and found[first] > found[third]
+    assert HALF["pair_stats"] == table
+
+
+def test_without_a_gpu_the_candidates_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune"]) == 0
+    out = capsys.readouterr().out
+    listed = [config for table in HALF.values() for candidates in table.values() for config in candidates]
+    assert all(isinstance(config, Config) and str(config) in out for config in listed) and "nothing is timed" in out
