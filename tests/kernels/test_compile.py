@@ -24,7 +24,7 @@ from sgcd_kernels import (
     sgcd_loss,
 )
 from sgcd_kernels.registered import policy_loss as registered_policy
-from sgcd_kernels.registered.credit import packed
+from sgcd_kernels.registered.credit import as_arguments
 from sgcd_kernels.registered.sgcd import METRICS
 
 H, V = 8, 60
@@ -289,7 +289,7 @@ class TestOpcheck:
         d, n = i["a"].reshape(-1).abs().to(dtype), i["a"].numel()
         for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear")):
             signals = (d, d, i["cu"], i["mask"].reshape(-1), torch.arange(n) // 5, d[:2], d, d, None, None)
-            check("credit_weights", *signals, *packed(config))
+            check("credit_weights", *signals, *as_arguments(config))
         cu = None if padded else i["cu"]
         given = (i["w"].detach(), i["y"], i["a"].to(dtype), cu)
         check("sgcd_inputs", *given, i["mask"], i["mask"].float(), -100, "")
