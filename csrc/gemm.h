@@ -18,6 +18,11 @@ bool has_bf16_products();
 void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
               float* c, int64_t ldc, bool add);
 
+// The same for fp32 with a [k, m], rows of a apart by lda, where the products are our own.
+bool has_transposed_products(Math math);
+void multiply_transposed(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                         float* c, int64_t ldc, bool add);
+
 // Every thread that multiplied calls this before it goes back to other work: tile registers are state.
 void release_multiplier();
 

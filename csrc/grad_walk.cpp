@@ -15,7 +15,10 @@ constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both pr
 constexpr int64_t kSlabBytes = 16 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
 constexpr int64_t kTransposedBytes = 12 << 20;  // weight^T of a slab
 constexpr int64_t kStepBytes = 512 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
-constexpr int64_t kBatch = 8;                // tiles that pass by them
+constexpr int64_t kBatch = 8;                // tiles of tokens that pass by them
+constexpr int64_t kShares = 8;               // of a slab's words, each with a dX of its own, where tiles are few
+constexpr int64_t kSharedTiles = 64;
+constexpr int64_t kSharedBytes = 8 << 20;    // of all their dX
 constexpr int64_t kDepth = 512;             // tokens of one product into dW
 constexpr int64_t kPad = 32;                // elements: rows a power of two apart would fall into few sets of a cache
 constexpr int64_t kDzLd = kDepth + kPad;
@@ -35,20 +38,23 @@ class GradWalk {
         math_(head_.math()),
         size_(element_size(math_)),
         needs_(needs),
+        in_place_(has_transposed_products(math_)),
         columns_(round_up(head_.width(), kTile)) {
     const int64_t padded = round_up(head_.tokens(), kTile);
     int64_t per_tile = needs[1] ? columns_ * kTile * size_ : 0;
     for (const Head& head : heads) per_tile += head.token_tile_bytes();
     group_ = std::min(padded, std::max<int64_t>(1, kPackedBytes / per_tile) * kTile);
     const bool one_group = group_ == padded;
-    const int64_t transposed = needs[0] ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
+    const int64_t transposed = needs[0] && !in_place_ ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
     slab_ = std::max<int64_t>(1, std::min(kSlabBytes / (size_ * group_), transposed) / kTile) * kTile;
     slab_ = std::min(slab_, round_up(head_.vocab(), kTile));
     dw_ = needs[1] ? at::empty(weight.sizes(), weight.options().dtype(grad_type(weight))) : at::Tensor();
     db_ = needs[2] ? at::zeros({head_.vocab()}, at::kFloat) : at::Tensor();
-    dx_ = needs[0] ? at::zeros({padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
+    shares_ = std::clamp<int64_t>(kSharedTiles / (padded / kTile), 1, kShares);
+    if (needs[0]) shares_ = std::clamp<int64_t>(kSharedBytes / (padded * head_.width() * 4), 1, shares_);
+    dx_ = needs[0] ? at::zeros({shares_, padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
     step_ = std::clamp<int64_t>(kStepBytes / (head_.depth() * size_) / kTile, 2, 8) * kTile;
-    if (needs[0]) wt_ = bytes(round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
+    if (needs[0] && !in_place_) wt_ = bytes(round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
     if (needs[1]) {
       dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
       rows_ = bytes(columns_ * group_ * size_);
@@ -106,43 +112,53 @@ class GradWalk {
 
   void transpose_block(int64_t slab, int64_t block) {
     const int64_t at = block * kTile, word = slab + at, count = std::min<int64_t>(kTile, head_.vocab() - word);
-    if (!needs_[0] || count <= 0) return;
+    if (!wt_.defined() || count <= 0) return;
     head_.transpose_words(word, count, round_up(count, 2), weight_t(at), step_ + kPad);
   }
 
   void by_tokens() {
     const int64_t tiles = tokens_ / kTile, threads = at::get_num_threads();
-    const int64_t batch = std::clamp<int64_t>((tiles + threads - 1) / threads, 1, kBatch);
-    share((tiles + batch - 1) / batch, [&](auto next) {
+    const int64_t batch = std::clamp<int64_t>(tiles * shares_ / (4 * threads), 1, kBatch);
+    const int64_t batches = (tiles + batch - 1) / batch, steps = (words_ + step_ - 1) / step_;
+    share(batches * shares_, [&](auto next) {
       const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
       const at::Tensor packed_dz = bytes(step_ * kTile * size_);
       std::vector<at::Tensor> scratch;
       for (const Head& head : heads_) scratch.push_back(bytes(head.words_bytes(step_)));
-      for (int64_t task; (task = next()) >= 0;)
-        for (int64_t step = 0; step < words_; step += step_) {
+      for (int64_t task; (task = next()) >= 0;) {
+        const int64_t share = task / batches, first = task % batches * batch;
+        const int64_t end = std::min((share + 1) * steps / shares_ * step_, words_);
+        for (int64_t step = share * steps / shares_ * step_; step < end; step += step_) {
           const int64_t stop = std::min(step + step_, words_);
           Words words[2];
           for (size_t h = 0; h < heads_.size(); h++)
             words[h] = heads_[h].words(word_ + step, stop - step, data(scratch[h]));
-          for (int64_t tile = task * batch; tile < std::min((task + 1) * batch, tiles); tile++) {
+          for (int64_t tile = first; tile < std::min(first + batch, tiles); tile++) {
             for (int64_t at = step; at < stop; at += kTile)
               grad_tile(tile, at, std::min<int64_t>(kTile, stop - at), words, at - step, z.mutable_data_ptr<float>(),
                         data(packed_dz) + (at - step) * kTile * size_);
-            if (needs_[0]) add_hidden_grad(tile, step, stop - step, data(packed_dz));
+            if (needs_[0]) add_hidden_grad(share, tile, step, stop - step, words[0], data(packed_dz));
           }
         }
+      }
       release_multiplier();
     });
   }
 
+  float* dx(int64_t share, int64_t tile) {
+    return dx_.mutable_data_ptr<float>() + (share * dx_.size(1) + tile) * head_.width() * kTile;
+  }
+
   // dX^T of a tile of tokens += W^T dZ of some words
-  void add_hidden_grad(int64_t tile, int64_t at, int64_t count, const char* dz) {
+  void add_hidden_grad(int64_t share, int64_t tile, int64_t at, int64_t count, const Words& words, const char* dz) {
     const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
-    float* dx = dx_.mutable_data_ptr<float>() + (first_ / kTile + tile) * width * kTile;
+    float* sum = dx(share, first_ / kTile + tile);
+    if (in_place_)
+      return multiply_transposed(width, kTile, depth, static_cast<const float*>(words.data), words.ld,
+                                 reinterpret_cast<const float*>(dz), kTile, sum, kTile, true);
     for (int64_t h = 0; h < width; h += kTile)
       multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
-               step_ + kPad, dz,
-               kTile, dx + h * kTile, kTile, true);
+               step_ + kPad, dz, kTile, sum + h * kTile, kTile, true);
   }
 
   // dZ of one tile: packed into `out` for the product with W^T, and laid out in rows for the product with X.
@@ -227,7 +243,11 @@ class GradWalk {
     const bool half = type == at::kBFloat16;
     share(round_up(n, kTile) / kTile, [&](auto next) {
       for (int64_t tile; (tile = next()) >= 0;) {
-        const float* from = dx_.const_data_ptr<float>() + tile * width * kTile;
+        float* from = dx(0, tile);
+        for (int64_t share = 1; share < shares_; share++) {
+          const float* more = dx(share, tile);
+          for (int64_t i = 0; i < width * kTile; i++) from[i] += more[i];
+        }
         for (int64_t t = 0; t < std::min<int64_t>(kTile, n - tile * kTile); t++) {
           const int64_t row = (tile * kTile + t) * width;
           if (half)
@@ -248,8 +268,9 @@ class GradWalk {
   const Math math_;
   const int64_t size_;
   const std::array<bool, 3> needs_;
+  const bool in_place_;    // W^T dZ reads W as it lies
   const int64_t columns_;  // H padded to whole tiles
-  int64_t group_ = 0, slab_ = 0, step_ = 0;
+  int64_t group_ = 0, slab_ = 0, step_ = 0, shares_ = 1;
   int64_t word_ = 0, words_ = 0, first_ = 0, tokens_ = 0;  // where the walk is
   at::Tensor dw_, db_, dx_, wt_, dz_, rows_, dw_sum_, db_part_;
   std::vector<at::Tensor> packed_;
