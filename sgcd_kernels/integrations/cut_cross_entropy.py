@@ -1,0 +1,44 @@
+"""`cut_cross_entropy.linear_cross_entropy` by our kernels: cross-entropy of hidden states, no gradient left out.
+
+from sgcd_kernels.integrations.cut_cross_entropy import linear_cross_entropy
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.validation import check_choice
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    e: Tensor,  # [..., H], one or two leading dimensions
+    c: Tensor,  # [V, H]
+    targets: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = False,
+    impl: str = "auto",
+) -> Tensor:
+    """-log softmax(softcap(e c^T + bias))[targets]: fp32, its mean over tokens that are not ignored, sum, or each.
+
+    `shift` n (True is 1): position i is judged by target i + n. With reduction "none" the result has the shape of
+    `targets`, or n columns less; ignored tokens give 0. There is no `filter_eps`: small gradients are kept.
+
+    Raises ValueError as `linear_logprob` does, and for a shift of [N, H] or beyond the sequence.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if shift:
+        if targets.dim() != 2 or not 0 < int(shift) < targets.shape[1]:
+            raise ValueError(f"shift is {shift}, needs [B, T] targets with T above it, got {list(targets.shape)}")
+        e, targets = e[:, : -int(shift)], targets[:, int(shift) :]
+    loss = -linear_logprob(e, c, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl).logp
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()

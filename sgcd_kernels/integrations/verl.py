@@ -1,0 +1,35 @@
+"""`verl.utils.kernel.linear_cross_entropy` by our kernels: log-probs and entropies of hidden states.
+
+from sgcd_kernels.integrations.verl import linear_cross_entropy
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.validation import check_choice
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [N, H] or [B, T, H]
+    weight: Tensor,  # [V, H], or this rank's rows
+    labels: Tensor,  # [N] or [B, T]
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log p(labels), entropy), both fp32 and differentiable; `reduction` is of the log-probs alone, as in verl.
+
+    With `dist_process_group` the head is sharded by rows in the order of the ranks, and labels are global ids.
+
+    Raises ValueError as `linear_logprob` does.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    stats = linear_logprob(hidden, weight, labels, temperature=temperature, group=dist_process_group)
+    if reduction == "none":
+        return stats.logp, stats.entropy
+    return stats.logp.sum() if reduction == "sum" else stats.logp.mean(), stats.entropy
