@@ -20,7 +20,8 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
-    renderer: Literal["compact", "chatml"] = "compact"
+    renderer: Literal["compact", "chatml", "template"] = "compact"  # template: the tokenizer's own, as Qwen's
+    chat_template_kwargs: dict[str, Any] = {}  # of renderer template, as in TRL: {enable_thinking: false}
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
     attn_implementation: str = "sdpa"
     max_length: int = Field(1024, gt=0, le=2**20)  # prompt + response, tokens

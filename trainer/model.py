@@ -17,6 +17,7 @@ from trainer.types import Renderer, UserError
 if TYPE_CHECKING:
     from trainer.config import Config, ModelConfig
     from trainer.engines.hf import HFEngine
+    from trainer.engines.padded import PaddedEngine
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
@@ -51,7 +52,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
-    return model, tokenizer, chat.load(config.renderer, tokenizer)
+    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
 
 
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
@@ -75,15 +76,28 @@ def _check_whole(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine:
-    """The engine that samples from `model`."""
+def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine | PaddedEngine:
+    """The engine that samples from `model`: `hf` where a plain cache of keys and values is all the state there is."""
     from trainer.engines.hf import HFEngine
+    from trainer.engines.padded import PaddedEngine
 
     slots, length = config.engine.slots, config.model.max_length
+    plain = layer_kinds(model) == {"full_attention"} and config.model.attn_implementation in ("sdpa", "eager")
+    made: type[HFEngine] | type[PaddedEngine] = HFEngine if plain else PaddedEngine
     try:
-        return HFEngine(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
+        return made(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
     except ValueError as error:
         raise UserError(f"model.path: {config.model.path} cannot be sampled from ({error}); choose another") from error
+
+
+def layer_kinds(model: Any) -> set[str]:
+    """The kinds of the decoder's layers, by transformers' names: full_attention, linear_attention, ..."""
+    config = model.config.get_text_config()
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    if getattr(model, "_is_stateful", False):
+        return {f"{config.model_type} state"}
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
 
 
 def fast_bf16() -> bool:

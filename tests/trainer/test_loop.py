@@ -291,11 +291,11 @@ def test_an_attention_that_cannot_be_had_is_named(folder: Path, tmp_path: Path, 
         loop.train(config(folder, tmp_path / "run", model=given))
 
 
-def test_a_model_without_full_attention_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_no_engine_can_sample_from_is_one_line(folder: Path, tmp_path: Path) -> None:
     made = config(folder, tmp_path)
     model, _, renderer = policy.load(made.model)
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UserError, match=r"model\.path: .*sliding_attention"):
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UserError, match=r"model\.path: .*chunked_attention"):
         policy.engine(made, model, renderer)
 
 
