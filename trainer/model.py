@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainer import lora
+from trainer.extras import need
 from trainer.types import Renderer, UserError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"model.path: {config.path} {what}; give a Hugging Face model folder on this machine")
+    _check_kernels(config)
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -46,6 +49,10 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     finally:
         logging.set_verbosity(verbosity)
     _check_whole(config.path, found)
+    if config.use_liger_kernel:
+        _use_liger(model)
+    if config.lora:
+        lora.add(model, config.lora)
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +60,40 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
         compute_in_bf16(model.get_decoder())
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
     return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
+
+
+def _check_kernels(config: ModelConfig) -> None:
+    """Refuse what needs a GPU, a package or bf16 that is not there: in one line, and before the first forward."""
+    flash = config.attn_implementation.startswith("flash_attention")
+    for key, value, wanted in (
+        ("attn_implementation", config.attn_implementation, flash),
+        ("use_liger_kernel", True, config.use_liger_kernel),
+    ):
+        if wanted and not torch.cuda.is_available():
+            other = "sdpa" if flash else "false"
+            raise UserError(f"model.{key}: {value} needs a GPU, and PyTorch sees none; use --model.{key} {other}")
+    if flash and config.autocast == "off":
+        raise UserError(
+            f"model.attn_implementation: {config.attn_implementation} computes in 16 bits only; use --model.autocast "
+            "bfloat16, or --model.attn_implementation sdpa"
+        )
+    if config.attn_implementation == "flash_attention_2":
+        need("flash_attn")
+    if config.use_liger_kernel:
+        need("liger_kernel")
+
+
+def _use_liger(model: Any) -> None:
+    """Liger's layers in place of the model's own; its losses stay out, for the head is ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(
+            f"model.use_liger_kernel: Liger has no layers for {model.config.model_type}; "
+            "use --model.use_liger_kernel false"
+        )
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _cannot_load(config: ModelConfig, error: Exception) -> str:

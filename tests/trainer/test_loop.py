@@ -284,7 +284,7 @@ def test_a_tied_head_need_not_be_stored(tmp_path: Path) -> None:
     assert torch.equal(loaded.get_output_embeddings().weight, state["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("name", ["sdpaa", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["sdpaa", "flex"])
 def test_an_attention_that_cannot_be_had_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     given = ModelConfig(path=str(folder), max_length=200, attn_implementation=name)
     with pytest.raises(UserError, match=rf"model\.attn_implementation: .*'{name}'"):
