@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from tests.trainer import toy
 from tests.trainer.test_loop import config, identical, kill_at_step_3, records
-from trainer import checkpoint, envs, loop
+from trainer import checkpoint, configfile, envs, loop
 from trainer import model as policy
-from trainer.config import Config, LoraConfig, ModelConfig
+from trainer.config import Config, EnvConfig, LoraConfig, ModelConfig
 from trainer.engines.hf import HFEngine
 from trainer.engines.padded import PaddedEngine
 from trainer.model import hidden_states
@@ -65,6 +65,35 @@ def test_a_step_of_sgcd(folders: dict[str, Path], tmp_path: Path, kind: str) -> 
     before, after = load_file(folders[kind] / "model.safetensors"), saved(tmp_path)
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []  # every tensor learns
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_step_of_sgcd_in_workday(tmp_path: Path, kind: str) -> None:
+    """The embedded world in its own words; random weights solve a task of class no_action now and then."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("trainer/assets/workday-tiny")
+    tokenizer.save_pretrained(tmp_path / "model")
+    toy.model(kind, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    made = configfile.load(Path("configs/workday_sgcd.yaml")).model_copy(
+        update={
+            "model": ModelConfig(path=str(tmp_path / "model"), max_length=256),
+            "env": EnvConfig(max_turns=2),
+            "output_dir": tmp_path / "run",
+            "groups_per_step": 2,
+            "max_resample_times": 10,
+            "max_completion_length": 16,
+            "eval_on_start": False,
+            "eval_samples": 1,
+            "max_steps": 1,
+        }
+    )
+    loop.train(made)
+    (line,) = records(tmp_path / "run")
+    assert line["by_group/trained"] > 0
+    assert line["credit/invalid"] == 0
+    assert line["grad_norm"] > 0
+    assert line["sampling/logprob_diff_max"] < 1e-4
 
 
 def test_a_killed_run_of_a_recurrent_model_resumes_to_the_same_bits(
@@ -251,8 +280,6 @@ def test_a_missing_package_is_one_line(
 
 
 def test_the_config_is_written_and_read(tmp_path: Path) -> None:
-    from trainer import configfile
-
     file = tmp_path / "c.yaml"
     file.write_text("model: {renderer: template, chat_template_kwargs: {enable_thinking: false}}\n")
     made = configfile.load(file, ["--model.lora.rank", "8", "--model.lora.target_modules", "[q_proj, v_proj]"])
