@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.test_loop import config, identical, kill_at_step_3, records
 from trainer import checkpoint, configfile, envs, loop
@@ -74,15 +75,16 @@ def test_a_step_of_sgcd_in_workday(tmp_path: Path, kind: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained("trainer/assets/workday-tiny")
     tokenizer.save_pretrained(tmp_path / "model")
-    toy.model(kind, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    toy.model(kind, vocab_size=len(tokenizer), scale=3.0).save_pretrained(tmp_path / "model")
     made = configfile.load(Path("configs/workday_sgcd.yaml")).model_copy(
         update={
-            "model": ModelConfig(path=str(tmp_path / "model"), max_length=256),
-            "env": EnvConfig(max_turns=2),
+            "model": ModelConfig(path=str(tmp_path / "model"), max_length=400),
+            "env": EnvConfig(max_turns=1),
             "output_dir": tmp_path / "run",
-            "groups_per_step": 2,
-            "max_resample_times": 10,
-            "max_completion_length": 16,
+            "credit": CreditConfig(d_floor=1e-3),
+            "groups_per_step": 1,
+            "max_resample_times": 12,
+            "max_completion_length": 128,
             "eval_on_start": False,
             "eval_samples": 1,
             "max_steps": 1,
@@ -90,8 +92,9 @@ def test_a_step_of_sgcd_in_workday(tmp_path: Path, kind: str) -> None:
     )
     loop.train(made)
     (line,) = records(tmp_path / "run")
-    assert line["by_group/trained"] > 0
+    assert line["by_group/trained"] == 1
     assert line["credit/invalid"] == 0
+    assert line["credit/w_mean"] > 1
     assert line["grad_norm"] > 0
     assert line["sampling/logprob_diff_max"] < 1e-4
 
