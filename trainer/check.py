@@ -257,7 +257,7 @@ def _reach(config: Config) -> str:
 
 def disk(probe: Probe) -> str:
     config = probe.config
-    parameters = sum(p.numel() for p in probe.model.parameters())
+    parameters = sum(p.numel() for p in probe.model.parameters() if p.requires_grad)
     need = (config.save_total_limit + 1) * BYTES_PER_PARAMETER * parameters
     place = next(p for p in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from trainer import lora
 from trainer.types import UserError
 
 STATE = "state"
@@ -101,8 +102,11 @@ def load(
 
 
 def load_weights(path: Path, model: Any) -> None:
-    """Load a folder's safetensors into `model`, bit by bit; tied weights that the folder leaves out stay tied."""
-    wanted = model.state_dict()
+    """Load a folder's safetensors into `model`, bit by bit; tied weights that the folder leaves out stay tied.
+
+    A model with adapters takes adapters only: its base is what model.path gave.
+    """
+    wanted = lora.adapter_weights(model) if lora.adapted(model) else model.state_dict()
     stored = _read_weights(path)
     absent = [name for name in wanted if name not in stored and not _is_tied(name, wanted, stored)]
     wrong = [
@@ -114,7 +118,9 @@ def load_weights(path: Path, model: Any) -> None:
             f"{path}: does not match the model at {name} (checkpoint {_describe(stored.get(name))}, model "
             f"{_describe(wanted.get(name))}); use the model.path and dtype it was trained with, or another --output_dir"
         )
-    model.load_state_dict(stored, strict=False)
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            wanted[name].copy_(tensor)
 
 
 def verify(path: Path) -> dict[str, Any]:

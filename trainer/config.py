@@ -18,11 +18,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters instead of the weights; names as in peft, `alpha` is its lora_alpha."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
+    target_modules: str | list[str] = "all-linear"  # all of the decoder, or names such as [q_proj, v_proj]
+
+
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
-    renderer: Literal["compact", "chatml"] = "compact"
+    renderer: Literal["compact", "chatml", "template"] = "compact"  # template: the tokenizer's own, as Qwen's
+    chat_template_kwargs: dict[str, Any] = {}  # of renderer template, as in TRL: {enable_thinking: false}
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "sdpa"  # flash_attention_2: GPU only, with autocast
+    use_liger_kernel: bool = False  # Liger's RMSNorm, SwiGLU and rotary kernels; GPU only
+    lora: LoraConfig | None = None
     max_length: int = Field(1024, gt=0, le=2**20)  # prompt + response, tokens
     cpu_threads: int = Field(0, ge=0, le=1024)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
 

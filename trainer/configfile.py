@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -209,6 +209,7 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
     else:
         fields = {f.name: None for f in dataclasses.fields(section)}
     for name, kind in fields.items():
+        kind = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)  # X | None
         nested = isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))
         yield from _keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
 

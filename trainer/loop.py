@@ -20,6 +20,7 @@ from trainer.clock import Clock
 from trainer.config import Config
 from trainer.credit import writers
 from trainer.engines.hf import HFEngine
+from trainer.engines.padded import PaddedEngine
 from trainer.reporting import MetricLogger
 from trainer.rollout import PromptTooLong, run_group
 from trainer.types import Group, Renderer, Sampling, Suite, Task, UserError
@@ -42,7 +43,7 @@ class Run:
     tokenizer: Any
     renderer: Renderer
     suite: Suite
-    engine: HFEngine
+    engine: HFEngine | PaddedEngine
     writer: writers.Writer
     order: sampling.TaskOrder
     learner: update.Learner

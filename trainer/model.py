@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainer import lora
+from trainer.extras import need
 from trainer.types import Renderer, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config, ModelConfig
     from trainer.engines.hf import HFEngine
+    from trainer.engines.padded import PaddedEngine
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
@@ -34,6 +37,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"model.path: {config.path} {what}; give a Hugging Face model folder on this machine")
+    _check_kernels(config)
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -45,13 +49,51 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     finally:
         logging.set_verbosity(verbosity)
     _check_whole(config.path, found)
+    if config.use_liger_kernel:
+        _use_liger(model)
+    if config.lora:
+        lora.add(model, config.lora)
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
-    return model, tokenizer, chat.load(config.renderer, tokenizer)
+    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
+
+
+def _check_kernels(config: ModelConfig) -> None:
+    """Refuse what needs a GPU, a package or bf16 that is not there: in one line, and before the first forward."""
+    flash = config.attn_implementation.startswith("flash_attention")
+    for key, value, wanted in (
+        ("attn_implementation", config.attn_implementation, flash),
+        ("use_liger_kernel", True, config.use_liger_kernel),
+    ):
+        if wanted and not torch.cuda.is_available():
+            other = "sdpa" if flash else "false"
+            raise UserError(f"model.{key}: {value} needs a GPU, and PyTorch sees none; use --model.{key} {other}")
+    if flash and config.autocast == "off":
+        raise UserError(
+            f"model.attn_implementation: {config.attn_implementation} computes in 16 bits only; use --model.autocast "
+            "bfloat16, or --model.attn_implementation sdpa"
+        )
+    if config.attn_implementation == "flash_attention_2":
+        need("flash_attn")
+    if config.use_liger_kernel:
+        need("liger_kernel")
+
+
+def _use_liger(model: Any) -> None:
+    """Liger's layers in place of the model's own; its losses stay out, for the head is ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(
+            f"model.use_liger_kernel: Liger has no layers for {model.config.model_type}; "
+            "use --model.use_liger_kernel false"
+        )
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
@@ -75,15 +117,28 @@ def _check_whole(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine:
-    """The engine that samples from `model`."""
+def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine | PaddedEngine:
+    """The engine that samples from `model`: `hf` where a plain cache of keys and values is all the state there is."""
     from trainer.engines.hf import HFEngine
+    from trainer.engines.padded import PaddedEngine
 
     slots, length = config.engine.slots, config.model.max_length
+    plain = layer_kinds(model) == {"full_attention"} and config.model.attn_implementation in ("sdpa", "eager")
+    made: type[HFEngine] | type[PaddedEngine] = HFEngine if plain else PaddedEngine
     try:
-        return HFEngine(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
+        return made(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
     except ValueError as error:
         raise UserError(f"model.path: {config.model.path} cannot be sampled from ({error}); choose another") from error
+
+
+def layer_kinds(model: Any) -> set[str]:
+    """The kinds of the decoder's layers, by transformers' names: full_attention, linear_attention, ..."""
+    config = model.config.get_text_config()
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    if getattr(model, "_is_stateful", False):
+        return {f"{config.model_type} state"}
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
 
 
 def fast_bf16() -> bool:

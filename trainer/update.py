@@ -75,9 +75,8 @@ class Learner:
     @staticmethod
     def of(config: Config, model: Any, renderer: Renderer, suite: Suite) -> Learner:
         betas = (config.adam_beta1, config.adam_beta2)
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
         return Learner(config, model, renderer, suite, optimiser)
 
     def update(self, groups: Sequence[Group], step: int, clock: Clock) -> tuple[dict[str, float], list[list[Scored]]]:

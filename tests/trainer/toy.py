@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3_5TextConfig, Qwen3Config
 
 from trainer.chat.compact import SPECIAL, CompactRenderer
 from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool
@@ -31,10 +31,31 @@ def renderer() -> CompactRenderer:
     return CompactRenderer(tokenizer())
 
 
+_KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {}),
+    "sliding": (Qwen3Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3_5": (
+        Qwen3_5TextConfig,
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+}
+
+
 def model(kind: str = "llama", seed: int = 0, vocab_size: int = 24, scale: float = 8.0) -> Any:
-    """Random weights, with a head sharp enough that tokens differ in probability."""
-    config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind]
+    """Random weights, with a head sharp enough that tokens differ in probability.
+
+    "qwen3_5" has a gated-delta layer below one of full attention; "sliding" is a Qwen3 with a window of 16.
+    """
+    config_class, own = _KINDS[kind]
     config = config_class(
+        **own,
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,

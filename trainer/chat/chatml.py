@@ -20,23 +20,19 @@ Text from outside is encoded with special tokens switched off: a file that conta
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from typing import Any
 
-from trainer.chat.bytelevel import ByteLevel
+from trainer.chat.reader import ChatReader
 from trainer.chat.signatures import signature
-from trainer.chat.syntax import Found, Hermes, Python, Span
-from trainer.types import Message, TokenClass, Tool, UserError
+from trainer.chat.syntax import Hermes, Python
+from trainer.types import Message, Tool, UserError
 
-START, END = "<|im_start|>", "<|im_end|>"
-THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 CALLS: dict[str, type[Hermes] | type[Python]] = {"hermes": Hermes, "python": Python}
 TOOLS = ("json", "signatures", "described")
 OPTIONS = "chatml"  # the key in tokenizer_config.json
 
 
-class ChatMLRenderer:
+class ChatMLRenderer(ChatReader):
     """Messages to tokens and back.
 
     Args:
@@ -58,25 +54,11 @@ class ChatMLRenderer:
             raise UserError(f"chatml: got {got}; calls is one of {', '.join(CALLS)}, tools of {', '.join(TOOLS)}")
         self.calls = calls
         self.syntax = CALLS[calls]()
-        vocabulary = tokenizer.get_vocab()
-        if missing := [token for token in (START, END) if token not in vocabulary]:
-            raise UserError(f"model.renderer: chatml needs the tokens {' '.join(missing)}, which this tokenizer lacks")
-        self.tokenizer = tokenizer
-        self._text = ByteLevel(tokenizer)
-        self._start, self._end = vocabulary[START], vocabulary[END]
-        self.stop_ids = frozenset({self._end})
-        self.pad_id = self._end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        super().__init__(tokenizer, self.syntax)
 
     def store_options(self) -> None:
         """Make the tokenizer carry these options wherever it is saved."""
         self.tokenizer.init_kwargs[OPTIONS] = {"calls": self.calls, "tools": self.tools}
-
-    # Messages to tokens
-
-    def encode(self, text: str) -> list[int]:
-        """Plain text: whatever it spells, no special token comes out."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
         system, rest = ("", messages)
@@ -133,71 +115,6 @@ class ChatMLRenderer:
             else:
                 ids += self._block(message["role"], str(message.get("content") or ""))
         return ids
-
-    # Tokens to messages
-
-    def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
-        _, found = self._read(ids)
-        message: Message = {"role": "assistant", "content": found.words}
-        if found.error:
-            return {**message, "content": self.decode(self._said(ids)).strip()}, found.error
-        if found.calls:
-            message["tool_calls"] = [
-                {
-                    "id": f"call_{n}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
-                }
-                for n, (name, arguments) in enumerate(found.calls)
-            ]
-        return message, ""
-
-    def _said(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token != self._end]
-
-    def _read(self, ids: Sequence[int]) -> tuple[str, Found]:
-        """The text of a turn, and what it holds; a call that is only thought of is no call."""
-        text = self.decode(self._said(ids))
-        blank = THINK.sub(lambda m: " " * len(m.group()), text)  # same positions
-        return text, self.syntax.read(blank)
-
-    def classes(self, ids: Sequence[int]) -> list[int]:
-        text, found = self._read(ids)
-        plain = TokenClass.REASONING if found.regions else TokenClass.ANSWER
-        of_char = [plain] * len(text)
-        _paint(of_char, [m.span() for m in THINK.finditer(text)], TokenClass.REASONING)
-        _paint(of_char, found.regions, TokenClass.FORMAT)
-        _paint(of_char, found.arguments, TokenClass.ARGUMENT)
-        _paint(of_char, found.names, TokenClass.CALL_NAME)
-        classes, at = [], 0
-        pieces = iter(self.pieces(self._said(ids)))
-        for token in ids:
-            piece = "" if token == self._end else next(pieces)
-            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))
-            at += len(piece)
-        return classes
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._text.decode(ids)
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        return self._text.pieces(ids)
-
-
-def _paint(of_char: list[TokenClass], spans: list[Span], value: TokenClass) -> None:
-    for start, end in spans:
-        of_char[start:end] = [value] * (min(end, len(of_char)) - start)
-
-
-def _of_token(of_char: list[TokenClass], start: int, end: int, stop: bool) -> TokenClass:
-    """The most telling class among a token's characters; one that only begins a character shares the next one's."""
-    if stop:
-        return TokenClass.FORMAT
-    covered = of_char[start:end] or of_char[start : start + 1] or of_char[-1:]
-    for value in (TokenClass.CALL_NAME, TokenClass.ARGUMENT, TokenClass.REASONING, TokenClass.ANSWER):
-        if value in covered:
-            return value
-    return TokenClass.FORMAT
 
 
 def _arguments(value: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 Span = tuple[int, int]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_TAGGED = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|(?={OPEN})|\Z)", re.DOTALL)
+TAGGED = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|(?={OPEN})|\Z)", re.DOTALL)
 _NAME = re.compile(r"[\"'](?:name|function)[\"']\s*:\s*[\"']([^\"']*)[\"']")
 _ARGUMENTS = re.compile(r"[\"'](?:arguments|parameters)[\"']\s*:\s*")
 _FENCE = re.compile(r"^```\w*\s*|\s*```$")
@@ -53,8 +53,8 @@ class Hermes:
         return "\n".join(f"{OPEN}\n{_json({'name': n, 'arguments': dict(a)})}\n{CLOSE}" for n, a in calls)
 
     def read(self, text: str) -> Found:
-        found = Found(_TAGGED.sub("", text).strip())
-        for match in _TAGGED.finditer(text):
+        found = Found(TAGGED.sub("", text).strip())
+        for match in TAGGED.finditer(text):
             found.regions.append(match.span())
             body, start = match.group(1), match.start(1)
             if name := _NAME.search(body):
