@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.types import Renderer, UserError
+from trainer.types import Engine, Renderer, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config, ModelConfig
-    from trainer.engines.hf import HFEngine
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
@@ -75,8 +74,12 @@ def _check_whole(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine:
+def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
     """The engine that samples from `model`."""
+    if config.engine.name == "vllm":
+        from trainer.engines import vllm_launch
+
+        return vllm_launch.engine(config, model, renderer)
     from trainer.engines.hf import HFEngine
 
     slots, length = config.engine.slots, config.model.max_length

@@ -165,10 +165,10 @@ def test_direct_sd_replaces_the_policy_loss(model: Any, sampled: list[Group]) ->
 
 def test_engine_and_trainer_agree_on_what_was_sampled(model: Any, sampled: list[Group]) -> None:
     metrics, scored, _ = stepped(model, sampled, arm="grpo")
-    assert metrics["sampling/logprob_diff_max"] < 1e-4
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     scored[0][0].rollout.logprobs[0] -= 1.0
     try:
-        assert mismatch([s for row in scored for s in row])["sampling/logprob_diff_max"] == pytest.approx(1, abs=1e-3)
+        assert mismatch([s for row in scored for s in row])["sampling/sampling_logp_difference/max"] == pytest.approx(1, abs=1e-3)
     finally:
         scored[0][0].rollout.logprobs[0] += 1.0
 
