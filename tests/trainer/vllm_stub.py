@@ -1,6 +1,4 @@
-"""A process that answers as a vLLM server does, samples from real weights, and fails on request.
-
-    python tests/trainer/vllm_stub.py MODEL PORT
+"""A server that answers as vLLM's does, samples from real weights, and fails on request; run in a process of its own.
 
 The endpoints and answers are those of vLLM 0.32 (`make test-vllm` holds the engine to a true server). POST /fault
 {"kind": ..., "times": n} makes the next n requests of that endpoint fail; what was sampled is at GET /seen.
@@ -11,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ("http_500", "http_429"):
             self.reply({"error": {"message": "boom"}}, int(fault[5:]))
             return
-        if fault == "refuse":
+        if "token_ids" not in body or fault == "refuse":
             self.reply({"error": {"message": "prompt is longer than max_model_len"}}, 400)
             return
         if fault == "not_json":
@@ -183,9 +180,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"success": True, "new_version": body["new_version"]})
 
 
-if __name__ == "__main__":
+def serve(folder: str, port: int) -> None:
+    """Serve the model in `folder` until killed."""
     torch.set_num_threads(1)
-    Handler.state = State(sys.argv[1])
+    Handler.state = State(folder)
     ThreadingHTTPServer.daemon_threads = True
     ThreadingHTTPServer.request_queue_size = 64
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever(poll_interval=0.05)
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever(poll_interval=0.05)

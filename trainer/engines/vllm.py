@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import httpx
 import torch
 
-from trainer.engines.vllm_server import Server, ServerFailed
+from trainer.engines.vllm_server import Server, ServerFailed, write_weights
 from trainer.rollout import together
 from trainer.types import Completion, EngineLost, EnvironmentBroken, Sampling
 
@@ -118,7 +117,7 @@ class VLLMEngine:
             if not self._stale:
                 return
             self._saves += 1
-            await asyncio.to_thread(self._save)
+            await asyncio.to_thread(write_weights, self.model, self.folder)
             self.version = f"{self._run}-{self._saves}"
             outcomes = await asyncio.gather(*(self._load_patiently(s) for s in self.servers), return_exceptions=True)
             problems = [(s, o) for s, o in zip(self.servers, outcomes) if o is not None]
@@ -129,12 +128,6 @@ class VLLMEngine:
             if len(problems) == len(self.servers):
                 raise self._lost("; ".join(f"{server.url}: {problem}" for server, problem in problems))
             self._stale = False
-
-    def _save(self) -> None:
-        """Write the folder anew: a server may still map the old files, which an overwriting would change."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self.model.save_pretrained(str(self.folder))
 
     async def _load_patiently(self, server: Server) -> None:
         for attempt in range(self.max_retries + 1):

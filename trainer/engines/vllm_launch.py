@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from trainer.engines.vllm_server import GENERATE, NEEDS
+from trainer.engines.vllm_server import GENERATE, NEEDS, write_weights
 from trainer.types import Engine, Renderer, UserError
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ STARTS_WITHIN = 600.0  # seconds; large models are read from disk, and kernels c
 STOPS_WITHIN = 10.0
 
 
-def command(config: Config, port: int, python: str = "") -> list[str]:
-    """The arguments that serve the config's model as the engine needs it."""
+def command(config: Config, port: int, model: str = "") -> list[str]:
+    """The arguments that serve `model` (default: the config's) as the engine needs it."""
     return [
-        *(python or config.engine.python or "python", "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", config.model.path, "--host", "127.0.0.1", "--port", str(port)),
+        *(config.engine.python or "python", "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model or config.model.path, "--tokenizer", config.model.path),
+        *("--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", str(config.model.max_length), "--max-num-seqs", str(config.engine.slots)),
         "--enable-scale-out",  # the endpoint that takes and gives tokens
         *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled from
@@ -52,10 +53,11 @@ def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
     """
     from trainer.engines.vllm import VLLMEngine
 
+    folder = config.output_dir / "engine_weights"
     return VLLMEngine(
         model,
-        urls=config.engine.urls or [start(config)],
-        folder=config.output_dir / "engine_weights",
+        urls=config.engine.urls or [start(config, model, folder)],
+        folder=folder,
         stop_ids=renderer.stop_ids,
         max_length=config.model.max_length,
         timeout=config.engine.timeout,
@@ -73,9 +75,10 @@ def remedy(config: Config) -> str:
     return f"Start a server with: VLLM_SERVER_DEV_MODE=1 {shlex.join(command(config, port))}"
 
 
-def start(config: Config) -> str:
-    """Start a server on a free port of this machine, wait until it serves, and give its URL; it ends with us."""
+def start(config: Config, model: Any, folder: Path) -> str:
+    """Serve `model`, written to `folder`, on a free port of this machine; give its URL. The server ends with us."""
     check_python(config.engine.python)
+    write_weights(model, folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +86,7 @@ def start(config: Config) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         server = subprocess.Popen(
-            command(config, port),
+            command(config, port, str(folder)),
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **ENVIRONMENT},

