@@ -29,6 +29,7 @@ def train(config: Config) -> None:
     asyncio.run(Run.open(config).train())
 
 
+DRIFTED = 0.1  # mean difference of log-probs, in nats; bf16 makes some hundredths, other weights make more
 MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
 
 
@@ -153,6 +154,8 @@ class Run:
         if batch.train:
             losses, scored = self.learner.update(batch.train, step, clock)
             self.count_skipped(bool(losses["update/skipped"]), logger)
+            if losses["sampling/sampling_logp_difference/mean"] > DRIFTED:
+                logger.say(f"WARNING: step {step}: engine and trainer differ in their log-probs; has it these weights?")
             found |= losses | self.credit_metrics(batch.train, scored, logger)
         else:
             logger.say(f"step {step}: no group is mixed, nothing to learn from; raise max_resample_times or the tasks")

@@ -100,7 +100,13 @@ def servers(processes: list[Process]) -> list[Process]:
 
 
 def engine(servers: list[Process], tmp_path: Path, model: Any = None, **options: Any) -> VLLMEngine:
-    defaults = {"stop_ids": toy.renderer().stop_ids, "max_length": 200, "timeout": 20.0, "pause": 0.01, "max_retries": 2}
+    defaults = {
+        "stop_ids": toy.renderer().stop_ids,
+        "max_length": 200,
+        "timeout": 20.0,
+        "pause": 0.01,
+        "max_retries": 2,
+    }
     urls = [s.url for s in servers]
     return VLLMEngine(model or toy.model(), urls=urls, folder=tmp_path / "weights", **{**defaults, **options})
 
@@ -327,6 +333,15 @@ def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
         assert line["rollout/errored"] == 0
 
 
+def test_weights_that_are_acknowledged_and_not_there_are_told(
+    servers: list[Process], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers[0].fault("load_lost")
+    made = config(folder, tmp_path / "run", [servers[0].url], eval_steps=0, max_steps=3, learning_rate=0.1)
+    loop.train(made)
+    assert "engine and trainer differ" in capsys.readouterr().out
+
+
 def records(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Two batches of one draw may differ in their last bits; what was drawn does not.
@@ -346,7 +361,10 @@ def test_check_passes_servers_that_fit(servers: list[Process], folder: Path, tmp
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"urls": ["http://127.0.0.1:9"]}, r"127.0.0.1:9 does not answer \(ConnectError\).*--port 9 .*--enable-scale-out"),
+        (
+            {"urls": ["http://127.0.0.1:9"]},
+            r"127.0.0.1:9 does not answer \(ConnectError\).*--port 9 .*--enable-scale-out",
+        ),
         ({"python": "nowhere/bin/python"}, r"nowhere/bin/python cannot be run.*pip install vllm"),
         ({"python": sys.executable}, r"has no package vllm; .*pip install vllm"),
     ],

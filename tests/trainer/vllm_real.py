@@ -14,13 +14,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from trainer import checkpoint, envs, loop
+from trainer import checkpoint, envs, loop, real
 from trainer import model as policy
 from trainer.config import Config
 from trainer.engines import vllm_launch
@@ -67,7 +66,9 @@ class Suite:
     def tasks(self, split: str) -> list[Task]:
         what = ["greet me", "name a colour", "name an animal", "name a city"]
         return [
-            Task(f"{split}-{i}", "short", split, f"{split}-{i}", "information", f"In one short sentence, {what[i % 4]}.")
+            Task(
+                f"{split}-{i}", "short", split, f"{split}-{i}", "information", f"In one short sentence, {what[i % 4]}."
+            )
             for i in range(self.splits[split])
         ]
 
@@ -152,25 +153,14 @@ def idle(busy: list[tuple[float, float]], start: float, end: float) -> float:
     return free + max(0.0, end - reached)
 
 
-def drift(model: Any, prompt: list[int], completions: list[Completion]) -> float:
-    """The mean difference of the engine's log-probs from the model's."""
-    gaps = []
-    for c in completions:
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
-        own = logits.log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
-        gaps.append(float((own - torch.tensor(c.logprobs)).abs().mean()))
-    return fmean(gaps)
-
-
 def score(url: str, prompt: list[int], text: list[int]) -> torch.Tensor:
     """The server's own log-probs of a fixed text."""
     import httpx
 
     params = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False}
     body = {"token_ids": prompt + text, "sampling_params": params}
-    answer = httpx.post(f"{url}/inference/v1/generate", json=body, timeout=120, trust_env=False).raise_for_status().json()
-    rows = answer["prompt_logprobs"][len(prompt) :]
+    answer = httpx.post(f"{url}/inference/v1/generate", json=body, timeout=120, trust_env=False).raise_for_status()
+    rows = answer.json()["prompt_logprobs"][len(prompt) :]
     return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows, text)])
 
 
@@ -181,9 +171,25 @@ def own_score(model: Any, prompt: list[int], text: list[int]) -> torch.Tensor:
     return scores
 
 
+def print_trace(recorded: Recorded, world: Suite) -> None:
+    """When requests were with the engine while one environment thought."""
+    ((start, end),) = world.log
+    meanwhile = [b for a, b in recorded.spans if a < end and b > start]
+    last = min(end, max(meanwhile, default=start))
+    print(
+        f"one environment thought for {end - start:.1f} s; in it the engine had {len(meanwhile)} requests of the other 15, "
+        f"had done them after {last - start:.1f} s, and was idle for {idle(recorded.spans, start, last):.3f} s before that"
+    )
+    origin = min(a for a, _ in recorded.spans)
+    for a, b in sorted(recorded.spans)[::4]:
+        print(f"  request      {a - origin:6.2f} - {b - origin:6.2f} s")
+    print(f"  environment  {start - origin:6.2f} - {end - origin:6.2f} s")
+
+
 def main(python: str, path: str) -> None:
-    torch.set_num_threads(1)
     envs.SUITES["short"] = __name__
+    base, gguf = Path(path), real.gguf_file()
+    real.cached(base, {"gguf": real.digest(gguf), "format": 1}, lambda fresh: real.extract(gguf, fresh))
     with TemporaryDirectory() as folder:
         out = Path(folder)
         args = ["--dtype", "float32", "--enforce-eager"]
@@ -202,8 +208,10 @@ def main(python: str, path: str) -> None:
         lines = [json.loads(line) for line in (made.output_dir / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             gap = line["sampling/sampling_logp_difference/max"]
-            print(f"step {line['step']:.0f}: reward {line['reward']:.2f}, mixed {line['by_group/trained']:.0f}, "
-                  f"engine and trainer differ by at most {gap:.1e}", flush=True)
+            print(
+                f"step {line['step']:.0f}: {line['by_group/trained']:.0f} mixed groups, gap at most {gap:.1e}",
+                flush=True,
+            )
             assert gap < 1e-2
         newest = checkpoint.latest(made.output_dir)
         assert newest is not None and newest.name == "step_2"
@@ -211,10 +219,11 @@ def main(python: str, path: str) -> None:
         engine = policy.engine(made, model, renderer)
         asyncio.run(engine.generate(prompt, 1, Sampling(max_tokens=1)))  # which gives the server the weights of step 2
         moved, own_moved = score(url, prompt, text) - before, own_score(model, prompt, text) - own_before
-        print(f"log-probs of a fixed text moved by {float(moved.abs().mean()):.4f} (server), "
-              f"{float(own_moved.abs().mean()):.4f} (trainer), differing by at most {float((moved - own_moved).abs().max()):.1e}", flush=True)
-        assert float(moved.abs().mean()) > 1e-3, "the served weights did not change"
-        assert float((moved - own_moved).abs().max()) < 2e-3, "the served weights are not the trainer's"
+        server, trainer = float(moved.abs().mean()), float(own_moved.abs().mean())
+        apart = float((moved - own_moved).abs().max())
+        print(f"log-probs of a fixed text moved by {server:.4f} (server), {trainer:.4f} (trainer), {apart:.1e} apart")
+        assert server > 1e-3, "the served weights did not change"
+        assert apart < 2e-3, "the served weights are not the trainer's"
 
         local = policy.engine(config(path, out / "hf"), model, renderer)
         rates = {}
@@ -223,20 +232,11 @@ def main(python: str, path: str) -> None:
                 each.load_weights(model)
                 recorded, _, seconds = asyncio.run(play(each, renderer, made, 16))
                 rates[name] = recorded.tokens / seconds
-                print(f"16 rollouts through {name}: {recorded.tokens} tokens in {seconds:.1f} s, {rates[name]:.0f}/s", flush=True)
+                print(f"16 rollouts through {name}: {recorded.tokens} tokens in {seconds:.1f} s", flush=True)
         print(f"vllm generates {rates['vllm'] / rates['hf']:.2f} x as fast as hf")
 
-        recorded, world, seconds = asyncio.run(play(engine, renderer, made, 16, slow=1))
-        (start, end), = world.log
-        served = [(a, b) for a, b in recorded.spans if b > start and a < end]
-        last = max(b for a, b in served if a < end) if served else start
-        rest = min(end, last)
-        print(f"one environment thought for {end - start:.1f} s; meanwhile the engine had {len(served)} requests of the others, "
-              f"the last ended after {last - start:.1f} s, and was idle {idle(recorded.spans, start, rest):.3f} s before that")
-        origin = recorded.spans[0][0]
-        for a, b in sorted(recorded.spans)[:: max(1, len(recorded.spans) // 12)]:
-            print(f"  request {a - min(s for s, _ in recorded.spans):6.2f} - {b - min(s for s, _ in recorded.spans):6.2f} s")
-        print(f"  the slow environment {start - min(s for s, _ in recorded.spans):6.2f} - {end - min(s for s, _ in recorded.spans):6.2f} s")
+        recorded, world, _ = asyncio.run(play(engine, renderer, made, 16, slow=1))
+        print_trace(recorded, world)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         assert body["method"] == "reload_weights"
         with self.state.lock:
+            if "load_lost" in self.state.faults:  # says that it has loaded, and has not
+                self.reply({"results": [None]})
+                return
             self.state.load(body["kwargs"]["weights_path"])
             self.state.loads += 1
         self.reply({"results": [None]})
