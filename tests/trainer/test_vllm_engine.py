@@ -246,7 +246,7 @@ def test_a_request_that_no_server_would_take_is_not_tried_again(servers: list[Pr
     draw(eng, 1)
     for server in servers:
         server.fault("refuse")
-    with pytest.raises(UserError, match="refuses.*400.*longer than max_model_len") as caught:
+    with pytest.raises(UserError, match=r"refuses.*400.*longer than max_model_len") as caught:
         draw(eng)
     assert not isinstance(caught.value, EngineLost)
 
@@ -346,8 +346,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Two batches of one draw may differ in their last bits; what was drawn does not.
     kept = ("step", "reward", "completions/", "by_group/", "eval/", "rollout/", "sampling/sampling_logp_difference/max")
-    rows = [{k: round(v, 4) for k, v in line.items() if k.startswith(kept)} for line in lines]
-    return rows
+    return [{k: round(v, 4) for k, v in line.items() if k.startswith(kept)} for line in lines]
 
 
 # -- what a person is told --------------------------------------------------------------------------------------------
@@ -378,7 +377,7 @@ def test_check_names_what_is_missing(folder: Path, tmp_path: Path, options: dict
 
 def test_check_names_a_server_that_is_too_short(servers: list[Process], folder: Path, tmp_path: Path) -> None:
     made = config(folder, tmp_path, [servers[0].url], model=ModelConfig(path=str(folder), max_length=400))
-    with pytest.raises(UserError, match="serves 200 tokens, model.max_length is 400"):
+    with pytest.raises(UserError, match=r"serves 200 tokens, model.max_length is 400"):
         check.engine(check.Probe(made))
 
 

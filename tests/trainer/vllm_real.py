@@ -176,10 +176,9 @@ def print_trace(recorded: Recorded, world: Suite) -> None:
     ((start, end),) = world.log
     meanwhile = [b for a, b in recorded.spans if a < end and b > start]
     last = min(end, max(meanwhile, default=start))
-    print(
-        f"one environment thought for {end - start:.1f} s; in it the engine had {len(meanwhile)} requests of the other 15, "
-        f"had done them after {last - start:.1f} s, and was idle for {idle(recorded.spans, start, last):.3f} s before that"
-    )
+    free = idle(recorded.spans, start, last)
+    print(f"one environment thought for {end - start:.1f} s; in it the engine had {len(meanwhile)} requests,")
+    print(f"had done them after {last - start:.1f} s, and was idle for {free:.3f} s before that")
     origin = min(a for a, _ in recorded.spans)
     for a, b in sorted(recorded.spans)[::4]:
         print(f"  request      {a - origin:6.2f} - {b - origin:6.2f} s")
