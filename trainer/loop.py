@@ -19,11 +19,9 @@ from trainer import model as policy
 from trainer.clock import Clock
 from trainer.config import Config
 from trainer.credit import writers
-from trainer.engines.hf import HFEngine
-from trainer.engines.padded import PaddedEngine
 from trainer.reporting import MetricLogger
 from trainer.rollout import PromptTooLong, run_group
-from trainer.types import Group, Renderer, Sampling, Suite, Task, UserError
+from trainer.types import Engine, EngineLost, Group, Renderer, Sampling, Suite, Task, UserError
 
 
 def train(config: Config) -> None:
@@ -31,6 +29,7 @@ def train(config: Config) -> None:
     asyncio.run(Run.open(config).train())
 
 
+DRIFTED = 0.1  # mean difference of log-probs, in nats; bf16 makes some hundredths, other weights make more
 MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
 
 
@@ -43,7 +42,7 @@ class Run:
     tokenizer: Any
     renderer: Renderer
     suite: Suite
-    engine: HFEngine | PaddedEngine
+    engine: Engine
     writer: writers.Writer
     order: sampling.TaskOrder
     learner: update.Learner
@@ -118,10 +117,22 @@ class Run:
             elif self.step and self.step >= config.max_steps:
                 logger.say(f"nothing to do: {self.step} steps are finished, and max_steps is {config.max_steps}")
             while self.step < config.max_steps:
-                found = await self.take_step(logger)
+                position, drawn = self.order.state_dict(), self.engine.generator.get_state()
+                try:
+                    found = await self.take_step(logger)
+                except EngineLost:  # while sampling: the step is undone, and what it started from is kept
+                    self.order.load_state_dict(position)
+                    self.engine.generator.set_state(drawn)
+                    if self.step:
+                        logger.say(f"checkpoint: {self.save({})}")
+                    raise
                 if _due(self.step, config.save_steps, config.max_steps):
                     logger.say(f"checkpoint: {self.save(found)}")
-                await self.report(found, logger)
+                try:
+                    await self.report(found, logger)
+                except EngineLost:  # in the evaluation: a resumed run makes it again
+                    logger.say(f"checkpoint: {self.save(found)}")
+                    raise
 
     async def report(self, found: dict[str, float], logger: MetricLogger) -> None:
         """Log the step that was taken, with an evaluation where one is due."""
@@ -143,6 +154,8 @@ class Run:
         if batch.train:
             losses, scored = self.learner.update(batch.train, step, clock)
             self.count_skipped(bool(losses["update/skipped"]), logger)
+            if losses["sampling/sampling_logp_difference/mean"] > DRIFTED:
+                logger.say(f"WARNING: step {step}: engine and trainer differ in their log-probs; has it these weights?")
             found |= losses | self.credit_metrics(batch.train, scored, logger)
         else:
             logger.say(f"step {step}: no group is mixed, nothing to learn from; raise max_resample_times or the tasks")

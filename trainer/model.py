@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer import lora
 from trainer.extras import need
-from trainer.types import Renderer, UserError
+from trainer.types import Engine, Renderer, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config, ModelConfig
@@ -117,8 +117,12 @@ def _check_whole(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def engine(config: Config, model: Any, renderer: Renderer) -> HFEngine | PaddedEngine:
+def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
     """The engine that samples from `model`: `hf` where a plain cache of keys and values is all the state there is."""
+    if config.engine.name == "vllm":
+        from trainer.engines import vllm_launch
+
+        return vllm_launch.engine(config, model, renderer)
     from trainer.engines.hf import HFEngine
     from trainer.engines.padded import PaddedEngine
 

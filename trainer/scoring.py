@@ -40,6 +40,7 @@ class Scores:
     """One micro-batch, scored: [N] a field, in the order of `LossTokens`."""
 
     weights: Tensor
+    student_logp: Tensor
     teacher_hidden: Tensor | None  # [n, H], of the tokens `opined` only
     opined: Tensor  # [N] bool: the token's rollout has a reference
     scored: list[Scored]
@@ -88,7 +89,7 @@ class Scorer:
             scored = [
                 Scored(p.rollout, **{name: rows[i] for name, rows in columns.items()}) for i, p in enumerate(pupils)
             ]
-        return Scores(fields["weights"], teacher, opined, scored)
+        return Scores(fields["weights"], fields["student_logp"], teacher, opined, scored)
 
     def _teacher(self, pupils: Sequence[Pupil]) -> Tensor | None:  # [n, H]
         taught = [(p.teacher_prompt, p.rollout) for p in pupils if p.teacher_prompt is not None]

@@ -24,6 +24,10 @@ class EnvironmentBroken(Exception):
     """The environment failed, not the policy: the rollout is dropped and counted, never scored."""
 
 
+class EngineLost(UserError):
+    """No engine answers, after every retry: the step is not taken, and the run stops with a checkpoint."""
+
+
 class TokenClass(enum.IntEnum):
     """What a generated token is for; a slice for metrics and the viewer, never a rule of the credit."""
 
@@ -144,7 +148,9 @@ class Suite(Protocol):
 
 
 class Engine(Protocol):
-    """Tokens in, tokens out."""
+    """Tokens in, tokens out. An engine that fails raises `EngineLost`; what it did not sample is never scored."""
+
+    generator: Any  # torch.Generator: all the randomness it has, kept by checkpoints
 
     async def generate(self, prompt_ids: Sequence[int], n: int, sampling: Sampling) -> list[Completion]: ...
     def load_weights(self, model: Any) -> None: ...

@@ -134,9 +134,11 @@ class Learner:
         """The micro-batch's share: the policy loss with weighted advantages, or the distillation that replaces it.
 
         The ratio is to the engine's log-probs, those of the policy that sampled: it differs from 1 by what engine and
-        trainer differ, and epsilon bounds it.
+        trainer differ, and epsilon bounds it. Or, corrected, it is to the trainer's own, and so 1, and the difference
+        is made good by truncated importance sampling.
         """
         config = self.config
+        corrected = config.engine.name == "vllm" and config.vllm_importance_sampling_correction
         weight, bias = head(self.model)
         if config.arm == "direct_sd":
             if scores.teacher_hidden is None:
@@ -157,7 +159,8 @@ class Learner:
             weight,
             tokens.targets,
             tokens.spread(torch.tensor(advantages)) * scores.weights,
-            old_logp=tokens.logprobs,
+            old_logp=None if corrected else tokens.logprobs,
+            importance_weights=self._importance(scores, tokens) if corrected else None,
             cu_seqlens=tokens.cu_seqlens,
             loss_type=config.loss_type,
             epsilon=config.epsilon,
@@ -166,6 +169,11 @@ class Learner:
             bias=bias,
             num_items_in_batch=items,
         )
+
+    def _importance(self, scores: Scores, tokens: LossTokens) -> Tensor:  # [N]
+        """min(p_trainer / p_engine, C) of each token: what TRL calls token_truncate."""
+        ratio = (scores.student_logp - tokens.logprobs).exp()
+        return ratio.clamp(max=self.config.vllm_importance_sampling_clip_max)
 
     def _items(self, rollouts: Sequence[Rollout]) -> float:
         """What the whole batch's loss is divided by, as `linear_policy_loss` defines it; tokens for distillation."""
@@ -188,9 +196,19 @@ class Learner:
 
 
 def mismatch(scored: Sequence[Scored]) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's, at the tokens that were sampled."""
-    gaps = torch.cat([(s.student_logp - torch.tensor(s.rollout.logprobs))[_own(s)].abs() for s in scored])
-    return {"sampling/logprob_diff_mean": gaps.mean().item(), "sampling/logprob_diff_max": gaps.max().item()}
+    """How far the engine's log-probs are from the trainer's, at the tokens that were sampled; names as in TRL.
+
+    The ratio is that of the probabilities, trainer over engine, before it is truncated.
+    """
+    gaps = torch.cat([(s.student_logp - torch.tensor(s.rollout.logprobs))[_own(s)] for s in scored])
+    ratio = gaps.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": gaps.abs().mean().item(),
+        "sampling/sampling_logp_difference/max": gaps.abs().max().item(),
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
+    }
 
 
 def mean_entropy(scored: Sequence[Sequence[Scored]]) -> dict[str, float]:

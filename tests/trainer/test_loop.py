@@ -87,7 +87,7 @@ def check_record(lines: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert "eval/parity/tgc" in lines[0]
     for line in lines[1:]:
-        assert line["sampling/logprob_diff_max"] < 1e-4
+        assert line["sampling/sampling_logp_difference/max"] < 1e-4
         assert line["by_group/trained"] == 3
         assert line["credit/invalid"] == 0
         assert line["credit/w_mean"] > 1

