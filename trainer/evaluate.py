@@ -135,7 +135,8 @@ def summarise(
     Returns:
         `tgc` share of tasks solved in one attempt, `sgc` share of scenarios of which one attempt at each task solves
         all, `pass@1` (= tgc), `pass^k` chance that k attempts at a task all succeed, `<x>_low` and `<x>_high` 95 %
-        percentile intervals (bootstrap over scenarios: over tasks where each is its own), success by class, tool use, `refuser`; {} when no attempt finished.
+        intervals (percentile bootstrap over scenarios: over tasks where each is its own), success by class, tool use,
+        `refuser`; {} when no attempt finished.
     """
     if not rollouts:
         return {}

@@ -139,7 +139,7 @@ class Suite(Protocol):
         ...
 
     def refusal(self) -> Message:
-        """The polite refuser's only message, said until the episode ends: the do-nothing baseline of every evaluation."""
+        """All that the polite refuser says, until the episode ends: the do-nothing baseline of every evaluation."""
         ...
 
 
