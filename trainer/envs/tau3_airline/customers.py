@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from tau2.data_model.message import UserMessage
 from tau2.data_model.tasks import Task
 from tau2.user.base import STOP, TRANSFER
@@ -44,8 +44,14 @@ class Endpoint:
 
     @cached_property
     def client(self) -> OpenAI:
+        # A proxy of the environment must not see what is meant for this machine.
+        transport = DefaultHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
         return OpenAI(
-            api_key=self.key() or "none", base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+            api_key=self.key() or "none",
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=self.max_retries,
+            http_client=transport,
         )
 
     def ask(self, messages: list[dict[str, Any]]) -> str:
