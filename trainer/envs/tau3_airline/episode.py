@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tau2.agent.base import BaseAgent
 from tau2.agent.llm_agent import AGENT_INSTRUCTION, SYSTEM_PROMPT
@@ -30,6 +30,7 @@ from tau2.registry import registry
 from trainer.envs.tau3_airline.customers import Customer
 from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool
 
+T = TypeVar("T")
 TOO_BIG = "**"  # `calculate` evaluates powers, and 9**9**9 would never come back
 
 
@@ -87,7 +88,7 @@ class Tau3AirlineEnvironment:
     async def close(self) -> None:
         self._run = None
 
-    async def _threaded(self, function: Any, *arguments: Any) -> Any:
+    async def _threaded(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
