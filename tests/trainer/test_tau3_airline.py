@@ -315,7 +315,7 @@ def test_a_step_of_sgcd_on_the_airline(airline: Suite) -> None:
         tokens_per_microbatch=16_384,
     )
     group, broken = asyncio.run(run_group(engine, airline, renderer, task, Sampling(), config.env, 40_000, 3))
-    assert ([r.reward for r in group.rollouts], broken) == ([1.0, 0.0, 0.0], 0)
+    assert (sorted(r.reward for r in group.rollouts), broken) == ([0.0, 0.0, 1.0], 0)  # threads: in any order
     asyncio.run(ContrastWriter().write([group]))
     assert group.reference.startswith("steps cancel_reservation answer")
 
@@ -331,7 +331,9 @@ def test_a_step_of_sgcd_on_the_airline(airline: Suite) -> None:
     sanitiser = Sanitiser(hidden)
     asked = json.dumps(build_prompt(group, sanitiser, 48_000))
     assert sanitiser.hits["answer"] > 0 and not [text for text in hidden if text in asked]
-    untouched = group.rollouts[1]  # what a policy that called nothing has read
+    untouched = next(
+        r for r in group.rollouts if not any(m.get("tool_calls") for m in r.messages)
+    )  # what a policy that called nothing has read
     assert not [text for text in hidden if text in json.dumps([untouched.prompt_messages, untouched.messages])]
     record = json.dumps(traces.describe(group, [None] * 3, renderer.pieces)["task"])
     assert "evaluation_criteria" not in record and not [text for text in hidden if text in record]
