@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from trainer.metrics import class_success, tool_metrics
-from trainer.rollout import PromptTooLong, run_group, together
-from trainer.types import Engine, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
+from trainer.rollout import PromptTooLong, opened, run_group, together
+from trainer.types import Engine, Environment, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -215,22 +215,26 @@ def ratio(terms: Terms) -> float:
 async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float) -> dict[str, float]:
     """Task id -> what the environment pays for the polite refusal; tasks whose environment broke are left out."""
 
-    async def one(task: Task) -> float:
-        environment = suite.make()
-        try:
-            await environment.reset(task)
-            await environment.step(suite.refusal())
-            return (await environment.outcome()).reward
-        finally:
-            await environment.close()
+    async def attempt(environment: Environment, task: Task) -> float:
+        await environment.reset(task)
+        await environment.step(suite.refusal())
+        return (await environment.outcome()).reward
 
-    results: dict[str, float] = {}
-    for task in tasks:
+    async def one(task: Task) -> float | None:
+        environment = None
         try:
-            results[task.id] = await asyncio.wait_for(one(task), timeout)
+            environment = suite.make()
+            await opened(environment)
+            return await asyncio.wait_for(attempt(environment, task), timeout)
         except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
             log.warning("the refuser's attempt at %s broke: %r", task.id, error)
-    return results
+            return None
+        finally:
+            if environment is not None:
+                await environment.close()
+
+    rewards = await together(one(task) for task in tasks)
+    return {task.id: reward for task, reward in zip(tasks, rewards) if reward is not None}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.types import Suite, UserError
 
-SUITES = {"workday": "trainer.envs.workday", "bfcl": "trainer.envs.bfcl"}
+SUITES = {"workday": "trainer.envs.workday", "bfcl": "trainer.envs.bfcl", "appworld": "trainer.envs.appworld"}
 
 
 def load(name: str, **options: Any) -> Suite:
