@@ -115,7 +115,8 @@ def task(data: Path, name: str, instruction: str, test: str, private: dict[str, 
     write(truth / "private_data.json", private)
     write(truth / "public_data.json", {})
     write(truth / "test_data.json", [{"requirement": r, "label": "no_op_fail"} for r in requirements])
-    write(truth / "metadata.json", {"mode": "minimal", "difficulty": 1, "num_apps": 1, "num_apis": 1})
+    counts = dict.fromkeys(["difficulty", "num_apps", "num_apis", "num_api_calls", "num_solution_code_lines"], 1)
+    write(truth / "metadata.json", {"mode": "minimal", **counts})
 
 
 def write(path: Path, content: Any) -> None:

@@ -16,6 +16,7 @@ A world may freeze `time.time()` and its relatives, so nothing here asks them; `
 from __future__ import annotations
 
 import ctypes
+import gc
 import hmac
 import importlib.util
 import json
@@ -56,15 +57,19 @@ def main(path: str, folder: str) -> None:
     os.dup2(2, 1)  # whatever the world's modules print goes to the log
     try:
         make = load(path)
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy every page that it shares with the others
         print(json.dumps({"ready": True}), file=answers)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
         return
     worlds: dict[str, int] = {}  # token -> pid
+    killed: list[int] = []
     for line in sys.stdin:
         request = json.loads(line)
+        killed = [pid for pid in killed if not os.waitpid(pid, os.WNOHANG)[0]]
         if "kill" in request:
-            end(worlds, request["kill"])
+            killed += end(worlds, request["kill"])
             print("{}", file=answers)
             continue
         listener = socket.create_server(("127.0.0.1", 0))
@@ -77,15 +82,23 @@ def main(path: str, folder: str) -> None:
         worlds[request["token"]] = pid
         print(json.dumps({"port": port}), file=answers)
     for token in list(worlds):
-        end(worlds, token)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def end(worlds: dict[str, int], token: str) -> None:
-    """Kill and reap one world. Until it is reaped its pid is its own, so this never hits another process."""
-    if pid := worlds.pop(token, None):
-        os.kill(pid, signal.SIGKILL)
+        killed += end(worlds, token)
+    for pid in killed:
         os.waitpid(pid, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)  # at once: taking down all that was imported is of use to nobody
+
+
+def end(worlds: dict[str, int], token: str) -> list[int]:
+    """Kill one world, which runs no code from then on, and give its pid, to be reaped.
+
+    Until it is reaped its pid is its own, so this never hits another process. Not waited for: taking down its memory
+    is 30 ms of somebody else's episode.
+    """
+    if (pid := worlds.pop(token, None)) is None:
+        return []
+    os.kill(pid, signal.SIGKILL)
+    return [pid]
 
 
 def become_world(make: Any, listener: socket.socket, request: dict[str, str]) -> None:

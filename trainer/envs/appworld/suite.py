@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +82,7 @@ class AppWorldEnvironment:
         self._entered = False
         self._place: Path | None = None
         self._process: WorldProcess | None = None
-        self.seconds = 0.0  # that the benchmark itself took
+        self.seconds = 0.0  # that the benchmark itself took, known with the outcome
 
     async def open(self) -> None:
         """Wait for a place in the pool."""
@@ -118,24 +117,18 @@ class AppWorldEnvironment:
 
     async def outcome(self) -> Outcome:
         """The benchmark's evaluator, in a fresh process: what the policy's code did to its own cannot reach it."""
+        played = self._live()
         assert self._task and self._place
-        await self._end(self._live())
+        await self._pool.kill(played)
         data.reveal(self._root, self._task.id, self._place)
-        self._process = await self._pool.fork(self._place)
-        verdict: dict[str, Any] = await self._process.call("evaluate", task_id=self._task.id)
+        self._process = judge = await self._pool.fork(self._place)
+        verdict: dict[str, Any] = await judge.call("evaluate", task_id=self._task.id)
+        self.seconds = played.seconds + judge.seconds
         return Outcome(float(verdict.pop("success")), verdict)
 
-    async def _end(self, process: WorldProcess) -> None:
-        self._process = None
-        self.seconds += process.seconds
-        await self._pool.kill(process)
-
     async def close(self) -> None:
-        if self._process is not None:
-            await self._end(self._process)
-        if self._place is not None:
-            await asyncio.to_thread(shutil.rmtree, self._place, ignore_errors=True)
-            self._place = None
+        self._pool.discard(self._process, self._place)
+        self._process = self._place = None
         if self._entered:
             self._entered = False
             self._pool.leave()
