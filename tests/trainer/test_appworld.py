@@ -22,8 +22,7 @@ import pytest
 from trainer import envs
 from trainer.envs.appworld import data, prompt
 from trainer.envs.appworld.pool import Pool, WorldProcess
-from trainer.rollout import run_episode
-from trainer.types import EnvironmentBroken, Task, UserError
+from trainer.types import EnvironmentBroken, UserError
 
 SMALL = Path(__file__).with_name("small_world.py")
 PYTHON = Path(sys.executable)
@@ -304,9 +303,7 @@ def test_options_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, An
         load(tmp_path, root=str(make_root(tmp_path)), **options)
 
 
-def test_tasks_know_their_scenario_and_class_and_hold_no_truth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_know_their_scenario_and_class_and_hold_no_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPWORLD_ROOT", str(make_root(tmp_path)))
     suite = load(tmp_path)
     assert suite.splits == {"train": 2, "test_normal": 1}
@@ -326,7 +323,7 @@ def test_answer_literals_are_what_the_instruction_does_not_say(tmp_path: Path) -
 def test_damaged_data_is_named(tmp_path: Path) -> None:
     suite = load(tmp_path, root=str(make_root(tmp_path)))
     (tmp_path / "data/tasks/abc_1/ground_truth/answer.json").write_text("{")
-    with pytest.raises(UserError, match=r"damaged at .*abc_1/ground_truth/answer.json"):
+    with pytest.raises(UserError, match=r"damaged appworld data: .*abc_1/ground_truth/answer.json"):
         suite.tasks("train")
 
 
@@ -364,7 +361,12 @@ def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None
 def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:
     suite = load(tmp_path, root=str(make_root(tmp_path)))
     system, user = prompt.first_messages(suite.tasks("train")[0])
-    for name in ("show_app_descriptions()", "show_api_descriptions(app_name=", "show_api_doc(app_name=", "complete_task"):
+    for name in (
+        "show_app_descriptions()",
+        "show_api_descriptions(app_name=",
+        "show_api_doc(app_name=",
+        "complete_task",
+    ):
         assert name in system["content"]
     for words in ("Ada Byron", "ada@example.com", "555", "Count Milk notes"):
         assert words in user["content"]

@@ -1,4 +1,4 @@
-"""AppWorld: code actions in a simulated world of apps. The benchmark runs in processes of its own (docs/appworld.md)."""
+"""AppWorld: code actions in a simulated world of apps. It runs in processes of its own (docs/appworld.md)."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"env.name: appworld's data is damaged at {path} ({type(error).__name__}); {DOWNLOAD}") from None
+        raise UserError(f"env.name: damaged appworld data: {path} ({type(error).__name__}); {DOWNLOAD}") from None
 
 
 def _leaves(value: Any) -> Iterator[Any]:

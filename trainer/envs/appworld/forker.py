@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -110,7 +111,7 @@ def become_world(make: Any, listener: socket.socket, request: dict[str, str]) ->
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        limit = resource.getpagesize() * int(open("/proc/self/statm").read().split()[0]) + MEMORY
+        limit = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]) + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         os.chdir(request["root"])
         serve(make(request["root"]), listener, request["token"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +18,8 @@ prints is what you read next. Variables stay for later blocks. At most one block
 - Nothing is known in advance: look it up. `apis.api_docs.show_app_descriptions()` lists the apps, \
 `apis.api_docs.show_api_descriptions(app_name="...")` the functions of one, and \
 `apis.api_docs.show_api_doc(app_name="...", api_name="...")` says what a function takes and returns.
-- Passwords, addresses and cards of your supervisor are in `apis.supervisor`. Most apps want a login first and then the \
-access token with every call. Long lists come in pages: read all of them.
+- Passwords, addresses and cards of your supervisor are in `apis.supervisor`. Most apps want a login first, and then \
+the access token with every call. Long lists come in pages: read all of them.
 - "My friends", "my family" and the like are contacts in the phone app. The date is what the world's clock says.
 - Change only what the task asks you to change.
 - When it is done, call `apis.supervisor.complete_task()`; if a question was asked, \
