@@ -26,7 +26,8 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help tau3 train test test-slow test-gpu test-vllm lint sanitize bench bench-gpu train-real warmstart selfcheck view clean
+.PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu
+.PHONY: train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
@@ -39,6 +40,7 @@ help:
 	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make tau3        install tau3-bench airline (env.name tau3_airline) into .venv"
+	@echo "make appworld    AppWorld in an environment of its own; make test-appworld tries it on data made there"
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
 	@echo "make selfcheck   replay gold, nothing-done and near-misses of every embedded task"
@@ -105,6 +107,24 @@ warmstart: $(READY)
 
 selfcheck: $(READY)
 	@$(PY) -m trainer.envs.workday.selfcheck $(ARGS)
+
+# AppWorld wants pydantic 1, so it has a Python of its own, 3.11 or newer: APPWORLD_PYTHON=python3.12 chooses it.
+APPWORLD_VENV := .venv-appworld
+APPWORLD_PYTHON ?= $(PY)
+READY_APPWORLD := $(APPWORLD_VENV)/.ready
+appworld: $(READY_APPWORLD)
+
+test-appworld: $(READY) $(READY_APPWORLD)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/appworld tests/trainer/test_appworld.py $(ARGS)
+
+$(READY_APPWORLD): | $(READY)
+	@$(APPWORLD_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "AppWorld needs Python 3.11 or newer: make appworld APPWORLD_PYTHON=python3.11" >&2; exit 2; }
+	@$(APPWORLD_PYTHON) -m venv $(APPWORLD_VENV)
+	@echo "setting up $(APPWORLD_VENV), once ..."
+	@$(APPWORLD_VENV)/bin/python -m pip install --quiet appworld==0.1.3.post1
+	@$(APPWORLD_VENV)/bin/appworld install
+	@touch $@
 
 RUN_DIR ?= $(patsubst %/,%,$(dir $(firstword $(shell ls -t runs/*/metrics.jsonl 2>/dev/null))))
 view: $(READY)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from trainer.metrics import class_success, tool_metrics
-from trainer.rollout import PromptTooLong, run_group, together
-from trainer.types import Engine, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
+from trainer.rollout import PromptTooLong, opened, run_group, together
+from trainer.types import Engine, Environment, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -229,25 +229,29 @@ async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns:
     Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
     """
 
-    async def one(task: Task) -> float:
-        environment = suite.make()
-        try:
-            await asyncio.wait_for(environment.reset(task), timeout)
-            for _ in range(max_turns):
-                _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
-                if done:
-                    break
-            return (await asyncio.wait_for(environment.outcome(), timeout)).reward
-        finally:
-            await environment.close()
+    async def attempt(environment: Environment, task: Task) -> float:
+        await asyncio.wait_for(environment.reset(task), timeout)
+        for _ in range(max_turns):
+            _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
+            if done:
+                break
+        return (await asyncio.wait_for(environment.outcome(), timeout)).reward
 
-    results: dict[str, float] = {}
-    for task in tasks:
+    async def one(task: Task) -> float | None:
+        environment = None
         try:
-            results[task.id] = await one(task)
+            environment = suite.make()
+            await opened(environment)
+            return await attempt(environment, task)
         except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
             log.warning("the refuser's attempt at %s broke: %r", task.id, error)
-    return results
+            return None
+        finally:
+            if environment is not None:
+                await environment.close()
+
+    rewards = await together(one(task) for task in tasks)
+    return {task.id: reward for task, reward in zip(tasks, rewards) if reward is not None}
 
 
 @contextmanager

@@ -89,6 +89,7 @@ async def run_episode(
     environment = None
     try:
         environment = _made(suite)
+        await opened(environment)
         episode = _Episode(engine, _Guarded(environment, env.timeout), renderer, sampling, env, max_length)
         return await episode.play(task)
     except EnvironmentBroken as error:
@@ -116,6 +117,12 @@ def _made(suite: Suite) -> Environment:
         return suite.make()
     except Exception as error:
         raise EnvironmentBroken(f"make: {error!r}") from error
+
+
+async def opened(environment: Environment) -> None:
+    """Let the environment wait for its place, if it is one that has to."""
+    if wait := getattr(environment, "open", None):
+        await wait()
 
 
 async def _close(environment: Environment, timeout: float) -> None:

@@ -12,6 +12,7 @@ SUITES = {
     "workday": "trainer.envs.workday",
     "bfcl": "trainer.envs.bfcl",
     "tau3_airline": "trainer.envs.tau3_airline",
+    "appworld": "trainer.envs.appworld",
 }
 
 

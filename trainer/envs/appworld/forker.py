@@ -1,0 +1,154 @@
+"""A process that forks worlds: run as a script by another Python (never imported by the trainer), stdlib only.
+
+    python -I -B forker.py WORLD.py FOLDER
+
+It loads WORLD.py once, which may take long, and then forks a process for every line {"root": ..., "token": ...} on its
+standard input, answering {"port": ...} at once; {"kill": token} ends one. Each forked process makes
+`World(root)` and calls what is POSTed to it: /METHOD with a JSON object of arguments and the token as bearer. One world
+a process, and nothing that one episode does to its interpreter is seen by the next.
+
+Nothing outlives the trainer: when standard input ends (the trainer is gone, however it went) the forker kills its
+worlds, removes FOLDER and exits; and when the forker is killed, the kernel kills its worlds.
+
+A world may freeze `time.time()` and its relatives, so nothing here asks them; `clock_gettime` is never frozen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hmac
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+MEMORY = 4 << 30  # bytes of address space a world may take beyond the forker's: an endless list is the policy's mistake
+PATIENCE = 30  # seconds to wait for the rest of a request that has begun
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def load(path: str) -> Any:
+    """The `World` class of a file; what its import did to the environment is undone (a .env of the user's, say)."""
+    before = dict(os.environ)
+    spec = importlib.util.spec_from_file_location("world", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["world"] = module
+    spec.loader.exec_module(module)
+    os.environ.clear()
+    os.environ.update(before)
+    return module.World
+
+
+def main(path: str, folder: str) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the world's modules print goes to the log
+    try:
+        make = load(path)
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy every page that it shares with the others
+        print(json.dumps({"ready": True}), file=answers)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
+        return
+    worlds: dict[str, int] = {}  # token -> pid
+    killed: list[int] = []
+    for line in sys.stdin:
+        request = json.loads(line)
+        killed = [pid for pid in killed if not os.waitpid(pid, os.WNOHANG)[0]]
+        if "kill" in request:
+            killed += end(worlds, request["kill"])
+            print("{}", file=answers)
+            continue
+        listener = socket.create_server(("127.0.0.1", 0))
+        pid = os.fork()
+        if not pid:
+            answers.close()
+            become_world(make, listener, request)
+        port = listener.getsockname()[1]
+        listener.close()
+        worlds[request["token"]] = pid
+        print(json.dumps({"port": port}), file=answers)
+    for token in list(worlds):
+        killed += end(worlds, token)
+    for pid in killed:
+        os.waitpid(pid, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)  # at once: taking down all that was imported is of use to nobody
+
+
+def end(worlds: dict[str, int], token: str) -> list[int]:
+    """Kill one world, which runs no code from then on, and give its pid, to be reaped.
+
+    Until it is reaped its pid is its own, so this never hits another process. Not waited for: taking down its memory
+    is 30 ms of somebody else's episode.
+    """
+    if (pid := worlds.pop(token, None)) is None:
+        return []
+    os.kill(pid, signal.SIGKILL)
+    return [pid]
+
+
+def become_world(make: Any, listener: socket.socket, request: dict[str, str]) -> None:
+    """What the forked process does; never returns."""
+    code = 1
+    try:
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the kernel knew
+            os._exit(1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        limit = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]) + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        os.chdir(request["root"])
+        serve(make(request["root"]), listener, request["token"])
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(world: Any, listener: socket.socket, token: str) -> None:
+    """Answer requests one after another, in the main thread: a world may need its signals."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = PATIENCE
+
+        def do_POST(self) -> None:
+            if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {token}"):
+                self.reply(403, {"error": "wrong token"})
+                return
+            arguments = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            start = now()
+            try:
+                result = getattr(world, self.path.strip("/"))(**arguments)
+                self.reply(200, {"result": result, "seconds": now() - start})
+            except Exception as error:
+                self.reply(500, {"error": f"{type(error).__name__}: {error}"})
+
+        def reply(self, status: int, body: dict[str, Any]) -> None:
+            data = json.dumps(body).encode()
+            self.wfile.write(b"HTTP/1.0 %d -\r\nContent-Length: %d\r\n\r\n" % (status, len(data)) + data)
+
+    server = HTTPServer(listener.getsockname(), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    while True:
+        server.handle_request()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,198 @@
+"""Worlds in processes of their own: at most so many at once, each forked for one episode and killed after it.
+
+The pool starts one forker (`forker.py`, which see) and starts another when that one has died. It belongs to no event
+loop, because a program may run several one after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trainer.types import EnvironmentBroken
+
+FORKER = Path(__file__).with_name("forker.py")
+START_SECONDS = 300.0  # to import the benchmark; seen: 6 to 20
+SECONDS = 20.0  # for it to fork or to end a process; seen: 0.02
+KEPT = ("PATH", "LANG", "LC_ALL", "TZ")  # of our environment: the code of a policy runs there, so no keys
+
+
+class WorldProcess:
+    """One forked process, spoken to over loopback HTTP: a plain POST on a connection of its own, answered and closed.
+
+    By hand, because a client library took longer (2 ms) than a step may cost: 5 % of 30 ms.
+    """
+
+    def __init__(self, token: str, port: int):
+        self.token = token
+        self.seconds = 0.0  # that the world itself took for all calls so far
+        self._port = port
+
+    async def call(self, method: str, **arguments: Any) -> Any:
+        """What `World.method(**arguments)` returns.
+
+        Raises:
+            EnvironmentBroken: it raised, or the process is gone.
+        """
+        try:
+            status, body = await self._post(f"/{method}", json.dumps(arguments).encode())
+        except (OSError, ValueError) as error:
+            raise EnvironmentBroken(f"{method}: the world's process died ({type(error).__name__})") from error
+        if status != 200:
+            raise EnvironmentBroken(f"{method}: {body['error']}")
+        self.seconds += body["seconds"]
+        return body["result"]
+
+    async def _post(self, path: str, data: bytes) -> tuple[int, Any]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            head = f"POST {path} HTTP/1.0\r\nAuthorization: Bearer {self.token}\r\nContent-Length: {len(data)}\r\n\r\n"
+            writer.write(head.encode() + data)
+            head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+            return int(head.split(" ")[1]) if head else 0, json.loads(body)
+        finally:
+            writer.close()
+
+
+class Pool:
+    """At most `size` worlds at once.
+
+    Args:
+        python: the interpreter that has the benchmark.
+        world: the file that holds its `World`.
+        size: how many episodes may have a world; who wants one more waits.
+        prepare: what to put into a forker's `folder` before it starts.
+    """
+
+    def __init__(self, python: Path, world: Path, size: int, prepare: Callable[[Path], None] = lambda folder: None):
+        self.folder = Path()  # of the running forker, for what worlds write; gone with it
+        self._prepare = prepare
+        self.size = size
+        self._command = [str(python), "-I", "-B", str(FORKER), str(world.absolute())]
+        self._forker: subprocess.Popen[bytes] | None = None
+        self._talk = ThreadPoolExecutor(1, "forker")  # one thread: requests go out one by one, in order
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._places = asyncio.Semaphore(size)
+
+    async def enter(self) -> None:
+        """Wait for a place, and for the forker where none runs yet. `leave` gives the place back."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # another asyncio.run: whoever held a place in the last one has gone
+            self._loop, self._places = loop, asyncio.Semaphore(self.size)
+        await self._places.acquire()
+        try:
+            await loop.run_in_executor(self._talk, self._start)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        self._places.release()
+
+    async def fork(self, root: Path) -> WorldProcess:
+        """A new process with a `World(root)`, to be ended with `kill`."""
+        token = secrets.token_hex(16)
+        try:
+            answer = await self._ask({"root": str(root), "token": token})
+        except asyncio.CancelledError:
+            self._talk.submit(self._exchange, {"kill": token})  # in order: after the fork, if that has begun
+            raise
+        return WorldProcess(token, answer["port"])
+
+    async def kill(self, world: WorldProcess) -> None:
+        """End the process: it runs no code from then on."""
+        await self._ask({"kill": world.token})
+
+    def discard(self, world: WorldProcess | None, folder: Path | None) -> None:
+        """End the process, then remove its folder, while the caller goes on."""
+        if world:
+            self._talk.submit(self._exchange, {"kill": world.token})  # if this fails, forker and world are gone
+        if folder:
+            self._talk.submit(shutil.rmtree, folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the forker and every world; the end of this process does the same."""
+        self._talk.submit(self._stop).result()
+
+    async def _ask(self, request: dict[str, Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._talk, self._exchange, request)
+
+    # What follows runs in the one thread.
+
+    def _start(self) -> None:
+        if self._forker is not None and self._forker.poll() is None:
+            return
+        self._stop()
+        self.folder = Path(tempfile.mkdtemp(prefix="sgcd-worlds-"))
+        self._prepare(self.folder)
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        with (self.folder / "log").open("wb") as words:
+            self._forker = subprocess.Popen(
+                [*self._command, str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=words,
+                env={**environment, "HOME": str(self.folder), "TMPDIR": str(self.folder)},
+                cwd=self.folder,
+                start_new_session=True,  # Ctrl-C is for the trainer; worlds end when it has
+            )
+        ready = self._read(START_SECONDS)
+        if "error" in ready:
+            self._stop()
+            raise EnvironmentBroken(f"{self._command[0]} cannot load {self._command[-1]}: {ready['error']}")
+
+    def _stop(self) -> None:
+        if self._forker is None:
+            return
+        forker, self._forker = self._forker, None
+        assert forker.stdin and forker.stdout
+        with contextlib.suppress(OSError):
+            forker.stdin.close()
+        try:
+            forker.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            forker.kill()
+            forker.wait()
+        forker.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # where it was killed
+
+    def _exchange(self, request: dict[str, Any]) -> Any:
+        if self._forker is None:
+            raise EnvironmentBroken("there is no forker of worlds")
+        assert self._forker.stdin
+        try:
+            self._forker.stdin.write(json.dumps(request).encode() + b"\n")
+            self._forker.stdin.flush()
+        except OSError as error:
+            raise EnvironmentBroken(f"the forker of worlds died{self._last_words()}") from error
+        return self._read(SECONDS)
+
+    def _read(self, seconds: float) -> Any:
+        """The forker's next line. A forker that says nothing is ended, so that the next episode starts another."""
+        assert self._forker and self._forker.stdout
+        ready, _, _ = select.select([self._forker.stdout], [], [], seconds)
+        line = self._forker.stdout.readline() if ready else b""
+        if line.endswith(b"\n"):
+            return json.loads(line)
+        self._forker.kill()
+        self._forker.wait()
+        what = "died" if ready else f"was silent for {seconds:g} s"
+        raise EnvironmentBroken(f"the forker of worlds {what}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        try:
+            lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return f"; it said last: {lines[-1][:300]}" if lines else ""
