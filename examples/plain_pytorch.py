@@ -1,6 +1,6 @@
 """SGCD in a loop of your own: one update of a Hugging Face model on one group of rollouts, packed, no logits.
 
-    python examples/plain_pytorch.py [folder or name of a causal LM]
+python examples/plain_pytorch.py [folder or name of a causal LM]
 """
 
 import sys
