@@ -27,7 +27,10 @@ if len(sys.argv) > 1:
 else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-criterion = FusedLinearSGCDLoss(config=CreditConfig(gamma=1.0, clip=2.0), loss_type="dapo", epsilon_high=0.28)
+credit = (
+    CreditConfig(gamma=1.0, clip=2.0) if len(sys.argv) > 1 else CreditConfig(d_floor=1e-3)
+)  # random ones hardly differ
+criterion = FusedLinearSGCDLoss(config=credit, loss_type="dapo", epsilon_high=0.28)
 
 # Your engine and your verifier give these: a task's prompt, what siblings answered, who succeeded, what they learned.
 prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
