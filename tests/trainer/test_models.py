@@ -62,7 +62,7 @@ def test_a_step_of_sgcd(folders: dict[str, Path], tmp_path: Path, kind: str) -> 
     assert line["credit/w_mean"] > 1
     assert line["credit/invalid"] == 0
     assert line["grad_norm"] > 0
-    assert line["sampling/logprob_diff_max"] < 1e-4
+    assert line["sampling/sampling_logp_difference/max"] < 1e-4
     before, after = load_file(folders[kind] / "model.safetensors"), saved(tmp_path)
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []  # every tensor learns
@@ -96,7 +96,7 @@ def test_a_step_of_sgcd_in_workday(tmp_path: Path, kind: str) -> None:
     assert line["credit/invalid"] == 0
     assert line["credit/w_mean"] > 1
     assert line["grad_norm"] > 0
-    assert line["sampling/logprob_diff_max"] < 1e-4
+    assert line["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 def test_a_killed_run_of_a_recurrent_model_resumes_to_the_same_bits(
@@ -157,7 +157,7 @@ def test_a_step_trains_the_adapters_alone(folders: dict[str, Path], tmp_path: Pa
     asyncio.run(run.train())
     (line,) = records(tmp_path)
     assert (line["by_group/trained"], line["credit/invalid"]) == (3, 0)
-    assert line["sampling/logprob_diff_max"] < 1e-4
+    assert line["sampling/sampling_logp_difference/max"] < 1e-4
     after = run.model.state_dict()
     assert all(torch.equal(t, after[n]) for n, t in base.items())
     assert run.model.get_output_embeddings().weight.grad is None
