@@ -38,7 +38,8 @@ class GradWalk {
         math_(head_.math()),
         size_(element_size(math_)),
         needs_(needs),
-        in_place_(has_transposed_products(math_)),
+        own_(has_transposed_products(math_)),
+        in_place_(own_ && math_ == Math::kFloat),
         columns_(round_up(head_.width(), kTile)) {
     const int64_t padded = round_up(head_.tokens(), kTile);
     int64_t per_tile = needs[1] ? columns_ * kTile * size_ : 0;
@@ -54,7 +55,9 @@ class GradWalk {
     if (needs[0]) shares_ = std::clamp<int64_t>(kSharedBytes / (padded * head_.width() * 4), 1, shares_);
     dx_ = needs[0] ? at::zeros({shares_, padded / kTile, head_.width(), kTile}, at::kFloat) : at::Tensor();
     step_ = std::clamp<int64_t>(kStepBytes / (head_.depth() * size_) / kTile, 2, 8) * kTile;
-    if (needs[0] && !in_place_) wt_ = bytes(round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
+    if (needs[0] && !in_place_)
+      wt_ = bytes(own_ ? slab_ * pairs_ld() * size_
+                       : round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
     if (needs[1]) {
       dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
       rows_ = bytes(columns_ * group_ * size_);
@@ -89,8 +92,11 @@ class GradWalk {
  private:
   char* packed(size_t head, int64_t tile) { return data(packed_[head]) + tile * heads_[head].token_tile_bytes(); }
 
-  // weight^T at a word of the slab: [steps][H][step], so that a step's rows lie close together.
+  // weight^T at a word of the slab: for our own product rows by pairs, else [steps][H][step], so that a step's rows lie
+  // close together.
+  int64_t pairs_ld() const { return head_.width() + kPad / 2; }
   char* weight_t(int64_t word) {
+    if (own_) return data(wt_) + word * pairs_ld() * size_;
     return data(wt_) + (word / step_ * head_.width() * (step_ + kPad) + word % step_) * size_;
   }
   // dZ at a word of the slab and a token of the group: [depths][words][kDepth], likewise.
@@ -113,6 +119,7 @@ class GradWalk {
   void transpose_block(int64_t slab, int64_t block) {
     const int64_t at = block * kTile, word = slab + at, count = std::min<int64_t>(kTile, head_.vocab() - word);
     if (!wt_.defined() || count <= 0) return;
+    if (own_) return head_.pair_words(word, count, weight_t(at), pairs_ld());
     head_.transpose_words(word, count, round_up(count, 2), weight_t(at), step_ + kPad);
   }
 
@@ -153,9 +160,9 @@ class GradWalk {
   void add_hidden_grad(int64_t share, int64_t tile, int64_t at, int64_t count, const Words& words, const char* dz) {
     const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
     float* sum = dx(share, first_ / kTile + tile);
-    if (in_place_)
-      return multiply_transposed(width, kTile, depth, static_cast<const float*>(words.data), words.ld,
-                                 reinterpret_cast<const float*>(dz), kTile, sum, kTile, true);
+    if (in_place_) return multiply_transposed(math_, width, kTile, depth, words.data, words.ld, dz, kTile, sum, kTile, true);
+    if (own_)
+      return multiply_transposed(math_, width, kTile, depth, weight_t(at), pairs_ld(), dz, kTile, sum, kTile, true);
     for (int64_t h = 0; h < width; h += kTile)
       multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
                step_ + kPad, dz, kTile, sum + h * kTile, kTile, true);
@@ -268,7 +275,8 @@ class GradWalk {
   const Math math_;
   const int64_t size_;
   const std::array<bool, 3> needs_;
-  const bool in_place_;    // W^T dZ reads W as it lies
+  const bool own_;         // the product with W^T is our own
+  const bool in_place_;    // and reads W as it lies
   const int64_t columns_;  // H padded to whole tiles
   int64_t group_ = 0, slab_ = 0, step_ = 0, shares_ = 1;
   int64_t word_ = 0, words_ = 0, first_ = 0, tokens_ = 0;  // where the walk is

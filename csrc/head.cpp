@@ -118,7 +118,8 @@ void Head::pack_token_rows(int64_t token, void* out, int64_t block_stride) const
 
 Words Head::words(int64_t first, int64_t count, void* scratch) const {
   const bool as_is = depth_ == width_ && weight_type_ == (math_ == Math::kBf16 ? at::kBFloat16 : at::kFloat);
-  if (as_is && !cpu_isa().product) return {weight_ + first * weight_ld_ * element_size(math_), weight_ld_};
+  const bool apart = math_ == Math::kFloat ? cpu_isa().fp32 != nullptr : weight_ld_ % 2 != 0;
+  if (as_is && !apart) return {weight_ + first * weight_ld_ * element_size(math_), weight_ld_};
   with_types(weight_type_, math_, [&](auto* in, auto* to) {
     using Out = std::remove_pointer_t<decltype(to)>;
     Out* dst = static_cast<Out*>(scratch);
@@ -129,6 +130,27 @@ Words Head::words(int64_t first, int64_t count, void* scratch) const {
     }
   });
   return {scratch, scratch_ld()};
+}
+
+void Head::pair_words(int64_t first, int64_t count, void* out, int64_t ld) const {
+  const auto* from = reinterpret_cast<const uint16_t*>(weight_) + first * weight_ld_;
+  auto* to = static_cast<uint16_t*>(out);
+  for (int64_t w = 0; w < count; w += 2, from += 2 * weight_ld_, to += 2 * ld) {
+    const bool two = w + 1 < count;
+    int64_t k = 0;
+#if defined(__SSE2__)
+    for (; two && k + 8 <= width_; k += 8) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + weight_ld_ + k));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * k), _mm_unpacklo_epi16(a, b));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * k + 8), _mm_unpackhi_epi16(a, b));
+    }
+#endif
+    for (; k < width_; k++) {
+      to[2 * k] = from[k];
+      to[2 * k + 1] = two ? from[weight_ld_ + k] : uint16_t{0};
+    }
+  }
 }
 
 void Head::transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const {

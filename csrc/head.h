@@ -44,6 +44,8 @@ class Head {
   // Rows of the weight, in place where they can be multiplied as they are, else copied to `scratch`. Our own product
   // wants a copy: it reads few columns of many rows at a time, and rows a power of two apart share few sets of a cache.
   Words words(int64_t first, int64_t count, void* scratch) const;
+  // bf16 rows by pairs, [ceil(count / 2)][ld][2]; an odd last one with 0.
+  void pair_words(int64_t first, int64_t count, void* out, int64_t ld) const;
   // weight^T of these words, [H, ld], columns from `count` to `padded` 0.
   void transpose_words(int64_t first, int64_t count, int64_t padded, void* out, int64_t ld) const;
 

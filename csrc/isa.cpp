@@ -41,13 +41,14 @@ Level chosen_level() {
 }
 
 Isa find_isa() {
-  Level level = chosen_level();
-  const Folds* folds = level >= kAvx512 ? folds_avx512() : level == kAvx2 ? folds_avx2() : folds_portable();
-  if (!folds) {  // another compiler built this
-    folds = folds_portable();
-    if (level < kAvx512Bf16) level = kPortable;
-  }
-  return {kNames[level], folds, level >= kAvx512Bf16, level == kAvx2 ? float_product_avx2() : nullptr};
+  const Level level = chosen_level();
+  // Another compiler may have built none of this.
+  if (level >= kAvx512 && folds_avx512())
+    return {kNames[level], folds_avx512(), level == kAmx, float_product_avx512(),
+            level == kAvx512Bf16 ? bf16_product_avx512() : nullptr};
+  if (level == kAvx2 && folds_avx2()) return {kNames[level], folds_avx2(), false, float_product_avx2(), nullptr};
+  if (level == kAmx) return {kNames[level], folds_portable(), true, nullptr, nullptr};
+  return {kNames[kPortable], folds_portable(), false, nullptr, nullptr};
 }
 
 }  // namespace

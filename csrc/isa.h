@@ -2,15 +2,15 @@
 #pragma once
 
 #include "folds.h"
-#include "gemm_avx2.h"
+#include "products.h"
 
 namespace sgcd {
 
 struct Isa {
-  const char* name;      // amx, avx512_bf16, avx512, avx2 or portable: the path that runs
-  const Folds* folds;    // never null
-  bool bf16;             // multiplies bf16 into fp32
-  FloatProduct product;  // our own fp32 product, or null where the library's is used
+  const char* name;    // amx, avx512_bf16, avx512, avx2 or portable: the path that runs
+  const Folds* folds;  // never null
+  bool tiles;          // has tile registers, which the library multiplies bf16 in
+  Product fp32, bf16;  // our own products, or null where the library's are used or there are none
 };
 
 const Isa& cpu_isa();
