@@ -54,6 +54,8 @@ struct Folds {
   const char* name;
   void (*finish)(float* z, int words, const Finish&);
   void (*fold_head)(const float* z, int words, const HeadStats&);
+  // And leave e^(z-m) in bf16, rows apart by `ld`, and the m [kTile] that it is of.
+  void (*fold_head_keep)(const float* z, int words, const HeadStats&, uint16_t* e, int64_t ld, float* m);
   void (*fold_pair)(const float* z_p, const float* z_q, int words, const PairStats&);
   // Merge statistics over disjoint words into `into`, `tokens` of them, a multiple of 16.
   void (*merge_head)(const HeadStats& into, const HeadStats& from, int64_t tokens);
@@ -61,6 +63,8 @@ struct Folds {
   void (*second_pass)(const float* z_p, const float* z_q, int words, const SecondPass&);
   // Replace logits by their gradient.
   void (*logprob_grad)(float* z, int words, const LogprobGrad&);
+  // The gradient without entropies from what fold_head_keep left.
+  void (*kept_grad)(const uint16_t* e, int64_t ld, int words, const float* m, const LogprobGrad&, float* dz);
   void (*distill_grad)(float* z_p, const float* z_q, int words, const DistillGrad&);
   // Carry a gradient of the final logits back to the product. `z` are final logits.
   void (*unfinish)(float* dz, const float* z, int words, const Finish&);

@@ -22,6 +22,49 @@ struct FlushDenormals {
 #endif
 };
 
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN: rounding could carry it into an infinity
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(SGCD_AVX512)
+
+inline __m512i bf16_bits(__m512 x) {  // rounded to nearest even, in the upper halves
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+inline void store_bf16(Vec x, uint16_t* p) {
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(x.v), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+inline Vec load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+#else
+
+inline void store_bf16(Vec x, uint16_t* p) {
+  float lanes[Vec::width];
+  x.store(lanes);
+  for (int i = 0; i < Vec::width; i++) p[i] = to_bf16(lanes[i]);
+}
+inline Vec load_bf16(const uint16_t* p) {
+  float lanes[Vec::width];
+  for (int i = 0; i < Vec::width; i++) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    __builtin_memcpy(&lanes[i], &bits, 4);
+  }
+  return Vec::load(lanes);
+}
+
+#endif
+
 inline Vec column_max(const float* z, int words, Vec m) {
   for (int w = 0; w < words; w++) m = max(Vec::load(z + w * kTile), m);  // an old maximum stands against a NaN
   return m;
@@ -93,11 +136,13 @@ struct HeadSums {
   }
 };
 
-void fold_head(const float* z, int words, const HeadStats& h) {
+template <bool keep>
+void fold_and(const float* z, int words, const HeadStats& h, uint16_t* left, int64_t ld, float* left_m) {
   const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z += Vec::width) {
     const Vec old = Vec::load(h.m + i), m = column_max(z, words, old);
     if (any(greater(m, old))) rescale_head(h, i, m);
+    if (keep) m.store(left_m + i);
     HeadSums total;
     for (int first = 0; first < words; first += kChunk) {
       const int stop = first + kChunk < words ? first + kChunk : words;
@@ -106,11 +151,20 @@ void fold_head(const float* z, int words, const HeadStats& h) {
         const Vec c = Vec::load(z + w * kTile) - m, e = exp(c);
         sums.z = sums.z + e;
         sums.s = fma_where(greater(e, Vec(0.0f)), c, e, sums.s);  // 0 ln 0 = 0
+        if (keep) store_bf16(e, left + w * ld + i);
       }
       total.add(sums);
     }
     total.add_to(h, i);
   }
+}
+
+void fold_head(const float* z, int words, const HeadStats& h) {
+  fold_and<false>(z, words, h, nullptr, 0, nullptr);
+}
+
+void fold_head_keep(const float* z, int words, const HeadStats& h, uint16_t* e, int64_t ld, float* m) {
+  fold_and<true>(z, words, h, e, ld, m);
 }
 
 struct PairSums {
@@ -256,6 +310,14 @@ void logprob_grad(float* z, int words, const LogprobGrad& g) {
   }
 }
 
+void kept_grad(const uint16_t* e, int64_t ld, int words, const float* m, const LogprobGrad& g, float* dz) {
+  const FlushDenormals flush;
+  for (int i = 0; i < kTile; i += Vec::width) {
+    const Vec factor = exp(min(Vec(0.0f), Vec::load(m + i) - Vec::load(g.lse + i))) * Vec::load(g.scale + i);
+    for (int w = 0; w < words; w++) (load_bf16(e + w * ld + i) * factor).store(dz + w * kTile + i);
+  }
+}
+
 void distill_grad(float* z_p, const float* z_q, int words, const DistillGrad& g) {
   const FlushDenormals flush;
   for (int i = 0; i < kTile; i += Vec::width, z_p += Vec::width, z_q += Vec::width) {
@@ -280,21 +342,7 @@ void distill_grad(float* z_p, const float* z_q, int words, const DistillGrad& g)
   }
 }
 
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN: rounding could carry it into an infinity
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
 #if defined(SGCD_AVX512)
-
-inline __m512i bf16_bits(__m512 x) {  // rounded to nearest even, in the upper halves
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-}
 
 void round_tile(const float* dz, int words, uint16_t* rows, int64_t ld, uint16_t* pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -350,8 +398,8 @@ void round_row(const float* x, int64_t count, uint16_t* out) {
 }
 
 constexpr Folds kFolds{
-    SGCD_NAME,  finish,     fold_head,    fold_pair,    merge_head, merge_pair,
-    second_pass, logprob_grad, distill_grad, unfinish, round_tile, round_row,
+    SGCD_NAME,   finish,       fold_head, fold_head_keep, fold_pair, merge_head, merge_pair,
+    second_pass, logprob_grad, kept_grad, distill_grad,   unfinish,  round_tile, round_row,
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ int64_t steps(Math math, int64_t elements) { return math == Math::kBf16 ? elemen
 
 }  // namespace
 
-bool has_bf16_products() { return cpu_isa().bf16 || (cpu_isa().tiles && at::native::cpublas::could_pack(at::kBFloat16)); }
+bool has_bf16_products() { return cpu_isa().bf16 || cpu_isa().tiles; }
 
 bool has_transposed_products(Math math) { return own(math); }
 

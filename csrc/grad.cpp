@@ -1,5 +1,7 @@
 #include "grad.h"
 
+#include <cmath>
+
 #include "check.h"
 #include "grad_walk.h"
 #include "isa.h"
@@ -21,17 +23,32 @@ struct LogprobFormula : GradFormula {
   const Folds& folds = *cpu_isa().folds;
   const std::vector<int32_t>& target;
   std::vector<float> lse, scale, d_logp, entropy, d_entropy;
+  std::vector<float> logit;  // of targets, where tiles were kept
 
   explicit LogprobFormula(const std::vector<int32_t>& t) : target(t) {}
+
+  void kept(const Kept& kept, float* z, int words, int64_t word, int64_t token) const override {
+    const Kept::Rows rows = kept.rows(word / kTile, token);
+    folds.kept_grad(reinterpret_cast<const uint16_t*>(rows.data), rows.ld, words, kept.maxima(word / kTile, token),
+                    {&lse[token], &scale[token], nullptr, nullptr}, z);
+    // 1 - p of a word that is nearly certain is lost in a rounded p.
+    at_targets(words, word, token, [&](int64_t at, int64_t t) { z[at] = std::exp(logit[t] - lse[t]) * scale[t] + d_logp[t]; });
+  }
 
   void tile(float* const* z, int words, int64_t word, int64_t token) const override {
     const bool both = !d_entropy.empty();
     folds.logprob_grad(z[0], words,
                        {&lse[token], &scale[token], both ? &entropy[token] : nullptr,
                         both ? &d_entropy[token] : nullptr});
-    for (int i = 0; i < kTile; i++) {
-      const uint32_t local = static_cast<uint32_t>(target[token + i] - word);
-      if (local < static_cast<uint32_t>(words)) z[0][local * kTile + i] += d_logp[token + i];
+    at_targets(words, word, token, [&](int64_t at, int64_t t) { z[0][at] += d_logp[t]; });
+  }
+
+  // Call f(place in the tile, token) where a token's target is among the words.
+  template <class F>
+  void at_targets(int words, int64_t word, int64_t token, F f) const {
+    for (int64_t t = token; t < token + kTile; t++) {
+      const uint32_t local = static_cast<uint32_t>(target[t] - word);
+      if (local < static_cast<uint32_t>(words)) f(int64_t{local} * kTile + t - token, t);
     }
   }
 };
@@ -54,7 +71,7 @@ Grads logprob_grads(const at::Tensor& hidden, const at::Tensor& weight, const Op
                     const OptionalTensor& rows, const at::Tensor& targets, const OptionalTensor& temperature,
                     double softcap, const at::Tensor& lse, const at::Tensor& scale, const at::Tensor& d_logp,
                     const OptionalTensor& entropy, const OptionalTensor& d_entropy, std::array<bool, 3> needs,
-                    bool wide) {
+                    bool wide, std::vector<at::Tensor> kept_tensors) {
   check_head("", hidden, weight, bias, rows);
   const std::vector<Head> heads{{hidden, weight, bias, rows}};
   const int64_t n = heads[0].tokens();
@@ -70,7 +87,13 @@ Grads logprob_grads(const at::Tensor& hidden, const at::Tensor& weight, const Op
     formula.entropy = padded("entropy", *entropy, n, 0);
     formula.d_entropy = padded("d_entropy", *d_entropy, n, 0);
   }
-  return grad_walk(heads, inputs, formula, hidden, weight, needs, wide);
+  const Kept kept(heads[0], weight, std::move(kept_tensors));
+  if (kept.tokens() > 0) {
+    TORCH_CHECK_VALUE(!d_entropy && (kept.weight_grad().numel() > 0) == needs[1] && (softcap == 0 || !kept.half()),
+                      "kept fits no gradient of entropies, and one of the weight only where it was made for that");
+    formula.logit = padded("kept[4]", kept.tensors()[4], n, 0);
+  }
+  return grad_walk(heads, inputs, formula, hidden, weight, needs, wide, kept);
 }
 
 Grads distill_grads(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
@@ -92,7 +115,7 @@ Grads distill_grads(const at::Tensor& hidden, const at::Tensor& weight, const Op
   formula.d_loss = padded("d_loss", d_loss, n, 0);
   formula.beta = static_cast<float>(beta);
   formula.kind = static_cast<DistillKind>(kind);
-  return grad_walk(heads, inputs, formula, hidden, weight, needs, false);
+  return grad_walk(heads, inputs, formula, hidden, weight, needs, false, {});
 }
 
 }  // namespace sgcd

@@ -6,16 +6,16 @@
 #include <cstring>
 
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace sgcd {
 namespace {
 
 constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
-constexpr int64_t kSlabBytes = 16 << 20;    // dZ of a slab; tall slabs mean few places where threads wait
-constexpr int64_t kTransposedBytes = 12 << 20;  // weight^T of a slab
-constexpr int64_t kStepBytes = 512 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
-constexpr int64_t kBatch = 8;                // tiles of tokens that pass by them
+constexpr int64_t kTransposedBytes = 3 << 20;  // weight^T of a slab; tall slabs mean few places where threads wait
+constexpr int64_t kStepBytes = 256 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
+constexpr int64_t kBatch = 2;                // tiles of tokens that pass by them
 constexpr int64_t kShares = 8;               // of a slab's words, each with a dX of its own, where tiles are few
 constexpr int64_t kSharedTiles = 64;
 constexpr int64_t kSharedBytes = 8 << 20;    // of all their dX
@@ -23,17 +23,17 @@ constexpr int64_t kDepth = 512;             // tokens of one product into dW
 constexpr int64_t kPad = 32;                // elements: rows a power of two apart would fall into few sets of a cache
 constexpr int64_t kDzLd = kDepth + kPad;
 
-at::Tensor bytes(int64_t count) { return at::empty({count}, at::kByte); }
 char* data(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
 
 class GradWalk {
  public:
   GradWalk(const std::vector<Head>& heads, const TokenInputs& inputs, const GradFormula& formula,
-           const at::Tensor& weight, std::array<bool, 3> needs)
+           const at::Tensor& weight, std::array<bool, 3> needs, const Kept& kept)
       : heads_(heads),
         head_(heads[0]),
         inputs_(inputs),
         formula_(formula),
+        kept_(kept),
         folds_(*cpu_isa().folds),
         math_(head_.math()),
         size_(element_size(math_)),
@@ -47,9 +47,13 @@ class GradWalk {
     group_ = std::min(padded, std::max<int64_t>(1, kPackedBytes / per_tile) * kTile);
     const bool one_group = group_ == padded;
     const int64_t transposed = needs[0] && !in_place_ ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
-    slab_ = std::max<int64_t>(1, std::min(kSlabBytes / (size_ * group_), transposed) / kTile) * kTile;
+    const int64_t loose = one_group ? padded - kept.tokens() : group_;  // tokens whose dZ has no room of its own
+    slab_ = std::min(kSlabBytes / (size_ * std::max<int64_t>(loose, 1)), transposed);
+    if (needs[2]) slab_ = std::min(slab_, kSlabBytes / (4 * group_ / kTile));
+    slab_ = std::max<int64_t>(1, slab_ / kTile) * kTile;
     slab_ = std::min(slab_, round_up(head_.vocab(), kTile));
-    dw_ = needs[1] ? at::empty(weight.sizes(), weight.options().dtype(grad_type(weight))) : at::Tensor();
+    if (needs[1])
+      dw_ = kept.tokens() ? kept.weight_grad() : fresh(weight.sizes(), weight.options().dtype(grad_type(weight)));
     db_ = needs[2] ? at::zeros({head_.vocab()}, at::kFloat) : at::Tensor();
     shares_ = std::clamp<int64_t>(kSharedTiles / (padded / kTile), 1, kShares);
     if (needs[0]) shares_ = std::clamp<int64_t>(kSharedBytes / (padded * head_.width() * 4), 1, shares_);
@@ -59,9 +63,9 @@ class GradWalk {
       wt_ = bytes(own_ ? slab_ * pairs_ld() * size_
                        : round_up(slab_, step_) / step_ * head_.width() * (step_ + kPad) * size_);
     if (needs[1]) {
-      dz_ = bytes(round_up(group_, kDepth) / kDepth * slab_ * kDzLd * size_);
+      dz_ = bytes(round_up(loose, kDepth) / kDepth * slab_ * kDzLd * size_);
       rows_ = bytes(columns_ * group_ * size_);
-      if (!one_group) dw_sum_ = at::empty({slab_, columns_}, at::kFloat);
+      if (!one_group) dw_sum_ = fresh({slab_, columns_}, at::kFloat);
     }
     if (needs[2]) db_part_ = at::empty({group_ / kTile, slab_}, at::kFloat);
     for (const Head& head : heads) packed_.push_back(bytes(head.token_tile_bytes() * group_ / kTile));
@@ -85,10 +89,6 @@ class GradWalk {
     return {needs_[0] ? hidden_grad(hidden_type) : at::Tensor(), dw_, db_};
   }
 
-  static at::ScalarType grad_type(const at::Tensor& x) {
-    return x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
-  }
-
  private:
   char* packed(size_t head, int64_t tile) { return data(packed_[head]) + tile * heads_[head].token_tile_bytes(); }
 
@@ -99,9 +99,13 @@ class GradWalk {
     if (own_) return data(wt_) + word * pairs_ld() * size_;
     return data(wt_) + (word / step_ * head_.width() * (step_ + kPad) + word % step_) * size_;
   }
-  // dZ at a word of the slab and a token of the group: [depths][words][kDepth], likewise.
-  char* dz(int64_t word, int64_t token) {
-    return data(dz_) + ((token / kDepth * slab_ + word) * kDzLd + token % kDepth) * size_;
+  // dZ at a word of the slab, the first of a block, and a token of the group: where the tile was kept, else in
+  // [depths][words][kDepth], so that rows lie close together.
+  Kept::Rows dz(int64_t word, int64_t token) {
+    const int64_t kept = std::clamp<int64_t>(kept_.tokens() - first_, 0, tokens_), loose = token - kept;
+    if (loose < 0) return kept_.rows((word_ + word) / kTile, first_ + token);
+    char* at = data(dz_) + ((loose / kDepth * slab_ + word) * kDzLd + loose % kDepth) * size_;
+    return {at, kDzLd, kDepth - loose % kDepth};
   }
 
   void pack_tokens() {
@@ -127,6 +131,7 @@ class GradWalk {
     const int64_t tiles = tokens_ / kTile, threads = at::get_num_threads();
     const int64_t batch = std::clamp<int64_t>(tiles * shares_ / (4 * threads), 1, kBatch);
     const int64_t batches = (tiles + batch - 1) / batch, steps = (words_ + step_ - 1) / step_;
+    const bool reads_words = (in_place_ && needs_[0]) || first_ + tokens_ > kept_.tokens();
     share(batches * shares_, [&](auto next) {
       const at::Tensor z = at::empty({3, kTile, kTile}, at::kFloat);
       const at::Tensor packed_dz = bytes(step_ * kTile * size_);
@@ -138,7 +143,7 @@ class GradWalk {
         for (int64_t step = share * steps / shares_ * step_; step < end; step += step_) {
           const int64_t stop = std::min(step + step_, words_);
           Words words[2];
-          for (size_t h = 0; h < heads_.size(); h++)
+          for (size_t h = 0; h < heads_.size() && reads_words; h++)
             words[h] = heads_[h].words(word_ + step, stop - step, data(scratch[h]));
           for (int64_t tile = first; tile < std::min(first + batch, tiles); tile++) {
             for (int64_t at = step; at < stop; at += kTile)
@@ -172,27 +177,40 @@ class GradWalk {
   // `words` are those from `skip` words before.
   void grad_tile(int64_t tile, int64_t at, int64_t count, const Words* words, int64_t skip, float* z, char* out) {
     const int64_t token = first_ + tile * kTile, word = word_ + at;
+    const bool kept = token < kept_.tokens();
     const int tall = static_cast<int>(count);
-    float* tiles[2] = {z, z + kTile * kTile};
-    for (size_t h = 0; h < heads_.size(); h++) {
-      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), words[h].at(skip, heads_[h].math()), words[h].ld,
-               packed(h, tile), kTile, tiles[h], kTile, false);
-      folds_.finish(tiles[h], tall, inputs_.finish(heads_[h], token, word));
-    }
+    const Finish finish = inputs_.finish(head_, token, word);
     float* logits = z + 2 * kTile * kTile;
-    if (inputs_.softcap != 0) std::memcpy(logits, z, count * kTile * sizeof(float));
-    formula_.tile(tiles, tall, word, token);
-    folds_.unfinish(z, logits, tall, inputs_.finish(head_, token, word));
+    if (kept && kept_.half()) {
+      formula_.kept(kept_, z, tall, word, token);
+    } else {
+      float* tiles[2] = {z, z + kTile * kTile};
+      if (kept) {
+        kept_.load(word / kTile, token, tall, z);
+      } else {
+        make_logits(tile, word, count, words, skip, tiles);
+      }
+      if (finish.softcap != 0) std::memcpy(logits, z, count * kTile * sizeof(float));
+      formula_.tile(tiles, tall, word, token);
+    }
+    folds_.unfinish(z, logits, tall, finish);
     if (needs_[2]) sum_rows(z, count, db_part_.mutable_data_ptr<float>() + tile * slab_ + at);
-    char* rows = needs_[1] ? dz(at, tile * kTile) : nullptr;
+    const Kept::Rows rows = needs_[1] ? dz(at, tile * kTile) : Kept::Rows{};
     if (math_ == Math::kBf16) {
-      folds_.round_tile(z, tall, reinterpret_cast<uint16_t*>(rows), kDzLd,
-                        reinterpret_cast<uint16_t*>(out));
+      folds_.round_tile(z, tall, reinterpret_cast<uint16_t*>(rows.data), rows.ld, reinterpret_cast<uint16_t*>(out));
       return;
     }
     std::memcpy(out, z, count * kTile * sizeof(float));
-    for (int64_t w = 0; rows && w < count; w++)
-      std::memcpy(rows + w * kDzLd * size_, z + w * kTile, kTile * sizeof(float));
+    for (int64_t w = 0; rows.data && w < count; w++)
+      std::memcpy(rows.data + w * rows.ld * size_, z + w * kTile, kTile * sizeof(float));
+  }
+
+  void make_logits(int64_t tile, int64_t word, int64_t count, const Words* words, int64_t skip, float* const* tiles) {
+    for (size_t h = 0; h < heads_.size(); h++) {
+      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), words[h].at(skip, heads_[h].math()), words[h].ld,
+               packed(h, tile), kTile, tiles[h], kTile, false);
+      folds_.finish(tiles[h], static_cast<int>(count), inputs_.finish(heads_[h], first_ + tile * kTile, word));
+    }
   }
 
   static void sum_rows(const float* z, int64_t count, float* out) {
@@ -214,11 +232,12 @@ class GradWalk {
         if (needs_[2]) add_bias_parts(at, count);
         if (!needs_[1]) continue;
         float* sum = own.defined() ? own.mutable_data_ptr<float>() : dw_sum_.mutable_data_ptr<float>() + at * columns_;
-        for (int64_t t = 0; t < tokens_; t += kDepth) {
-          const int64_t depth = std::min(kDepth, tokens_ - t);
+        for (int64_t t = 0, depth; t < tokens_; t += depth) {
+          const Kept::Rows rows = dz(at, t);
+          depth = std::min({kDepth, rows.tokens, tokens_ - t});
           for (int64_t c = 0; c < columns_; c += kTile)
-            multiply(math_, count, kTile, depth, dz(at, t), kDzLd,
-                     data(rows_) + (c * group_ + t * kTile) * size_, kTile, sum + c, columns_, first_ + t > 0);
+            multiply(math_, count, kTile, depth, rows.data, rows.ld, data(rows_) + (c * group_ + t * kTile) * size_,
+                     kTile, sum + c, columns_, first_ + t > 0);
         }
         if (first_ + tokens_ >= head_.tokens()) write_rows(sum, word_ + at, count);
       }
@@ -246,7 +265,7 @@ class GradWalk {
 
   at::Tensor hidden_grad(at::ScalarType type) {
     const int64_t n = head_.tokens(), width = head_.width();
-    at::Tensor out = at::empty({n, width}, type);
+    at::Tensor out = fresh({n, width}, type);
     const bool half = type == at::kBFloat16;
     share(round_up(n, kTile) / kTile, [&](auto next) {
       for (int64_t tile; (tile = next()) >= 0;) {
@@ -271,6 +290,7 @@ class GradWalk {
   const Head& head_;
   const TokenInputs& inputs_;
   const GradFormula& formula_;
+  const Kept& kept_;
   const Folds& folds_;
   const Math math_;
   const int64_t size_;
@@ -286,18 +306,23 @@ class GradWalk {
 
 }  // namespace
 
+void GradFormula::kept(const Kept&, float*, int, int64_t, int64_t) const {
+  TORCH_INTERNAL_ASSERT(false, "nothing is kept for this formula");
+}
+
 Grads grad_walk(const std::vector<Head>& heads, const TokenInputs& inputs, const GradFormula& formula,
-                const at::Tensor& hidden, const at::Tensor& weight, std::array<bool, 3> needs, bool wide) {
-  const at::ScalarType hidden_type = wide ? at::kFloat : GradWalk::grad_type(hidden);
+                const at::Tensor& hidden, const at::Tensor& weight, std::array<bool, 3> needs, bool wide,
+                const Kept& kept) {
+  const at::ScalarType hidden_type = wide ? at::kFloat : grad_type(hidden);
   if (heads[0].tokens() == 0) {
     const auto zeros = [&](bool need, at::IntArrayRef sizes, at::ScalarType type) {
       return need ? at::zeros(sizes, hidden.options().dtype(type)) : at::Tensor();
     };
     return {zeros(needs[0], {0, heads[0].width()}, hidden_type),
-            zeros(needs[1], weight.sizes(), GradWalk::grad_type(weight)),
+            zeros(needs[1], weight.sizes(), grad_type(weight)),
             zeros(needs[2], {heads[0].vocab()}, at::kFloat)};
   }
-  return GradWalk(heads, inputs, formula, weight, needs).run(hidden_type);
+  return GradWalk(heads, inputs, formula, weight, needs, kept).run(hidden_type);
 }
 
 }  // namespace sgcd

@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include <ATen/native/CPUBlas.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -41,7 +43,9 @@ Level chosen_level() {
 }
 
 Isa find_isa() {
-  const Level level = chosen_level();
+  Level level = chosen_level();
+  // The library may have been told, or built, not to use tile units.
+  if (level == kAmx && !at::native::cpublas::could_pack(at::kBFloat16)) level = kAvx512Bf16;
   // Another compiler may have built none of this.
   if (level >= kAvx512 && folds_avx512())
     return {kNames[level], folds_avx512(), level == kAmx, float_product_avx512(),

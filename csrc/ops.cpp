@@ -11,6 +11,8 @@ TORCH_LIBRARY(sgcd_kernels, m) {
   m.def("cpu_isa() -> str", [] { return std::string(sgcd::cpu_isa().name); });
   m.def("head_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, Tensor? temperature, "
         "float softcap) -> Tensor");
+  m.def("head_stats_keep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, "
+        "Tensor? temperature, float softcap, bool weight_grad) -> (Tensor, Tensor[])");
   m.def("bare_walk(Tensor hidden, Tensor weight, Tensor? teacher_hidden) -> ()");
   m.def("pair_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
         "Tensor? teacher_bias, Tensor? rows, Tensor targets, Tensor? temperature, float softcap) -> Tensor");
@@ -22,7 +24,7 @@ TORCH_LIBRARY(sgcd_kernels, m) {
         "bool jsd, bool tv) -> Tensor");
   m.def("logprob_grads(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, Tensor? temperature, "
         "float softcap, Tensor lse, Tensor scale, Tensor d_logp, Tensor? entropy, Tensor? d_entropy, bool[3] needs, "
-        "bool wide) -> (Tensor, Tensor, Tensor)");
+        "bool wide, Tensor[] kept) -> (Tensor, Tensor, Tensor)");
   m.def("distill_grads(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
         "Tensor? teacher_bias, Tensor? rows, Tensor? temperature, float softcap, Tensor lse, Tensor teacher_lse, "
         "Tensor centre, Tensor d_loss, float beta, int kind, bool[3] needs) -> (Tensor, Tensor, Tensor)");
@@ -33,6 +35,7 @@ TORCH_LIBRARY(sgcd_kernels, m) {
 
 TORCH_LIBRARY_IMPL(sgcd_kernels, CPU, m) {
   m.impl("head_stats", &sgcd::head_stats);
+  m.impl("head_stats_keep", &sgcd::head_stats_keep);
   m.impl("bare_walk", &sgcd::bare_walk);
   m.impl("pair_stats", &sgcd::pair_stats);
   m.impl("pair_topk", &sgcd::pair_topk);

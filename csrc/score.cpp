@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "isa.h"
+#include "kept.h"
 #include "walk.h"
 
 namespace sgcd {
@@ -21,7 +22,7 @@ struct HeadFold : Fold {
     std::fill_n(state, tokens, kLowest);
     for (int field = 1; field < fields(); field++) std::fill_n(state + field * stride, tokens, 0.0f);
   }
-  void tile(float* const* z, int words, float* state, int64_t stride, int64_t) const override {
+  void tile(float* const* z, int words, float* state, int64_t stride, int64_t, int64_t) const override {
     folds.fold_head(z[0], words, head_at(state, stride));
   }
   void merge(float* into, const float* from, int64_t stride, int64_t tokens) const override {
@@ -29,11 +30,29 @@ struct HeadFold : Fold {
   }
 };
 
+// The same, and what the gradient can be made of stays.
+struct KeepingFold : HeadFold {
+  const Kept& kept;
+  explicit KeepingFold(const Kept& k) : kept(k) {}
+  void tile(float* const* z, int words, float* state, int64_t stride, int64_t word, int64_t token) const override {
+    if (token >= kept.tokens()) return HeadFold::tile(z, words, state, stride, word, token);
+    const int64_t block = word / kTile;
+    if (kept.half()) {
+      const Kept::Rows rows = kept.rows(block, token);
+      folds.fold_head_keep(z[0], words, head_at(state, stride), reinterpret_cast<uint16_t*>(rows.data), rows.ld,
+                           kept.maxima(block, token));
+    } else {
+      folds.fold_head(z[0], words, head_at(state, stride));
+      kept.store(block, token, words, z[0]);
+    }
+  }
+};
+
 // Folds nothing: the price of the products alone, for the benchmark.
 struct NoFold : Fold {
   int fields() const override { return 1; }
   void start(float* state, int64_t, int64_t tokens) const override { std::fill_n(state, tokens, 0.0f); }
-  void tile(float* const* z, int, float* state, int64_t, int64_t) const override { state[0] = z[0][0]; }
+  void tile(float* const* z, int, float* state, int64_t, int64_t, int64_t) const override { state[0] = z[0][0]; }
   void merge(float*, const float*, int64_t, int64_t) const override {}
 };
 
@@ -44,7 +63,7 @@ struct PairFold : Fold {
     for (int field = 0; field < fields(); field++)
       std::fill_n(state + field * stride, tokens, field == 0 || field == 3 ? kLowest : 0.0f);
   }
-  void tile(float* const* z, int words, float* state, int64_t stride, int64_t) const override {
+  void tile(float* const* z, int words, float* state, int64_t stride, int64_t, int64_t) const override {
     folds.fold_pair(z[0], z[1], words, pair_at(state, stride));
   }
   void merge(float* into, const float* from, int64_t stride, int64_t tokens) const override {
@@ -69,7 +88,7 @@ struct MixtureFold : Fold {
   void start(float* state, int64_t stride, int64_t tokens) const override {
     for (int field = 0; field < fields(); field++) std::fill_n(state + field * stride, tokens, 0.0f);
   }
-  void tile(float* const* z, int words, float* state, int64_t stride, int64_t token) const override {
+  void tile(float* const* z, int words, float* state, int64_t stride, int64_t, int64_t token) const override {
     const float* at = normalisers.data() + token;
     folds.second_pass(z[0], z[1], words,
                       {at, at + padded, at + 2 * padded, at + 3 * padded, jsd ? state : nullptr,
@@ -83,18 +102,46 @@ struct MixtureFold : Fold {
 
 }  // namespace
 
+namespace {
+
+at::Tensor head_walk(const std::vector<Head>& heads, const at::Tensor& like, const at::Tensor& targets,
+                     const OptionalTensor& temperature, double softcap, const Fold& fold) {
+  const int64_t n = heads[0].tokens();
+  at::Tensor out = at::zeros({4, n}, like.options().dtype(at::kFloat));
+  float* data = out.mutable_data_ptr<float>();
+  walk(heads, TokenInputs(n, targets, temperature, softcap), fold, {data + 3 * n}, data);
+  return out;
+}
+
+std::vector<Head> checked_head(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& rows, const at::Tensor& targets,
+                               const OptionalTensor& temperature, double softcap) {
+  check_head("", hidden, weight, bias, rows);
+  const std::vector<Head> heads{{hidden, weight, bias, rows}};
+  check_tokens("targets", targets, at::kLong, heads[0].tokens());
+  check_shared(temperature, heads[0].tokens(), softcap);
+  return heads;
+}
+
+}  // namespace
+
 at::Tensor head_stats(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& rows, const at::Tensor& targets, const OptionalTensor& temperature,
                       double softcap) {
-  check_head("", hidden, weight, bias, rows);
-  const std::vector<Head> heads{{hidden, weight, bias, rows}};
-  const int64_t n = heads[0].tokens();
-  check_tokens("targets", targets, at::kLong, n);
-  check_shared(temperature, n, softcap);
-  at::Tensor out = at::zeros({4, n}, hidden.options().dtype(at::kFloat));
-  float* data = out.mutable_data_ptr<float>();
-  walk(heads, TokenInputs(n, targets, temperature, softcap), HeadFold(), {data + 3 * n}, data);
-  return out;
+  const std::vector<Head> heads = checked_head(hidden, weight, bias, rows, targets, temperature, softcap);
+  return head_walk(heads, hidden, targets, temperature, softcap, HeadFold());
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> head_stats_keep(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rows,
+    const at::Tensor& targets, const OptionalTensor& temperature, double softcap, bool weight_grad) {
+  const std::vector<Head> heads = checked_head(hidden, weight, bias, rows, targets, temperature, softcap);
+  const Kept kept(heads[0], weight, weight_grad, static_cast<float>(softcap));
+  const KeepingFold fold(kept);
+  const at::Tensor stats = head_walk(heads, hidden, targets, temperature, softcap, fold);
+  if (!kept.tensors().empty())
+    std::copy_n(stats.const_data_ptr<float>() + 3 * heads[0].tokens(), heads[0].tokens(), kept.target_logits());
+  return {stats, kept.tensors()};
 }
 
 void bare_walk(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& teacher_hidden) {

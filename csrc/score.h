@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "folds.h"
 
@@ -22,6 +24,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 at::Tensor head_stats(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& rows, const at::Tensor& targets, const OptionalTensor& temperature,
                       double softcap);
+
+// And what logprob_grads takes as `kept`, see kept.h.
+std::tuple<at::Tensor, std::vector<at::Tensor>> head_stats_keep(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rows,
+    const at::Tensor& targets, const OptionalTensor& temperature, double softcap, bool weight_grad);
 
 // The walk of one head, or of two on one weight, without a fold: what the products alone cost.
 void bare_walk(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& teacher_hidden);

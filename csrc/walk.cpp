@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace sgcd {
@@ -16,7 +17,6 @@ constexpr int64_t kPartialBytes = 12 << 20;  // statistics of all slices of the 
 constexpr int64_t kWordsBytes = 512 << 10;   // weight rows that stay in L2 while the tokens pass by
 constexpr int64_t kMaxSlices = 64;
 
-at::Tensor bytes(int64_t count) { return at::empty({count}, at::kByte); }
 
 // One group of tokens, packed, against the whole vocabulary.
 class Group {
@@ -29,7 +29,7 @@ class Group {
     blocks_ = (heads[0].vocab() + kTile - 1) / kTile;
     slices_ = std::clamp<int64_t>(kPartialBytes / per_slice, 4, kMaxSlices);
     slices_ = std::clamp<int64_t>((blocks_ + 3) / 4, 1, slices_);
-    state_ = at::empty({slices_, fold.fields(), stride_}, at::kFloat);
+    state_ = fresh({slices_, fold.fields(), stride_}, at::kFloat);
     for (const Head& head : heads) packed_.push_back(bytes(head.token_tile_bytes() * stride_ / kTile));
   }
 
@@ -100,7 +100,7 @@ class Group {
       cpu_isa().folds->finish(z[h], static_cast<int>(count), inputs_.finish(head, token, word));
     }
     if (!inputs_.target.empty()) pick(z, word, count, token);
-    fold_.tile(z, static_cast<int>(count), sums + tile * kTile, stride_, token);
+    fold_.tile(z, static_cast<int>(count), sums + tile * kTile, stride_, word, token);
   }
 
   void pick(float* const* z, int64_t word, int64_t count, int64_t token) {

@@ -23,8 +23,8 @@ struct Fold {
   virtual ~Fold() = default;
   virtual int fields() const = 0;
   virtual void start(float* state, int64_t stride, int64_t tokens) const = 0;
-  // One tile of one or two heads' final logits; state is at its first token, `token` says which of the call that is.
-  virtual void tile(float* const* z, int words, float* state, int64_t stride, int64_t token) const = 0;
+  // One tile of one or two heads' final logits; state is at its first token, `word` and `token` say which of the call it begins at.
+  virtual void tile(float* const* z, int words, float* state, int64_t stride, int64_t word, int64_t token) const = 0;
   virtual void merge(float* into, const float* from, int64_t stride, int64_t tokens) const = 0;
 };
 

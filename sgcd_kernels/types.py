@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class Projection:
     def stats_dtype(self) -> torch.dtype:
         """fp32, or fp64 when an input is fp64."""
         return torch.promote_types(torch.promote_types(self.hidden.dtype, self.weight.dtype), torch.float32)
+
+
+class Logprobs(NamedTuple):
+    """What a backend's `logprob_forward` gives, each [n], and what it kept for `logprob_backward` if it was asked to."""
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    kept: Any = None
 
 
 class ProjectionGrads(NamedTuple):

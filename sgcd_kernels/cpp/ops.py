@@ -24,7 +24,7 @@ from sgcd_kernels.torch_backend.divergence import PairStats
 from sgcd_kernels.torch_backend.grads import Needs, saved_dtype
 from sgcd_kernels.torch_backend.logprob import RowStats
 from sgcd_kernels.torch_backend.topk import TeacherTopK
-from sgcd_kernels.types import Projection, ProjectionGrads
+from sgcd_kernels.types import Logprobs, Projection, ProjectionGrads
 
 __all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
 
@@ -36,13 +36,19 @@ def logprob_forward(
     p: Projection,
     targets: Tensor,  # [n]
     group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) of the computed rows, each [n]."""
-    raw = torch.ops.sgcd_kernels.head_stats(*_head(p), p.rows, local_targets(targets, p, group), *_shared(p))
+    keep: Needs | None = None,
+) -> Logprobs:
+    """Of the computed rows. With `keep` tiles are kept, as far as there is room, for a backward pass of those needs."""
+    arguments = *_head(p), p.rows, local_targets(targets, p, group), *_shared(p)
+    kept = None
+    if keep is None:
+        raw = torch.ops.sgcd_kernels.head_stats(*arguments)
+    else:
+        raw, kept = torch.ops.sgcd_kernels.head_stats_keep(*arguments, keep[1])
     stats = RowStats(p.num_rows, raw)
     _fill(stats, raw)
     stats.merge(group)
-    return stats.results()
+    return Logprobs(*stats.results(), kept)
 
 
 def logprob_backward(
@@ -55,6 +61,7 @@ def logprob_backward(
     d_entropy: Tensor | None = None,  # [n]
     d_lse: Tensor | None = None,  # [n]
     group: ProcessGroup | None = None,
+    kept: list[Tensor] | None = None,  # of `logprob_forward`; used up, and not with d_entropy
 ) -> ProjectionGrads:
     """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse)."""
     if entropy is None or d_entropy is None:
@@ -71,6 +78,7 @@ def logprob_backward(
         None if d_entropy is None else values(d_entropy),
         _wanted(p, needs),
         group is not None,
+        kept or [],
     )
     return _grads(p, needs, grads, group)
 

@@ -33,7 +33,7 @@ def linear_logprob(
     p = head(hidden, weight, bias, temperatures, temperature, softcap, None)
     p, flat = on_targets(p, targets, ignore_index, ranks)
     with no_autocast(hidden.device):
-        logp, entropy, lse = resolve("logprob_forward", impl, p)(p, flat, ranks)
+        logp, entropy, lse, _ = resolve("logprob_forward", impl, p)(p, flat, ranks)
     return place(logp, p.rows, targets.shape), place(entropy, p.rows, targets.shape), place(lse, p.rows, targets.shape)
 
 

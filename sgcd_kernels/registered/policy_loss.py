@@ -75,16 +75,17 @@ def linear_policy_loss(
         *(per_row(value) for value in (old_logp, ref_logp, importance_weights)),
     )
     with no_autocast(hidden.device):
-        lse, more = per_row(lse), {}
+        lse, more, kept = per_row(lse), {}, None
         if lse is None:
-            logp, entropy, lse = resolve("logprob_forward", impl, p)(p, chosen, ranks)
+            keep = tuple(needs) if any(needs) else None
+            logp, entropy, lse, kept = resolve("logprob_forward", impl, p)(p, chosen, ranks, keep)
             more["entropy"] = entropy.sum() / max(entropy.numel(), 1)
         else:
             logp = resolve("target_logp", impl, p)(p, chosen, lse, ranks)
         if any(needs):
             loss, found, d_logp = _slope(logp, *given)
             backward = resolve("logprob_backward", impl, p)
-            grads = backward(p, chosen, lse, d_logp, tuple(needs), group=ranks)
+            grads = backward(p, chosen, lse, d_logp, tuple(needs), group=ranks, kept=kept)
         else:
             loss, found = surrogate_loss(logp, *given)
             grads = ProjectionGrads(None, None, None)

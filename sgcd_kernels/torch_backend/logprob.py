@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from sgcd_kernels.shard import max_over, shard_range, sum_over
 from sgcd_kernels.torch_backend.blocks import block_logits, finish_logits, load_rows, load_words, plan
 from sgcd_kernels.torch_backend.grads import Needs, walk_gradients
-from sgcd_kernels.types import Projection, ProjectionGrads
+from sgcd_kernels.types import Logprobs, Projection, ProjectionGrads
 
 FLOOR = -1e4  # e^FLOOR is 0 in every dtype, and 0 * FLOOR is 0 where 0 * -inf would be NaN
 
@@ -75,8 +75,9 @@ def logprob_forward(
     p: Projection,
     targets: Tensor,  # [n]
     group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) of the computed rows, each [n]."""
+    keep: Needs | None = None,  # nothing is kept: logits are made again in blocks
+) -> Logprobs:
+    """Of the computed rows."""
     offset, _ = shard_range(p.weight, group)
     blocks = plan((p,), 3, row_copies=1, word_copies=1)
     out = p.hidden.new_empty((3, p.num_rows), dtype=p.stats_dtype)
@@ -89,7 +90,7 @@ def logprob_forward(
             stats.fold(z)
         stats.merge(group)
         out[0, t0:t1], out[1, t0:t1], out[2, t0:t1] = stats.results()
-    return out[0], out[1], out[2]
+    return Logprobs(*out.unbind(0))
 
 
 def logprob_backward(
@@ -102,6 +103,7 @@ def logprob_backward(
     d_entropy: Tensor | None = None,  # [n]
     d_lse: Tensor | None = None,  # [n]
     group: ProcessGroup | None = None,
+    kept: None = None,
 ) -> ProjectionGrads:
     """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse).
 

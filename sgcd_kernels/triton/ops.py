@@ -22,7 +22,7 @@ from sgcd_kernels.torch_backend.grads import Needs
 from sgcd_kernels.triton import launch
 from sgcd_kernels.triton.grads import walk
 from sgcd_kernels.triton.partials import merged_head, merged_pair
-from sgcd_kernels.types import Projection, ProjectionGrads
+from sgcd_kernels.types import Logprobs, Projection, ProjectionGrads
 
 __all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
 
@@ -31,11 +31,12 @@ def logprob_forward(
     p: Projection,
     targets: Tensor,  # [n]
     group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) of the computed rows, each [n]."""
+    keep: Needs | None = None,  # nothing is kept: beside fast products, memory is slow
+) -> Logprobs:
+    """Of the computed rows."""
     stats = merged_head(launch.head_stats(p, local_targets(targets, p, group)))
     stats.merge(group)
-    return stats.results()
+    return Logprobs(*stats.results())
 
 
 def logprob_backward(
@@ -48,6 +49,7 @@ def logprob_backward(
     d_entropy: Tensor | None = None,  # [n]
     d_lse: Tensor | None = None,  # [n]
     group: ProcessGroup | None = None,
+    kept: None = None,
 ) -> ProjectionGrads:
     """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse)."""
     if entropy is None or d_entropy is None:

@@ -166,8 +166,18 @@ def mixture_stats(c: Call) -> tuple[Any, ...]:
 
 
 def logprob_grads(c: Call) -> tuple[Any, ...]:
-    values = c.each(), c.each(), c.each(), *c.entropies()
-    return (*c.head(), c.rows, c.targets(), *c.shared(), *values, c.needs(), c.draw.of(True, False))
+    head = *c.head(), c.rows, c.targets(), *c.shared()
+    values, needs, kept = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
+    if c.draw.of(True, False):
+        try:
+            kept = list(ops.head_stats_keep(*head, needs[1] != c.draw.flaw())[1])
+        except (ValueError, NotImplementedError, RuntimeError):
+            kept = [c.each()] * 5
+        if kept and c.draw.flaw():
+            kept[c.draw.of(*range(len(kept)))] = c.draw.tensor([c.v, c.h], c.dtype)
+        if c.draw.flaw():
+            kept = kept[1:]
+    return (*head, *values, needs, c.draw.of(True, False), kept)
 
 
 def distill_grads(c: Call) -> tuple[Any, ...]:
@@ -192,6 +202,7 @@ def pair_topk(c: Call) -> tuple[Any, ...]:
 CALLS = {
     "bare_walk": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
     "head_stats": lambda c: (*c.head(), c.rows, c.targets(), *c.shared()),
+    "head_stats_keep": lambda c: (*c.head(), c.rows, c.targets(), *c.shared(), c.draw.of(True, False)),
     "pair_stats": lambda c: (*c.head(), *c.head(), c.rows, c.targets(), *c.shared()),
     "pair_topk": pair_topk,
     "mixture_stats": mixture_stats,
