@@ -65,7 +65,7 @@ class Projection:
 
 
 class Logprobs(NamedTuple):
-    """What a backend's `logprob_forward` gives, each [n], and what it kept for `logprob_backward` if it was asked to."""
+    """What a backend's `logprob_forward` gives, each [n], and what it was asked to keep for `logprob_backward`."""
 
     logp: Tensor
     entropy: Tensor
