@@ -8,12 +8,10 @@ passed the sanitiser; what comes back passes it again. The API key lives in the 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -22,6 +20,7 @@ from openai.types.chat import ChatCompletion
 from trainer.chat.compact import CompactRenderer
 from trainer.credit import prompt as prompts
 from trainer.credit.cache import ReferenceCache, key_of
+from trainer.credit.endpoint import is_loopback
 from trainer.credit.prompt import Refused
 from trainer.credit.sanitiser import Sanitiser
 from trainer.types import Group, Message, Renderer, Suite, UserError
@@ -187,16 +186,8 @@ def read_key(config: WriterConfig, loopback: bool) -> str:
     """The API key from the environment; a server on this machine needs none."""
     key = os.environ.get(config.api_key_env, "").strip()
     if not key and not loopback:
-        raise UserError(f"writer.api_key_env: ${config.api_key_env} is not set; export it, or use writer.name contrast")
+        raise UserError(f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... (or use --writer.name contrast, which needs none)")
     return key
-
-
-def is_loopback(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def text_of(answer: Any) -> str:
