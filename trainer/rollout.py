@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.types import (
@@ -193,10 +193,9 @@ class _Guarded:
         try:
             return await asyncio.wait_for(call, self._timeout)
         except asyncio.TimeoutError:
-            waited = getattr(self._environment, "waits_for", "")
-            raise EnvironmentBroken(
-                f"{what} took longer than env.timeout = {self._timeout:g} s{f', waiting for {waited}' if waited else ''}"
-            ) from None
+            waits_for = getattr(self._environment, "waits_for", "")
+            reason = f", waiting for {waits_for}" if waits_for else ""
+            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s{reason}") from None
         except EnvironmentBroken:
             raise
         except Exception as error:
@@ -210,7 +209,7 @@ class _Episode:
     renderer: Renderer
     sampling: Sampling
     env: EnvConfig
-    max_length: int
+    max_length: int  # tokens of prompt and response
 
     async def play(self, task: Task) -> Rollout:
         messages, tools = await self.environment.reset(task)
@@ -220,6 +219,8 @@ class _Episode:
                 f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
             )
         rollout = Rollout(task, messages, tools, prompt)
+        if self.env.max_response_tokens is not None:
+            self.max_length = min(self.max_length, len(prompt) + self.env.max_response_tokens)
         for turn in range(self.env.max_turns):
             if await self._turn(rollout, turn):
                 break
@@ -230,7 +231,8 @@ class _Episode:
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
         """One assistant turn and what it leads to; says whether the episode is over, and why in `rollout.stop`."""
         context = rollout.prompt_ids + rollout.ids
-        (completion,) = await self.engine.generate(context, 1, self.sampling)
+        room = min(self.sampling.max_tokens, self.max_length - len(context))
+        (completion,) = await self.engine.generate(context, 1, replace(self.sampling, max_tokens=room))
         self._append_generated(rollout, completion, turn)
         message, problem = self.renderer.parse(completion.ids)
         rollout.messages.append(message)

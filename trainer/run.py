@@ -114,10 +114,10 @@ def view(source: Path, overrides: Sequence[str]) -> int:
 def check(source: Path, overrides: Sequence[str]) -> int:
     from trainer import configfile
 
-    config = configfile.load(source, overrides)
+    config, mistakes = configfile.load_what_fits(source, overrides)
     from trainer import check as checks
 
-    return 0 if checks.check(config) else 2
+    return 0 if checks.check(config, mistakes) else 2
 
 
 COMMANDS: dict[str, Callable[[Path, Sequence[str]], int]] = {

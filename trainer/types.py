@@ -157,8 +157,8 @@ class Environment(Protocol):
 
     `env.timeout` ends a call only where it awaits: one that blocks holds every other episode too, and nothing can stop
     it. What may block (a subprocess, a socket, a long computation) belongs in a thread (`asyncio.to_thread`) or a
-    process that the environment awaits. What it waits for may be said in an attribute `waits_for`, which a time-out then
-    names.
+    process that the environment awaits. What it waits for may be said in an attribute `waits_for`, which a time-out
+    then names.
 
     One that must wait for a place (in a pool of processes, say) may offer `async def open(self) -> None`: it is awaited
     before `reset`, and untimed, because a queue is no fault of the environment.

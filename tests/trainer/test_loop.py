@@ -380,7 +380,9 @@ def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
     made = config(folder, tmp_path / "run", save_steps=0)
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, name, fatal)
-        with pytest.raises(EnvironmentLost, match=r"every rollout broke, of \d tasks.*http://world:1 is down") as caught:
+        with pytest.raises(
+            EnvironmentLost, match=r"every rollout broke, of \d tasks.*http://world:1 is down"
+        ) as caught:
             loop.train(made)
     assert len(caught.value.lines) == 1
     newest = checkpoint.latest(made.output_dir)

@@ -137,7 +137,9 @@ def test_a_run_whose_customer_is_dead_stops_and_names_the_endpoint(tmp_path: Pat
         groups_per_step=2,
         eval_on_start=False,
     )
-    with pytest.raises(EnvironmentLost, match=rf"every rollout broke.*\(customer at {url}\) gave no answer: connection"):
+    with pytest.raises(
+        EnvironmentLost, match=rf"every rollout broke.*\(customer at {url}\) gave no answer: connection"
+    ):
         loop.train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 

@@ -42,7 +42,9 @@ def reach(what: str, base_url: str, model: str, key_env: str) -> str:
     offered = _models(answer)
     if offered and model not in offered:
         some = ", ".join(offered[:5])
-        raise UserError(f"{what}: {base_url} has no model {model!r}; it has {some}{', ...' if len(offered) > 5 else ''}")
+        raise UserError(
+            f"{what}: {base_url} has no model {model!r}; it has {some}{', ...' if len(offered) > 5 else ''}"
+        )
     return f"{base_url} answers (HTTP {answer.status_code}), model {model}"
 
 

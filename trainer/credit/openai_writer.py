@@ -186,7 +186,10 @@ def read_key(config: WriterConfig, loopback: bool) -> str:
     """The API key from the environment; a server on this machine needs none."""
     key = os.environ.get(config.api_key_env, "").strip()
     if not key and not loopback:
-        raise UserError(f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... (or use --writer.name contrast, which needs none)")
+        raise UserError(
+            f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... "
+            "(or use --writer.name contrast, which needs none)"
+        )
     return key
 
 
