@@ -108,7 +108,8 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("key", "mark", "text"), [("right", "ok", "answers (HTTP 200)"), ("wrong", "FAIL", "refuses the key in $OPENAI_API_KEY")]
+    ("key", "mark", "text"),
+    [("right", "ok", "answers (HTTP 200)"), ("wrong", "FAIL", "refuses the key in $OPENAI_API_KEY")],
 )
 def test_the_writers_endpoint_is_asked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str, mark: str, text: str
