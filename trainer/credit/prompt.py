@@ -107,7 +107,7 @@ def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Mes
     shown = [("succeeded", r) for r in good] + [("failed", r) for r in bad]
     share = max(room // len(shown) - 64, 64) if sum(size(r) for _, r in shown) > room else None
     blocks = [block(i, outcome, traces[id(r)], share) for i, (outcome, r) in enumerate(shown, 1)]
-    data = sanitiser.known("\n".join([f"TASK {task}", *blocks]))
+    data = sanitiser.prompt("\n".join([f"TASK {task}", *blocks]))
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"BEGIN DATA\n{data}\nEND DATA"}]
 
 
