@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from transformers import Qwen3_5TextConfig
 
 from tests.trainer import toy
@@ -197,9 +196,9 @@ def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
         r"config +command line: max_steps: got 'ten', needs a valid integer",
         r"model +model.path: .*gone is not a folder; run: hf download Qwen/Qwen3.5-4B --local-dir models/Qwen3.5-4B",
         r"environment +env.name: appworld needs a Python of its own.*; run: make appworld",
-        r"environment +env.name: appworld needs its data and APPWORLD_ROOT is not set; run: .* && export APPWORLD_ROOT=.*",
+        r"environment +env.name: appworld needs its data and APPWORLD_ROOT is not set; run: .* export APPWORLD_ROOT=.*",
         r"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .*--generation-config vllm",
-        r"writer +writer.base_url: http://127.0.0.1:9/v1 does not answer \(ConnectError\); start it, as in: vllm serve .*",
+        r"writer +writer.base_url: http://127.0.0.1:9/v1 does not answer \(ConnectError\); start it, .*vllm serve .*",
     ]
     assert len(lines) == len(wanted)
     for line, pattern in zip(lines, wanted):
@@ -224,11 +223,12 @@ def test_what_does_not_fit_the_device_is_said_before_it_is_loaded(
     Qwen3_5TextConfig(hidden_size=2560, intermediate_size=9216, tie_word_embeddings=True).save_pretrained(tmp_path)
     monkeypatch.setattr("trainer.footprint.device", lambda: ("a card", 80 * 2**30))
     found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))
+    remedy = "give a Hugging Face model folder on this machine: --model.path FOLDER"
     assert found["memory"][0] == "FAIL"
     assert re.search(r"needs \d+\.\d GiB at the fullest moment, a card has 80.0 GiB\. .*no FSDP", found["memory"][1])
     assert found["model"] == (
         "FAIL",
-        f"model.path: {tmp_path} has a config.json and no weights; give a Hugging Face model folder on this machine: --model.path FOLDER",
+        f"model.path: {tmp_path} has a config.json and no weights; {remedy}",
     )
     (tmp_path / "model.safetensors").touch()
     found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))

@@ -100,7 +100,7 @@ def test_what_the_paper_leaves_open_is_marked() -> None:
             key, _, value = code.partition(":")
             if value.strip() and key.strip() not in stated:
                 marked = re.search(r"\bR\b|benchmark", comment + (above if above.startswith("#") else ""))
-                assert marked or "{" in value and all(k in stated for k in re.findall(r"(\w+):", value)), (
+                assert marked or ("{" in value and all(k in stated for k in re.findall(r"(\w+):", value))), (
                     path.name,
                     line,
                 )

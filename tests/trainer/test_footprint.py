@@ -17,7 +17,7 @@ from trainer.model import compute_in_bf16
 from trainer.types import UserError
 
 QWEN35_4B = {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True}  # the rest are the defaults
-LAYERS = {  # by hand, from the shapes of Qwen3.5-4B: H 2560, 16 query and 4 key heads of 256, 16 + 32 linear heads of 128
+LAYERS = {  # by hand: H 2560, 16 query and 4 key heads of 256, 16 and 32 linear heads of 128
     "linear": 2560 * (2 * 2048 + 4096) + 2560 * 4096 + 2 * 2560 * 32 + 8192 * 4 + 2 * 32 + 128 + 4096 * 2560,
     "full": 2560 * (2 * 16 * 256) + 2 * 2560 * (4 * 256) + 2 * 256 + 16 * 256 * 2560,
     "each": 3 * 2560 * 9216 + 2 * 2560,
@@ -52,7 +52,7 @@ def test_qwen35_4b_is_counted_to_the_parameter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5"])
 @pytest.mark.parametrize("autocast", ["off", "bfloat16"])
 def test_what_is_predicted_is_what_a_model_holds(kind: str, autocast: str, tmp_path: Path) -> None:
-    """Parameters, gradients, moments, and to the byte what autograd keeps of a row three times as long as was walked."""
+    """Parameters, gradients, moments, and what autograd keeps of a row three times as long as was walked."""
     model = toy.model(kind)
     model.save_pretrained(tmp_path)
     facts = footprint.facts(config(tmp_path, model={"autocast": autocast}))
@@ -111,7 +111,7 @@ def test_checkpointing_lora_and_rows_change_the_parts_they_should(tmp_path: Path
 
 
 def test_a_config_json_that_is_not_one_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs config.json"):
+    with pytest.raises(UserError, match=r"needs config\.json"):
         footprint.facts(config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nothing_we_know"}')
     with pytest.raises(UserError, match=r"model.path: .*config.json: .*nothing_we_know"):

@@ -32,7 +32,11 @@ from .siblings import ToySuite, call, group, seen, task, with_messages
 from .stub_endpoint import StubEndpoint
 
 Spell = Callable[[str], str]
-TO_CYRILLIC = str.maketrans("aeopcxyAEOPCXTHKMB", "аеорсхуАЕОРСХТНКМВ")
+# The letters of Cyrillic that are drawn as these are.
+TO_CYRILLIC = str.maketrans("aeopcxyAEOPCXTHKMB", "".join(map(chr, (
+    0x430, 0x435, 0x43E, 0x440, 0x441, 0x445, 0x443,
+    0x410, 0x415, 0x41E, 0x420, 0x421, 0x425, 0x422, 0x41D, 0x41A, 0x41C, 0x412,
+))))  # fmt: skip
 
 WHOLE: dict[str, Spell] = {
     "as it is": lambda t: t,
@@ -213,7 +217,8 @@ password => {}|passwd {}|--password {}|{"name": "password", "value": "{}"}|["pas
 password\t{}|the password for my account is {}|{"pass\u200bword": "{}"}|passwor\\u0064: {}|"password": "a\\"{}" }
 Password ({})|password -> {}|pass\u00adword: {}|PASSWORD={}|password:\\n  {}|password = ['{}']|password: the {}
 login(user="a", pwd="{}")|<password>{}</password>|curl -u ann:{} https://x|secret_key={}|recovery code: {}
-the api key was {}|{"auth": {"scheme": "x", "token": "{}"}}|pw: {}|[{"field": "PIN", "data": "{}"}]|{'password': '{}'}"""
+the api key was {}|{"auth": {"scheme": "x", "token": "{}"}}|pw: {}|[{"field": "PIN", "data": "{}"}]
+{'password': '{}'}"""
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ ORDERS = re.compile(
     r"|\b(?:system|developer) (?:prompt|message)\b|\byou (?:must|should|will) now\b|\bas an? (?:ai|language model)\b"
     r"|\bnew instructions?\b|\bdear (?:reader|model|assistant)\b"
 )
+LINE = re.compile(r"\n(?:\d+\. |- )?")  # an order may be cut into entries
 CHAT_MARKS = re.compile(
     r"<\|[^|>]{0,40}\|>|</?(?:s|think|tool_call|tool_response|im_start|im_end|ref|user|end)>|\[/?INST\]"
 )
@@ -148,9 +149,10 @@ def render_reply(
         text = render_words(reply, offered)
     else:
         text = render_prose(reply, lambda entry: clean(entry, sanitiser), max_chars)
+        text = sanitiser.known(text, [match.span() for match in LINE.finditer(text)])
     if not text:
         raise Refused("empty")
-    if ORDERS.search(text):
+    if ORDERS.search(text) or ORDERS.search(LINE.sub(" ", text)):
         raise Refused("instructs_reader")
     return text
 

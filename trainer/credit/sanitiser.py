@@ -132,8 +132,9 @@ class Sanitiser:
         text = self._sub(self._answers, "answer", text)
         return self._spelled(text, ())
 
-    def known(self, text: str) -> str:
-        """Mask the known strings alone, however they are spelled: what was kept from another run."""
+    def known(self, text: str, frames: Spans = ()) -> str:
+        """Mask the known strings alone, however spelled and across `frames`: the last pass over a reference."""
+        text = self._spelled(text, frames)
         text = self._sub(self._secrets, "secret", plain(text))
         return self._spelled(self._sub(self._answers, "answer", text), ())
 
@@ -157,15 +158,15 @@ class Sanitiser:
 
     def _spelled(self, text: str, frames: Spans) -> str:
         """Mask cards, and known strings in pieces, backwards, or across `frames`."""
-        for kind, apart in self._apart.items():
-            if found := apart.spans(text, frames):
-                text = self._cover(text, found, kind)
-                frames = frames_of(text) if frames else ()
-        found = cards.spans(blank(text, frames))
-        return self._cover(text, joined(text, found), "payment") if found else text
-
-    def _cover(self, text: str, spans: Spans, kind: str) -> str:
-        return replace(text, [(start, end, self._hit(kind)) for start, end in spans])
+        found = {kind: apart.spans(text, frames) for kind, apart in self._apart.items()}
+        found["payment"] = joined(text, cards.spans(blank(text, frames)))
+        marks = sorted((*span, kind) for kind, spans in found.items() for span in spans)
+        pieces, done = list[tuple[int, int, str]](), 0
+        for start, end, kind in marks:
+            if end > done:
+                pieces.append((max(start, done), end, self._hit(kind)))
+                done = end
+        return replace(text, pieces)
 
     def json(self, value: Any, depth: int = 0) -> Any:
         """Mask inside parsed JSON: keys that name something secret lose their value, every leaf is masked as text."""
