@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import footprint, needs
+from trainer.footprint import size
 from trainer.types import Group, Renderer, Sampling, Suite, UserError, all_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "pydantic", "openai", "safetensors")
 DRIFT = {"off": 1e-3, "bfloat16": 0.5, "auto": 0.5}  # by autocast: most that engine and trainer may differ
 SERVED_DRIFT = 0.5  # a server has its own kernels, and by default bf16
+COMES_WITH = {"renderer": "model", "room": "memory"}  # what is got -> the check that gets it
 PROBE_REFERENCE = "check first , then act"
 LACKS = (
     "The trainer is one process on one device: no FSDP, weights, gradients and moments in fp32, nothing offloaded. "
@@ -46,7 +48,7 @@ class Probe:
 
     def get(self, name: str) -> Any:
         if name not in self.found:
-            raise Skipped(f"needs the {name}")
+            raise Skipped(f"needs the {COMES_WITH.get(name, name)}")
         return self.found[name]
 
     @property
@@ -79,7 +81,7 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
         with console.status(f"check {name}"):
             mark, lines = _attempt(run, probe)
         missing += len(lines) if mark == "FAIL" else 0
-        for line in lines:
+        for line in filter(None, lines):
             _print(console, mark, name, line)
     if "memory" in probe.found:
         console.print("\nwhat the run needs, at most (docs/paper.md says how this is known)", markup=False)
@@ -136,7 +138,7 @@ def backends(probe: Probe) -> str:
     status = backend_status()
     if not any(s.usable for s in status.values()):
         raise UserError("no backend of sgcd_kernels is usable: " + _listed({n: s.reason for n, s in status.items()}))
-    return _listed({name: s.reason for name, s in status.items()})
+    return "; ".join(f"{name}: {s.reason}" for name, s in sorted(status.items(), key=lambda pair: not pair[1].usable))
 
 
 def run_directory(probe: Probe) -> str:
@@ -164,9 +166,9 @@ def memory(probe: Probe) -> str:
     facts = footprint.facts(probe.config)
     found = footprint.memory(probe.config, facts)
     probe.found["memory"] = (facts, found)
-    name, size = footprint.device()
-    there = f"{_size(found.total)} at the fullest moment, {name} has {_size(size)}"
-    if found.total > size:
+    name, there_is = footprint.device()
+    there = f"{size(found.total)} at the fullest moment, {name} has {size(there_is)}"
+    if found.total > there_is:
         raise UserError(f"model: needs {there}. {LACKS}")
     probe.found["room"] = True
     return there
@@ -184,13 +186,13 @@ def model(probe: Probe) -> str:
 
 
 def customer(probe: Probe) -> str:
-    """The endpoint that plays the customer, where an environment has one."""
+    """The endpoint that plays the customer, where an environment has one; else there is no line."""
     from trainer.credit.endpoint import reach
 
     options = probe.config.env.options
     if not options.get("user_base_url"):
         probe.found["customer"] = None
-        return "no endpoint plays one"
+        return ""
     key = str(options.get("user_api_key_env", "OPENAI_API_KEY"))
     said = reach("env.options.user_base_url", options["user_base_url"], str(options.get("user_model")), key)
     probe.found["customer"] = options["user_base_url"]
@@ -353,14 +355,8 @@ def disk(probe: Probe) -> str:
     place = next(p for p in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < need:
-        raise UserError(
-            f"output_dir: {_size(free)} free, the run needs {_size(need)}; lower save_total_limit or move it"
-        )
-    return f"{_size(free)} free, the run needs {_size(need)}"
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+        raise UserError(f"output_dir: {size(free)} free, the run needs {size(need)}; lower save_total_limit or move it")
+    return f"{size(free)} free, the run needs {size(need)}"
 
 
 def _listed(pairs: Any) -> str:

@@ -288,6 +288,11 @@ def memory(config: Config, model: Facts) -> Memory:
     )
 
 
+def size(n: float) -> str:
+    """Bytes for a person."""
+    return f"{n / GIB:.1f} GiB" if n >= GIB else f"{n / 2**20:.1f} MiB"
+
+
 def device() -> tuple[str, int]:
     """What the trainer would run on, and the bytes it has."""
     if torch.cuda.is_available():

@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from trainer.footprint import FP32, GIB, Facts, Memory, Part, engine_memory
+from trainer.footprint import FP32, Facts, Memory, Part, engine_memory, size
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
 CHECKPOINT = 3 * FP32  # bytes a trained parameter: the weight and Adam's two moments
-TRACE = 130  # bytes a token in rollouts/*.jsonl, d, W, entropies and spans included: measured in docs/paper.md
+TRACE = 130  # bytes a token in rollouts/*.jsonl, scores included: 113 were measured in workday, docs/paper.md
 CHARS_PER_TOKEN = 3  # as the writer's budget counts
 SCENARIO = 2_000  # tokens of a customer's instructions, the benchmark's guidelines included
 BENCHED = Path("bench/results")
@@ -29,41 +29,35 @@ BENCHED = Path("bench/results")
 
 def report(config: Config, model: Facts, found: Memory, split: int) -> list[str]:
     """The lines that `check` prints. `split`: tasks that an evaluation plays, 0 where nobody knows."""
-    other, name = (
-        (found.without_checkpointing, "without")
-        if config.model.gradient_checkpointing
-        else (found.with_checkpointing, "with")
-    )
+    on = config.model.gradient_checkpointing
+    other = f"activations {'without' if on else 'with'} model.gradient_checkpointing: "
+    other += size(found.without_checkpointing if on else found.with_checkpointing)
     lines = [
-        _line("the trainer's device", f"{found.total / GIB:.1f} GiB", "at its fullest moment"),
+        _line("the trainer's device", size(found.total), "at its fullest moment"),
         *_parts([*found.lasting, *found.passing]),
-        _line("", "", f"activations {name} model.gradient_checkpointing: {other / GIB:.1f} GiB"),
+        _line("", "", other),
     ]
     if config.engine.name == "vllm":
         parts = engine_memory(config, model)
-        total = sum(p.size for p in parts)
-        lines += [
-            _line("a vLLM server's device", f"{total / GIB:.1f} GiB", "for all slots at once; what does not fit queues")
-        ]
+        lines.append(_line("a vLLM server's device", _sum(parts), "for all slots at once; what does not fit queues"))
         lines += _parts(parts)
     parts = disk(config, model)
-    lines += [_line("disk", f"{sum(p.size for p in parts) / GIB:.1f} GiB", "in output_dir"), *_parts(parts)]
+    lines += [_line("disk", _sum(parts), "in output_dir"), *_parts(parts)]
     tokens = llm_tokens(config, split)
-    lines += [_line("LLM tokens", "none", "")] if not tokens else []
     lines += [_line("LLM tokens", f"{t.count / 1e6:,.1f} M", f"{t.name}: {t.how}") for t in tokens]
     timed = measured(config)
-    lines.append(_line("time", *(hours(config, timed) if timed else ("unknown", NOT_MEASURED))))
-    return lines
+    return [*lines, _line("time", *(hours(config, timed) if timed else ("unknown", NOT_MEASURED)))]
 
 
 NOT_MEASURED = "no step like this one was measured; after the first steps of a run, `check` reads them here"
 
 
 def _parts(parts: Sequence[Part]) -> list[str]:
-    return [
-        _line(f"  {p.name}", f"{p.size / GIB:.1f} GiB" if p.size >= GIB / 10 else f"{p.size / 2**20:.1f} MiB", p.how)
-        for p in parts
-    ]
+    return [_line(f"  {p.name}", size(p.size), p.how) for p in parts]
+
+
+def _sum(parts: Sequence[Part]) -> str:
+    return size(sum(p.size for p in parts))
 
 
 def _line(name: str, amount: str, how: str) -> str:

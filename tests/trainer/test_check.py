@@ -50,7 +50,7 @@ def test_a_config_that_works_passes_every_check(
     shown = capsys.readouterr().out
     assert "ready to train" in shown
     assert "FAIL" not in shown and "skip" not in shown
-    assert re.search(r"the trainer's device +\S+ GiB  at its fullest moment", shown)
+    assert re.search(r"the trainer's device +\S+ [GM]iB  at its fullest moment", shown)
     assert "activations with model.gradient_checkpointing" in shown
     assert list(tmp_path.iterdir()) == [], "a check leaves nothing behind"
 
@@ -232,4 +232,4 @@ def test_what_does_not_fit_the_device_is_said_before_it_is_loaded(
     )
     (tmp_path / "model.safetensors").touch()
     found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))
-    assert found["model"] == ("skip", "needs the room")
+    assert found["model"] == ("skip", "needs the memory")

@@ -98,12 +98,11 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def test_the_run_finishes_and_counts_what_was_done_to_it(run: tuple[Path, StubEndpoint, list[str]]) -> None:
-    folder, stub, done = run
+    folder, _, done = run
     records = lines(folder)
     assert [line["step"] for line in records] == [1, 2, 3, 4]
     assert checkpoint.latest(folder) is not None
     assert set(FAULTS) < set(done), "a run in which not every fault came up"
-    assert stub.peak <= 2
     trained = sum(line["by_group/trained"] for line in records)
     supplied = sum(line["reference/supplied"] * line["by_group/trained"] for line in records)
     errors = Counter[str]()
