@@ -1,7 +1,8 @@
-"""`check`: proves the installation and a config before hours are spent on them.
+"""`check`: proves the installation and a config before hours are spent on them, and says what the run will need.
 
-Each check tries the real thing, small: the model loads, a task is played, its tokens are scored. It ends in a line of
-a table: what was found, or what to do. Checks go on after a failure; one that needs what failed is skipped.
+Each check tries the real thing, small: the model loads, a task is played, its tokens are scored. It ends in a line:
+what was found, or what to do. Checks go on after a failure, so that whoever mends one thing hears of the others too;
+one that needs what failed is skipped.
 """
 
 from __future__ import annotations
@@ -9,21 +10,29 @@ from __future__ import annotations
 import asyncio
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.types import Group, Renderer, Sampling, Suite, UserError
+from trainer import footprint, needs
+from trainer.footprint import size
+from trainer.types import Group, Renderer, Sampling, Suite, UserError, all_of
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
 PACKAGES = ("torch", "transformers", "pydantic", "openai", "safetensors")
-BYTES_PER_PARAMETER = 12  # weights and two moments in fp32
 DRIFT = {"off": 1e-3, "bfloat16": 0.5, "auto": 0.5}  # by autocast: most that engine and trainer may differ
 SERVED_DRIFT = 0.5  # a server has its own kernels, and by default bf16
+COMES_WITH = {"renderer": "model", "room": "memory"}  # what is got -> the check that gets it
 PROBE_REFERENCE = "check first , then act"
+LACKS = (
+    "The trainer is one process on one device: no FSDP, weights, gradients and moments in fp32, nothing offloaded. "
+    "Take a larger device, --model.gradient_checkpointing true, a smaller model.max_length or tokens_per_microbatch, "
+    "or model.lora"
+)
 
 
 class Skipped(Exception):
@@ -39,7 +48,7 @@ class Probe:
 
     def get(self, name: str) -> Any:
         if name not in self.found:
-            raise Skipped(f"needs the {name}")
+            raise Skipped(f"needs the {COMES_WITH.get(name, name)}")
         return self.found[name]
 
     @property
@@ -57,33 +66,57 @@ class Probe:
         return renderer
 
 
-def check(config: Config) -> bool:
-    """Run every check, print the table; give whether all that ran passed."""
-    from rich.console import Console
-    from rich.table import Table
+def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
+    """Run every check, print a line for each thing found or missing; give whether all is well.
 
-    console = Console(highlight=False)
-    table = Table("check", "", "found, or what to do", title_justify="left")
-    probe, passed = Probe(config), True
+    `mistakes` are of the config itself; it holds defaults in their places.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)  # a command to copy must stay on its line
+    probe, missing = Probe(config), len(mistakes)
+    for line in mistakes:
+        _print(console, "FAIL", "config", line)
     for name, run in CHECKS.items():
         with console.status(f"check {name}"):
-            mark, text = _attempt(run, probe)
-        passed &= mark != "FAIL"
-        table.add_row(name, mark, text)
-    console.print(table)
-    console.print("ready to train" if passed else "not ready: see the lines marked FAIL")
-    return passed
+            mark, lines = _attempt(run, probe)
+        missing += len(lines) if mark == "FAIL" else 0
+        for line in filter(None, lines):
+            _print(console, mark, name, line)
+    if "memory" in probe.found:
+        console.print("\nwhat the run needs, at most (docs/paper.md says how this is known)", markup=False)
+        for line in _needs(probe):
+            console.print(line, markup=False)
+    if missing:
+        what = "the line" if missing == 1 else f"the {missing} lines"
+        console.print(f"\nnot ready: see {what} marked FAIL", markup=False)
+    else:
+        console.print("\nready to train", markup=False)
+    return not missing
 
 
-def _attempt(run: Callable[[Probe], str], probe: Probe) -> tuple[str, str]:
+def _print(console: Any, mark: str, name: str, line: str) -> None:
+    style = {"ok": "green", "FAIL": "bold red", "skip": "yellow"}[mark]
+    console.print(f"[{style}]{mark:<4}[/]  {name:<13}  ", end="")
+    console.print(line, markup=False)
+
+
+def _attempt(run: Callable[[Probe], str], probe: Probe) -> tuple[str, list[str]]:
     try:
-        return "ok", run(probe)
+        return "ok", [run(probe)]
     except Skipped as reason:
-        return "skip", str(reason)
+        return "skip", [str(reason)]
     except UserError as error:
-        return "FAIL", str(error)
-    except Exception as error:  # the table is the report, whatever broke
-        return "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return "FAIL", error.lines
+    except Exception as error:  # the lines are the report, whatever broke
+        return "FAIL", [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+
+
+def _needs(probe: Probe) -> list[str]:
+    suite, config = probe.found.get("environment"), probe.config
+    split = suite.splits.get(config.env.eval_split, 0) if suite else 0
+    model, found = probe.found["memory"]
+    return needs.report(config, model, found, split)
 
 
 def versions(probe: Probe) -> str:
@@ -105,7 +138,7 @@ def backends(probe: Probe) -> str:
     status = backend_status()
     if not any(s.usable for s in status.values()):
         raise UserError("no backend of sgcd_kernels is usable: " + _listed({n: s.reason for n, s in status.items()}))
-    return _listed({name: s.reason for name, s in status.items()})
+    return "; ".join(f"{name}: {s.reason}" for name, s in sorted(status.items(), key=lambda pair: not pair[1].usable))
 
 
 def run_directory(probe: Probe) -> str:
@@ -122,31 +155,77 @@ def run_directory(probe: Probe) -> str:
 def reporters(probe: Probe) -> str:
     from trainer.extras import need
 
-    for name in probe.config.report_to:
-        need(name)
+    all_of(*(lambda name=name: need(name) for name in probe.config.report_to))
     return ", ".join(["metrics.jsonl", *probe.config.report_to])
+
+
+def memory(probe: Probe) -> str:
+    """Whether the device can hold the run; said before anything large is loaded."""
+    if not (Path(probe.config.model.path) / "config.json").is_file():
+        raise Skipped("needs the config.json of model.path; that file alone is enough")
+    facts = footprint.facts(probe.config)
+    found = footprint.memory(probe.config, facts)
+    probe.found["memory"] = (facts, found)
+    name, there_is = footprint.device()
+    there = f"{size(found.total)} at the fullest moment, {name} has {size(there_is)}"
+    if found.total > there_is:
+        raise UserError(f"model: needs {there}. {LACKS}")
+    probe.found["room"] = True
+    return there
 
 
 def model(probe: Probe) -> str:
     from trainer import model as policy
 
+    policy.check_folder(probe.config.model)
+    probe.get("room")
     loaded, tokenizer, renderer = policy.load(probe.config.model)
     probe.found |= {"model": loaded, "tokenizer": tokenizer, "renderer": renderer}
     millions = sum(p.numel() for p in loaded.parameters()) / 1e6
     return f"{type(loaded).__name__}, {millions:.1f} M parameters, autocast {probe.config.model.autocast}"
 
 
+def customer(probe: Probe) -> str:
+    """The endpoint that plays the customer, where an environment has one; else there is no line."""
+    from trainer.credit.endpoint import reach
+
+    options = probe.config.env.options
+    if not options.get("user_base_url"):
+        probe.found["customer"] = None
+        return ""
+    key = str(options.get("user_api_key_env", "OPENAI_API_KEY"))
+    said = reach("env.options.user_base_url", options["user_base_url"], str(options.get("user_model")), key)
+    probe.found["customer"] = options["user_base_url"]
+    return said
+
+
 def environment(probe: Probe) -> str:
     from trainer import envs
-    from trainer.evaluate import check_split, refuse
+    from trainer.evaluate import check_split
 
     env = probe.config.env
-    suite = probe.found["environment"] = envs.load(env.name, **env.options)
-    for key, split in (("train_split", env.train_split), ("eval_split", env.eval_split)):
-        check_split(suite, key, split)
-        if not asyncio.run(refuse(suite, suite.tasks(split)[:1], env.timeout)):
-            raise UserError(f"env: the first task of {split} broke; see the warning above")
+    suite = envs.load(env.name, **env.options)
+    splits = {"train_split": env.train_split, "eval_split": env.eval_split}
+    all_of(*(lambda key=key, split=split: check_split(suite, key, split) for key, split in splits.items()))
+    probe.get("customer")
+    all_of(*(lambda split=split: _play(suite, split, env.timeout) for split in dict.fromkeys(splits.values())))
+    probe.found["environment"] = suite
     return f"{env.name}: {_listed(suite.splits)}; a task of each split was played"
+
+
+def _play(suite: Suite, split: str, timeout: float) -> None:
+    from trainer.evaluate import refuse_one
+
+    try:
+        asyncio.run(refuse_one(suite, suite.tasks(split)[0], timeout))
+    except asyncio.TimeoutError:
+        raise UserError(
+            f"env: the first task of {split} took longer than env.timeout = {timeout:g} s for one call"
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"env: the first task of {split} broke: {error or type(error).__name__}") from None
 
 
 def renderer(probe: Probe) -> str:
@@ -183,12 +262,17 @@ def engine(probe: Probe) -> str:
     """The servers are there and fit the config, or the package that would start one is."""
     config = probe.config.engine
     if config.name == "hf":
-        return f"hf: in this process, {config.slots} slots"
-    from trainer.engines import vllm_launch
+        said = f"hf: in this process, {config.slots} slots"
+    else:
+        from trainer.engines import vllm_launch
 
-    if config.urls:
-        return vllm_launch.inspect(probe.config)
-    return f"vllm {vllm_launch.check_python(config.python)}: a server will be started with {config.python}"
+        if config.urls:
+            said = vllm_launch.inspect(probe.config)
+        else:
+            found = vllm_launch.check_python(config.python)
+            said = f"vllm {found}: a server will be started with {config.python}"
+    probe.found["engine"] = config.name
+    return said
 
 
 def scoring(probe: Probe) -> str:
@@ -201,6 +285,7 @@ def scoring(probe: Probe) -> str:
 
     if probe.config.top_p < 1:
         raise UserError(f"top_p: got {probe.config.top_p:g}, training needs 1: a cut distribution biases the gradient")
+    probe.get("engine")
     group = asyncio.run(_short_group(probe))
     group.reference = PROBE_REFERENCE
     pupils = prepare([group], [1.0, -1.0], probe.suite, probe.renderer)
@@ -234,57 +319,44 @@ async def _short_group(probe: Probe) -> Group:
     small = config.model_copy(update={"engine": slots, "output_dir": beside})
     sampling = Sampling(config.temperature, config.top_p, min(16, config.max_completion_length))
     env = config.env.model_copy(update={"max_turns": 2})
-    engine = policy.engine(small, probe.model, probe.renderer)
-    group, _ = await run_group(engine, probe.suite, probe.renderer, task, sampling, env, length, 2)
-    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        engine = policy.engine(small, probe.model, probe.renderer)
+        group, _ = await run_group(engine, probe.suite, probe.renderer, task, sampling, env, length, 2)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     if len(group.rollouts) < 2:
-        raise UserError("env: a rollout of the first task broke twice; see the warning above")
+        raise UserError(f"env: a rollout of the first task broke twice: {group.problem}")
     return group
 
 
 def writer(probe: Probe) -> str:
     from trainer.credit import writers
+    from trainer.credit.endpoint import reach
 
     config = probe.config
     if config.arm == "grpo":
         return "not used by this arm"
-    writers.load(config.writer, probe.suite, probe.found.get("renderer"))
-    return _reach(config) if config.writer.name == "openai" else f"{config.writer.name}: offline"
-
-
-def _reach(config: Config) -> str:
-    """Ask the endpoint for its models: costs nothing, and shows that it is there and takes the key."""
-    import httpx
-
-    from trainer.credit.openai_writer import is_loopback, read_key
-
-    url = config.writer.base_url.rstrip("/") + "/models"
-    loopback = is_loopback(config.writer.base_url)
-    headers = {"Authorization": f"Bearer {read_key(config.writer, loopback) or 'none'}"}
-    try:
-        answer = httpx.get(url, headers=headers, timeout=min(10.0, config.writer.timeout), trust_env=not loopback)
-    except (httpx.HTTPError, ValueError) as error:  # its text may quote headers: name the kind only
-        raise UserError(f"writer.base_url: {config.writer.base_url} does not answer ({type(error).__name__})") from None
-    if answer.status_code in (401, 403):
-        raise UserError(f"writer: the endpoint refuses the key in ${config.writer.api_key_env}")
-    return f"{config.writer.base_url} answers ({answer.status_code}), model {config.writer.model}"
+    if config.writer.name != "openai":
+        return f"{config.writer.name}: offline"
+    said: list[str] = []
+    chosen = config.writer
+    suite: Any = probe.found.get("environment")
+    all_of(
+        lambda: writers.load(chosen, suite, probe.found.get("renderer")),
+        lambda: said.append(reach("writer.base_url", chosen.base_url, chosen.model, chosen.api_key_env)),
+    )
+    return said[0]
 
 
 def disk(probe: Probe) -> str:
     config = probe.config
-    parameters = sum(p.numel() for p in probe.model.parameters() if p.requires_grad)
-    need = (config.save_total_limit + 1) * BYTES_PER_PARAMETER * parameters
+    facts, _ = probe.get("memory")
+    need = sum(part.size for part in needs.disk(config, facts))
     place = next(p for p in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < need:
-        raise UserError(
-            f"output_dir: {_size(free)} free, checkpoints need {_size(need)}; lower save_total_limit or move it"
-        )
-    return f"{_size(free)} free, checkpoints need {_size(need)}"
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GB" if n >= 2**30 else f"{n / 2**20:.0f} MB"
+        raise UserError(f"output_dir: {size(free)} free, the run needs {size(need)}; lower save_total_limit or move it")
+    return f"{size(free)} free, the run needs {size(need)}"
 
 
 def _listed(pairs: Any) -> str:
@@ -296,7 +368,9 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "backends": backends,
     "run directory": run_directory,
     "reports": reporters,
+    "memory": memory,
     "model": model,
+    "customer": customer,
     "environment": environment,
     "renderer": renderer,
     "engine": engine,

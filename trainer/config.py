@@ -28,11 +28,13 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
+    made_by: str = ""  # the command that makes or fetches it: what a person is told where it is not there
     renderer: Literal["compact", "chatml", "template"] = "compact"  # template: the tokenizer's own, as Qwen's
     chat_template_kwargs: dict[str, Any] = {}  # of renderer template, as in TRL: {enable_thinking: false}
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
     attn_implementation: str = "sdpa"  # flash_attention_2: GPU only, with autocast
     use_liger_kernel: bool = False  # Liger's RMSNorm, SwiGLU and rotary kernels; GPU only
+    gradient_checkpointing: bool = False  # recompute each layer in the backward instead of keeping what it made
     lora: LoraConfig | None = None
     max_length: int = Field(1024, gt=0, le=2**20)  # prompt + response, tokens
     cpu_threads: int = Field(0, ge=0, le=1024)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
@@ -44,6 +46,7 @@ class EnvConfig(Section):
     eval_split: str = "dev"
     max_turns: int = Field(16, gt=0)
     max_observation_chars: int = Field(12_000, gt=0)
+    max_response_tokens: int | None = Field(None, gt=0)  # of an episode after its prompt: turns and observations
     timeout: float = Field(60.0, gt=0)  # seconds for one reset or step; then the rollout is dropped
     options: dict[str, Any] = {}  # passed to the suite
 

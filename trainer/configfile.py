@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.types import UserError
+from trainer.types import UserError, UserErrors
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -32,6 +32,7 @@ RESOLVED = "config.yaml"  # in a run directory
 FREE = frozenset(
     {
         "output_dir",
+        "model.made_by",
         "max_steps",
         "resume_from_checkpoint",
         "eval_steps",
@@ -55,6 +56,45 @@ FREE = frozenset(
 
 def load(source: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in `source` (a YAML file or a run directory) with `--key value` overrides, validated."""
+    return validate(*_assemble(source, overrides))
+
+
+def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """The same with defaults in the place of what is wrong, and a line for each mistake: for who wants to know more.
+
+    Raises:
+        UserError: what is wrong is not a single key, so that there is no config without it.
+    """
+    from trainer.config import Config
+
+    tree, source, overridden = _assemble(source, overrides)
+    told: list[str] = []
+    while True:
+        try:
+            return Config.model_validate(tree), told
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            told += [line for d in details if (line := _told(d, source, overridden)) not in told]
+            if not sum(_drop(tree, d["loc"], d["type"] in UNKNOWN) for d in details):
+                raise UserErrors(told) from None
+
+
+def _drop(tree: dict[str, Any], place: Sequence[int | str], section: bool) -> bool:
+    """Take the key at `place` out of `tree`, and a whole section only if told so; whether something was taken."""
+    *sections, last = place or ("",)
+    for name in sections:
+        below = tree.get(name) if isinstance(name, str) else None
+        if not isinstance(below, dict):  # inside a list, or of one kind among several
+            return isinstance(name, str) and tree.pop(name, None) is not None
+        tree = below
+    if isinstance(last, str) and last in tree and (section or not isinstance(tree[last], dict)):
+        del tree[last]
+        return True
+    return False
+
+
+def _assemble(source: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Path, frozenset[str]]:
+    """What `validate` takes: plain data, the file it came from, and the keys of the command line."""
     if source.is_dir():
         run_dir, source = source, source / RESOLVED
         if not source.exists():
@@ -65,7 +105,7 @@ def load(source: Path, overrides: Sequence[str] = ()) -> Config:
     changes = parse_overrides(overrides)
     for key, value in changes:
         _assign(tree, key, value)
-    return validate(tree, source, frozenset(key for key, _ in changes))
+    return tree, source, frozenset(key for key, _ in changes)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -89,16 +129,21 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def validate(tree: Mapping[str, Any], source: Path, overridden: Collection[str] = ()) -> Config:
-    """A `Config` from plain data; the first mistake becomes a `UserError` that says where the key was given."""
+    """A `Config` from plain data; mistakes become a `UserErrors` that says where each key was given."""
     from trainer.config import Config  # late: it needs torch
 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        where = "command line" if any(_is_about(details[0], key) for key in overridden) else source
-        raise UserError(f"{where}: {_explain(details[0], Config)}{more}") from None
+        raise UserErrors([_told(d, source, overridden) for d in error.errors(include_url=False)]) from None
+
+
+def _told(detail: ErrorDetails, source: Path, overridden: Collection[str]) -> str:
+    """One mistake, and where it was made."""
+    from trainer.config import Config
+
+    where = "command line" if any(_is_about(detail, key) for key in overridden) else source
+    return f"{where}: {_explain(detail, Config)}"
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -134,6 +179,7 @@ def refuse_another(config: Config) -> None:
 
 
 _ABSENT = object()
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words for a key that is none
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -234,7 +280,7 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """One mistake in words: the key, what it got, what it needs."""
     key = _dotted(detail)
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if detail["type"] in UNKNOWN:
         return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
     message = detail["msg"]
     if detail["type"] == "invalid_key" or key.endswith(".[key]"):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from trainer.metrics import class_success, tool_metrics
-from trainer.rollout import PromptTooLong, opened, run_group, together
-from trainer.types import Engine, Environment, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
+from trainer.rollout import PromptTooLong, Pulse, opened, run_group, together
+from trainer.types import Engine, Group, Renderer, Rollout, Sampling, Suite, Task, UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -56,6 +56,9 @@ async def evaluate(
 
     `advance(1)` is called when a task is finished. The engine's own randomness is put back afterwards, so that a run
     trains the same whether it is evaluated or not.
+
+    Raises:
+        EnvironmentLost: every attempt broke: there is nothing to report.
     """
     tasks = suite.tasks(split or config.env.eval_split)
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
@@ -74,6 +77,7 @@ async def evaluate(
 
     with _own_randomness(engine, config.seed):
         results = await together(attempt(task) for task in tasks)
+    Pulse(len(tasks)).feel(results)
     if too_long and len(too_long) == len(tasks):
         raise too_long[0]
     if too_long:
@@ -229,29 +233,30 @@ async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns:
     Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
     """
 
-    async def attempt(environment: Environment, task: Task) -> float:
+    async def one(task: Task) -> float | None:
+        try:
+            return await refuse_one(suite, task, timeout, max_turns)
+        except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
+            log.warning("the refuser's attempt at %s broke: %r", task.id, error)
+            return None
+
+    rewards = await together(one(task) for task in tasks)
+    return {task.id: reward for task, reward in zip(tasks, rewards) if reward is not None}
+
+
+async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16) -> float:
+    """What refusing pays at one task; raises what the environment raises."""
+    environment = suite.make()
+    try:
+        await opened(environment)
         await asyncio.wait_for(environment.reset(task), timeout)
         for _ in range(max_turns):
             _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
             if done:
                 break
         return (await asyncio.wait_for(environment.outcome(), timeout)).reward
-
-    async def one(task: Task) -> float | None:
-        environment = None
-        try:
-            environment = suite.make()
-            await opened(environment)
-            return await attempt(environment, task)
-        except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
-            log.warning("the refuser's attempt at %s broke: %r", task.id, error)
-            return None
-        finally:
-            if environment is not None:
-                await environment.close()
-
-    rewards = await together(one(task) for task in tasks)
-    return {task.id: reward for task, reward in zip(tasks, rewards) if reward is not None}
+    finally:
+        await environment.close()
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from trainer.clock import Clock
 from trainer.config import Config
 from trainer.credit import writers
 from trainer.reporting import MetricLogger
-from trainer.rollout import PromptTooLong, run_group
-from trainer.types import Engine, EngineLost, Group, Renderer, Sampling, Suite, Task, UserError
+from trainer.rollout import PromptTooLong, Pulse, run_group
+from trainer.types import Engine, Group, Lost, Renderer, Sampling, Suite, Task, UserError
 
 
 def train(config: Config) -> None:
@@ -46,6 +46,7 @@ class Run:
     writer: writers.Writer
     order: sampling.TaskOrder
     learner: update.Learner
+    pulse: Pulse
     step: int = 0  # steps that are finished
     unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
     skipped: int = 0  # updates in a row
@@ -61,6 +62,7 @@ class Run:
         for key, split in (("train_split", config.env.train_split), ("eval_split", config.env.eval_split)):
             evaluate.check_split(suite, key, split)
         model, tokenizer, renderer = policy.load(config.model)
+        tasks = suite.tasks(config.env.train_split)
         run = Run(
             config,
             model,
@@ -69,8 +71,9 @@ class Run:
             suite,
             policy.engine(config, model, renderer),
             writers.load(config.writer, suite, renderer),
-            sampling.TaskOrder(suite.tasks(config.env.train_split), config.seed),
+            sampling.TaskOrder(tasks, config.seed),
             update.Learner.of(config, model, renderer, suite),
+            Pulse(len(tasks)),
         )
         run._resume()
         return run
@@ -120,7 +123,7 @@ class Run:
                 position, drawn = self.order.state_dict(), self.engine.generator.get_state()
                 try:
                     found = await self.take_step(logger)
-                except EngineLost:  # while sampling: the step is undone, and what it started from is kept
+                except Lost:  # while sampling: the step is undone, and what it started from is kept
                     self.order.load_state_dict(position)
                     self.engine.generator.set_state(drawn)
                     if self.step:
@@ -130,7 +133,7 @@ class Run:
                     logger.say(f"checkpoint: {self.save(found)}")
                 try:
                     await self.report(found, logger)
-                except EngineLost:  # in the evaluation: a resumed run makes it again
+                except Lost:  # in the evaluation: a resumed run makes it again
                     logger.say(f"checkpoint: {self.save(found)}")
                     raise
 
@@ -207,6 +210,7 @@ class Run:
                 groups=config.groups_per_step,
                 dynamic=config.dynamic_sample,
                 max_resample_times=config.max_resample_times,
+                pulse=self.pulse,
             )
         if too_long and len(too_long) == tasks:
             raise too_long[0]

@@ -6,6 +6,8 @@ with the head's weight, so that no [tokens, vocabulary] matrix exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +32,11 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
 
     from trainer import chat
 
+    check_folder(config)
     logging.disable_progress_bar()  # reading a shard is no progress that anybody waits for
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report on a folder that does not fit: ours is one line
     folder = Path(config.path)
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise UserError(f"model.path: {config.path} {what}; give a Hugging Face model folder on this machine")
-    _check_kernels(config)
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -58,8 +57,32 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())
+    if config.gradient_checkpointing:
+        recompute_layers(model)
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
     return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
+
+
+def check_folder(config: ModelConfig) -> None:
+    """Refuse a folder that holds no model, and what this machine cannot compute; loads nothing.
+
+    Raises:
+        UserError: which, and what to do.
+    """
+    folder = Path(config.path)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise UserError(f"model.path: {config.path} {what}; {remedy(config)}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(f"model.path: {config.path} has a config.json and no weights; {remedy(config)}")
+    _check_kernels(config)
+
+
+def remedy(config: ModelConfig) -> str:
+    """What a person does about a model that is not there."""
+    if config.made_by:
+        return f"run: {config.made_by}"
+    return "give a Hugging Face model folder on this machine: --model.path FOLDER"
 
 
 def _check_kernels(config: ModelConfig) -> None:
@@ -177,8 +200,39 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, H]
     No attention mask: under causal attention a token sees only what is to its left, and padding is to the right of
     everything real. So the kernels take their fast causal path and every real token's state is that of its own row.
     """
-    states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    with _recomputing(model):
+        states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return states
+
+
+def recompute_layers(model: Any) -> None:
+    """Let training forwards keep each layer's input alone; the backward computes the layer again, to the same bits."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise UserError(
+            f"model.gradient_checkpointing: {type(model).__name__} cannot recompute its layers ({error}); "
+            "use --model.gradient_checkpointing false"
+        ) from None
+
+
+@contextmanager
+def _recomputing(model: Any) -> Iterator[None]:
+    """Put the layers that are to be recomputed, and nothing inside them, into training mode for one forward.
+
+    transformers recomputes layers in that mode and takes their caches away, so an engine must never meet one in it;
+    and dropout, which is inside, stays off.
+    """
+    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers = marked if torch.is_grad_enabled() else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def head(model: Any) -> tuple[Tensor, Tensor | None]:  # weight [V, H], bias [V]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.types import (
@@ -18,6 +19,7 @@ from trainer.types import (
     Engine,
     Environment,
     EnvironmentBroken,
+    EnvironmentLost,
     Group,
     Message,
     Outcome,
@@ -57,19 +59,46 @@ async def run_group(
 
     A broken rollout is run once more; one that breaks again is missing, so a group may be smaller than `n`.
     """
-    broken = 0
+    group, broken = Group(task, []), 0
 
     async def sibling() -> Rollout | None:
         nonlocal broken
         for _ in range(2):
-            rollout = await run_episode(engine, suite, renderer, task, sampling, env, max_length)
-            if rollout is not None:
-                return rollout
-            broken += 1
+            try:
+                return await _played(engine, suite, renderer, task, sampling, env, max_length)
+            except EnvironmentBroken as error:
+                broken += 1
+                group.problem = str(error)
+                log.warning("dropped a rollout of %s: %s", task.id, error)
         return None
 
-    rollouts = await together(sibling() for _ in range(n))
-    return Group(task, [r for r in rollouts if r is not None]), broken
+    group.rollouts = [r for r in await together(sibling() for _ in range(n)) if r is not None]
+    return group, broken
+
+
+class Pulse:
+    """Tells an environment that is gone from an episode that broke: no rollout comes through, of any task."""
+
+    def __init__(self, tasks: int) -> None:
+        self._enough = min(2, tasks)  # one task alone may be what is broken
+        self._broken: dict[str, str] = {}  # tasks without one whole rollout since the last whole one -> why
+
+    def feel(self, results: Sequence[tuple[Group, int]]) -> None:
+        """Take in groups, each with how many of its rollouts broke.
+
+        Raises:
+            EnvironmentLost: nothing but broken rollouts, now and of late.
+        """
+        if any(group.rollouts for group, _ in results):
+            self._broken.clear()
+            return
+        self._broken |= {group.task.id: group.problem for group, broken in results if broken}
+        if self._broken and len(self._broken) >= self._enough:
+            why = Counter(self._broken.values()).most_common(1)[0][0]
+            raise EnvironmentLost(
+                f"env: every rollout broke, of {len(self._broken)} tasks, each tried again: {why}. Put that right; the "
+                "same command goes on from the newest checkpoint"
+            )
 
 
 async def run_episode(
@@ -86,15 +115,28 @@ async def run_episode(
     Raises:
         PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
     """
+    try:
+        return await _played(engine, suite, renderer, task, sampling, env, max_length)
+    except EnvironmentBroken as error:
+        log.warning("dropped a rollout of %s: %s", task.id, error)
+        return None
+
+
+async def _played(
+    engine: Engine,
+    suite: Suite,
+    renderer: Renderer,
+    task: Task,
+    sampling: Sampling,
+    env: EnvConfig,
+    max_length: int,
+) -> Rollout:
     environment = None
     try:
         environment = _made(suite)
         await opened(environment)
         episode = _Episode(engine, _Guarded(environment, env.timeout), renderer, sampling, env, max_length)
         return await episode.play(task)
-    except EnvironmentBroken as error:
-        log.warning("dropped a rollout of %s: %s", task.id, error)
-        return None
     finally:
         if environment is not None:
             await _close(environment, env.timeout)
@@ -151,7 +193,9 @@ class _Guarded:
         try:
             return await asyncio.wait_for(call, self._timeout)
         except asyncio.TimeoutError:
-            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s") from None
+            waits_for = getattr(self._environment, "waits_for", "")
+            reason = f", waiting for {waits_for}" if waits_for else ""
+            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s{reason}") from None
         except EnvironmentBroken:
             raise
         except Exception as error:
@@ -165,7 +209,7 @@ class _Episode:
     renderer: Renderer
     sampling: Sampling
     env: EnvConfig
-    max_length: int
+    max_length: int  # tokens of prompt and response
 
     async def play(self, task: Task) -> Rollout:
         messages, tools = await self.environment.reset(task)
@@ -175,6 +219,8 @@ class _Episode:
                 f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
             )
         rollout = Rollout(task, messages, tools, prompt)
+        if self.env.max_response_tokens is not None:
+            self.max_length = min(self.max_length, len(prompt) + self.env.max_response_tokens)
         for turn in range(self.env.max_turns):
             if await self._turn(rollout, turn):
                 break
@@ -185,7 +231,8 @@ class _Episode:
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
         """One assistant turn and what it leads to; says whether the episode is over, and why in `rollout.stop`."""
         context = rollout.prompt_ids + rollout.ids
-        (completion,) = await self.engine.generate(context, 1, self.sampling)
+        room = min(self.sampling.max_tokens, self.max_length - len(context))
+        (completion,) = await self.engine.generate(context, 1, replace(self.sampling, max_tokens=room))
         self._append_generated(rollout, completion, turn)
         message, problem = self.renderer.parse(completion.ids)
         rollout.messages.append(message)

@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error)
     except ModuleNotFoundError as error:
         try:
-            return _fail(str(missing(error)))
+            return _fail(missing(error))
         except ModuleNotFoundError:
             traceback.print_exc()
             return 1
@@ -114,10 +114,10 @@ def view(source: Path, overrides: Sequence[str]) -> int:
 def check(source: Path, overrides: Sequence[str]) -> int:
     from trainer import configfile
 
-    config = configfile.load(source, overrides)
+    config, mistakes = configfile.load_what_fits(source, overrides)
     from trainer import check as checks
 
-    return 0 if checks.check(config) else 2
+    return 0 if checks.check(config, mistakes) else 2
 
 
 COMMANDS: dict[str, Callable[[Path, Sequence[str]], int]] = {
@@ -146,8 +146,9 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _fail(text: str) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+def _fail(error: UserError) -> int:
+    for line in error.lines:
+        print(f"error: {line}", file=sys.stderr)
     return 2
 
 

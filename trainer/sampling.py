@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.rollout import together
+from trainer.rollout import Pulse, together
 from trainer.types import Group, Task
 
 SampleGroup = Callable[[Task], Awaitable[tuple[Group, int]]]  # a task -> its siblings, and how many rollouts broke
@@ -76,14 +76,26 @@ class Batch:
 
 
 async def collect(
-    sample: SampleGroup, order: TaskOrder, *, groups: int, dynamic: bool, max_resample_times: int
+    sample: SampleGroup,
+    order: TaskOrder,
+    *,
+    groups: int,
+    dynamic: bool,
+    max_resample_times: int,
+    pulse: Pulse | None = None,
 ) -> Batch:
-    """Sample groups until `groups` of them are mixed (dynamic), or just `groups` groups."""
+    """Sample groups until `groups` of them are mixed (dynamic), or just `groups` groups.
+
+    Raises:
+        EnvironmentLost: `pulse` feels none.
+    """
     sampled: list[Group] = []
     errored, dropped, rounds = 0, 0, 0
     asked = tasks_for(groups, order.mixed_share) if dynamic else groups
     while True:
         results = await together(sample(task) for task in order.take(asked))
+        if pulse is not None:
+            pulse.feel(results)
         errored += sum(broken for _, broken in results)
         whole = [group for group, _ in results if len(group.rollouts) >= 2]
         dropped += len(results) - len(whole)

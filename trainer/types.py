@@ -7,7 +7,7 @@ tokenised again, so `Rollout.ids` is exactly what is trained on.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,13 +19,51 @@ TaskClass = Literal["state_changing", "information", "transfer", "no_action"]
 class UserError(Exception):
     """A mistake of the person at the keyboard: shown as one line that names the thing and the remedy; exit code 2."""
 
+    @property
+    def lines(self) -> list[str]:
+        """What is shown: one line."""
+        return [" ".join(str(self).split())]
+
+
+class UserErrors(UserError):
+    """Several mistakes, each a line of its own: who mends one should not have to start again to hear of the next."""
+
+    def __init__(self, errors: Sequence[UserError | str]) -> None:
+        each = [line for error in errors for line in (UserError(error) if isinstance(error, str) else error).lines]
+        super().__init__(each[0] + (f" (and {len(each) - 1} more)" if len(each) > 1 else ""))
+        self._each = each
+
+    @property
+    def lines(self) -> list[str]:
+        return list(self._each)
+
+
+def all_of(*checks: Callable[[], object]) -> None:
+    """Make every check, and raise what all of them had to say as one error."""
+    errors: list[UserError] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
 
 class EnvironmentBroken(Exception):
     """The environment failed, not the policy: the rollout is dropped and counted, never scored."""
 
 
-class EngineLost(UserError):
-    """No engine answers, after every retry: the step is not taken, and the run stops with a checkpoint."""
+class Lost(UserError):
+    """What a run needs is gone, after every retry: the step is not taken, and the run stops with a checkpoint."""
+
+
+class EngineLost(Lost):
+    """No engine answers."""
+
+
+class EnvironmentLost(Lost):
+    """No rollout comes through, whatever the task: what breaks is not an episode but what all of them need."""
 
 
 class TokenClass(enum.IntEnum):
@@ -106,6 +144,7 @@ class Group:
     reference_info: dict[str, Any] = field(
         default_factory=dict
     )  # writer, cached, tokens, seconds, error, sanitiser hits
+    problem: str = ""  # why the last of its rollouts that broke did
 
     @property
     def mixed(self) -> bool:
@@ -118,7 +157,8 @@ class Environment(Protocol):
 
     `env.timeout` ends a call only where it awaits: one that blocks holds every other episode too, and nothing can stop
     it. What may block (a subprocess, a socket, a long computation) belongs in a thread (`asyncio.to_thread`) or a
-    process that the environment awaits.
+    process that the environment awaits. What it waits for may be said in an attribute `waits_for`, which a time-out
+    then names.
 
     One that must wait for a place (in a pool of processes, say) may offer `async def open(self) -> None`: it is awaited
     before `reset`, and untimed, because a queue is no fault of the environment.

@@ -291,7 +291,9 @@ def test_a_missing_interpreter_package_or_root_says_what_to_run(
     packed = make_python(tmp_path / "packed", apps=False)
     with pytest.raises(UserError, match=r"still packed; run: .*packed/bin/appworld install"):
         envs.load("appworld", python=str(packed))
-    with pytest.raises(UserError, match=r"APPWORLD_ROOT is not set; run: \S+ download data --root DIR and set"):
+    with pytest.raises(
+        UserError, match=r"APPWORLD_ROOT is not set; run: \S+ download data --root ~/appworld && export"
+    ):
         load(tmp_path)
     with pytest.raises(UserError, match=r"no data/datasets; run: \S+ download data"):
         envs.load("appworld", python=str(tmp_path / "venv/bin/python"), root=str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3_5TextConfig
 
 from tests.trainer import toy
-from trainer import check, configfile
+from trainer import check, configfile, run
 from trainer.config import Config
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,14 @@ def config(folder: Path, out: Path, **changes: Any) -> Config:
     )
 
 
+def attempt(name: str, probe: check.Probe) -> tuple[str, str]:
+    mark, lines = check._attempt(check.CHECKS[name], probe)
+    return mark, "\n".join(lines)
+
+
 def rows(config: Config) -> dict[str, tuple[str, str]]:
     probe = check.Probe(config)
-    return {name: check._attempt(run, probe) for name, run in check.CHECKS.items()}
+    return {name: attempt(name, probe) for name in check.CHECKS}
 
 
 def test_a_config_that_works_passes_every_check(
@@ -41,6 +50,8 @@ def test_a_config_that_works_passes_every_check(
     shown = capsys.readouterr().out
     assert "ready to train" in shown
     assert "FAIL" not in shown and "skip" not in shown
+    assert re.search(r"the trainer's device +\S+ [GM]iB  at its fullest moment", shown)
+    assert "activations with model.gradient_checkpointing" in shown
     assert list(tmp_path.iterdir()) == [], "a check leaves nothing behind"
 
 
@@ -96,7 +107,8 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("key", "mark", "text"), [("right", "ok", "answers (200)"), ("wrong", "FAIL", "refuses the key in $OPENAI_API_KEY")]
+    ("key", "mark", "text"),
+    [("right", "ok", "answers (HTTP 200)"), ("wrong", "FAIL", "refuses the key in $OPENAI_API_KEY")],
 )
 def test_the_writers_endpoint_is_asked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str, mark: str, text: str
@@ -104,7 +116,7 @@ def test_the_writers_endpoint_is_asked(
     monkeypatch.setenv("OPENAI_API_KEY", key)
     probe = check.Probe(config(folder, tmp_path, writer={"name": "openai", "base_url": endpoint}))
     probe.found["environment"] = toy.ParitySuite()
-    found = check._attempt(check.writer, probe)
+    found = attempt("writer", probe)
     assert found[0] == mark and text in found[1]
     assert key not in found[1].split()
 
@@ -113,5 +125,111 @@ def test_an_endpoint_that_is_not_there(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     probe = check.Probe(config(folder, tmp_path, writer={"name": "openai", "base_url": "http://127.0.0.1:9/v1"}))
     probe.found["environment"] = toy.ParitySuite()
-    mark, text = check._attempt(check.writer, probe)
-    assert mark == "FAIL" and "does not answer (ConnectError)" in text
+    mark, text = attempt("writer", probe)
+    assert mark == "FAIL" and text.endswith(
+        "does not answer (ConnectError); start it, as in: vllm serve gpt-5-mini --port 9"
+    )
+
+
+class Busy(Endpoint):
+    """Takes any key, and has two models."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "this"}, {"id": "that"}]}')
+
+
+@pytest.mark.parametrize(("model", "mark"), [("that", "ok"), ("other", "FAIL")])
+def test_a_model_that_the_endpoint_has_not_is_named(folder: Path, tmp_path: Path, model: str, mark: str) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    found = attempt(
+        "writer", check.Probe(config(folder, tmp_path, writer={"name": "openai", "base_url": url, "model": model}))
+    )
+    server.shutdown()
+    server.server_close()
+    assert found[0] == mark
+    if mark == "FAIL":
+        assert found[1].endswith("has no model 'other'; it has this, that")
+
+
+def test_a_probe_that_breaks_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*arguments: Any) -> Any:
+        assert list(tmp_path.glob(".check-*")), "a case in which nothing could be left behind"
+        raise RuntimeError("no memory")
+
+    def engine(config: Config, model: Any, renderer: Any) -> None:
+        config.output_dir.mkdir()  # as an engine does that writes weights or a log
+
+    monkeypatch.setattr("trainer.model.engine", engine)
+    monkeypatch.setattr("trainer.rollout.run_group", broken)
+    mark, text = rows(config(folder, tmp_path / "run"))["scoring"]
+    assert (mark, text) == ("FAIL", "RuntimeError: no memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's config on a machine that has nothing: keys, model, venv, data, servers, endpoint; and exit code 2."""
+    for name in ("OPENAI_API_KEY", "APPWORLD_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    changes = {
+        "env.max_turn": "3",
+        "max_steps": "ten",
+        "output_dir": str(tmp_path / "run"),
+        "model.path": str(tmp_path / "gone"),
+        "env.options.python": str(tmp_path / "no" / "bin" / "python"),
+        "engine.urls": "[http://127.0.0.1:9]",
+        "writer.base_url": "http://127.0.0.1:9/v1",
+    }
+    words = [word for key, value in changes.items() for word in (f"--{key}", value)]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run.main(["check", str(PAPER / "appworld_sgcd.yaml"), *words]) == 2
+    lines = [line[4:].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    wanted = [
+        r"config +command line: unknown key 'env.max_turn'; did you mean 'env.max_turns'\?",
+        r"config +command line: max_steps: got 'ten', needs a valid integer",
+        r"model +model.path: .*gone is not a folder; run: hf download Qwen/Qwen3.5-4B --local-dir models/Qwen3.5-4B",
+        r"environment +env.name: appworld needs a Python of its own.*; run: make appworld",
+        r"environment +env.name: appworld needs its data and APPWORLD_ROOT is not set; run: .* export APPWORLD_ROOT=.*",
+        r"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .*--generation-config vllm",
+        r"writer +writer.base_url: http://127.0.0.1:9/v1 does not answer \(ConnectError\); start it, .*vllm serve .*",
+    ]
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_a_config_that_is_wrong_as_a_whole_is_told_with_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("modle: {}\nmax_completion_length: 2000\n")
+    assert run.main(["check", str(file)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "unknown key 'modle'" in told[0] and "max_completion_length: got 2000" in told[1]
+
+
+def test_what_does_not_fit_the_device_is_said_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the 4 B model is there but its config.json."""
+    Qwen3_5TextConfig(hidden_size=2560, intermediate_size=9216, tie_word_embeddings=True).save_pretrained(tmp_path)
+    monkeypatch.setattr("trainer.footprint.device", lambda: ("a card", 80 * 2**30))
+    found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))
+    remedy = "give a Hugging Face model folder on this machine: --model.path FOLDER"
+    assert found["memory"][0] == "FAIL"
+    assert re.search(r"needs \d+\.\d GiB at the fullest moment, a card has 80.0 GiB\. .*no FSDP", found["memory"][1])
+    assert found["model"] == (
+        "FAIL",
+        f"model.path: {tmp_path} has a config.json and no weights; {remedy}",
+    )
+    (tmp_path / "model.safetensors").touch()
+    found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))
+    assert found["model"] == ("skip", "needs the memory")

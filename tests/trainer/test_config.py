@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,61 @@ def test_the_arms_differ_in_arm_and_place_only() -> None:
         assert other["arm"] == arm
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+PAPER = {  # METHOD section 2, "Paper's runs": what it states, for both benchmarks and for each
+    "num_generations": 8,
+    "groups_per_step": 8,
+    "learning_rate": 1e-6,
+    "model.path": "models/Qwen3.5-4B",
+    "model.max_length": 32_768,
+    "env.max_response_tokens": 16_384,
+    "credit.rule": "sgcd",
+    "credit.gamma": 1.0,
+    "credit.clip": 2.0,
+    "dynamic_sample": True,
+    "writer.name": "openai",
+}
+PAPERS = {
+    "appworld": {"env.max_turns": 30, "env.max_observation_chars": 12_000, "temperature": 1.0, "top_p": 1.0},
+    "tau3_airline": {
+        "env.max_turns": 16,
+        "env.max_observation_chars": 512,
+        "temperature": 0.4,
+        "env.eval_split": "test",
+    },
+}
+
+
+@pytest.mark.parametrize("arm", ["grpo", "sgcd", "direct_sd"])
+@pytest.mark.parametrize("env", PAPERS)
+def test_the_papers_configs_say_what_the_paper_says(env: str, arm: str) -> None:
+    config = configfile.dump(configfile.load(CONFIGS / "paper" / f"{env}_{arm}.yaml"))
+    flat = dict(configfile._flatten(config))
+    wanted = {**PAPER, **PAPERS[env], "arm": arm, "env.name": env, "output_dir": f"runs/paper_{env}_{arm}"}
+    assert {key: flat[key] for key in wanted} == wanted
+    sgcd = configfile.dump(configfile.load(CONFIGS / "paper" / f"{env}_sgcd.yaml"))
+    own = {"arm", "output_dir"} | ({"distill_kind"} if arm == "direct_sd" else set())
+    assert {key for key in config if config[key] != sgcd[key]} <= own
+
+
+def test_what_the_paper_leaves_open_is_marked() -> None:
+    """Every key that the paper does not state is the benchmark's, or is marked R beside it or on the line above."""
+    stated = {key.rsplit(".", 1)[-1] for key in (*PAPER, *(k for keys in PAPERS.values() for k in keys))}
+    stated |= {"path", "made_by", "arm", "output_dir", "base", "name", "train_split"}
+    for path in sorted((CONFIGS / "paper").glob("*.yaml")):
+        above = ""
+        for line in path.read_text().splitlines():
+            code, _, comment = line.partition("#")
+            key, _, value = code.partition(":")
+            if value.strip() and key.strip() not in stated:
+                marked = re.search(r"\bR\b|benchmark", comment + (above if above.startswith("#") else ""))
+                assert marked or ("{" in value and all(k in stated for k in re.findall(r"(\w+):", value))), (
+                    path.name,
+                    line,
+                )
+            above = line.strip()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
     configfile.load(path)
 

@@ -18,7 +18,7 @@ from trainer import checkpoint, envs, loop
 from trainer import model as policy
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
 from trainer.credit import writers
-from trainer.types import Group, Task, UserError
+from trainer.types import EnvironmentLost, Group, Task, UserError
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +353,62 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(
         loop.train(config(folder, tmp_path, max_steps=steps, eval_on_start=False))
     assert "nothing to do: 2 steps are finished, and max_steps is 1" in capsys.readouterr().out
     assert [line["step"] for line in records(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("when", ["sampling", "evaluation"])
+def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """From some moment on every rollout breaks; a run that never met it ends in the same records."""
+    gone: list[bool] = []
+    reset = toy.ParityEnvironment.reset
+
+    async def doomed(self: toy.ParityEnvironment, task: Task) -> Any:
+        if gone:
+            raise ConnectionError("http://world:1 is down")
+        return await reset(self, task)
+
+    name = {"sampling": "collect", "evaluation": "evaluate"}[when]
+    plain = getattr(loop.Run, name)
+
+    async def fatal(run: loop.Run, *arguments: Any) -> Any:
+        if run.step == {"sampling": 1, "evaluation": 2}[when]:
+            gone.append(True)
+        return await plain(run, *arguments)
+
+    monkeypatch.setattr(toy.ParityEnvironment, "reset", doomed)
+    made = config(folder, tmp_path / "run", save_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, name, fatal)
+        with pytest.raises(
+            EnvironmentLost, match=r"every rollout broke, of \d tasks.*http://world:1 is down"
+        ) as caught:
+            loop.train(made)
+    assert len(caught.value.lines) == 1
+    newest = checkpoint.latest(made.output_dir)
+    assert newest is not None and newest.name == {"sampling": "step_1", "evaluation": "step_2"}[when]
+    gone.clear()
+    loop.train(made)
+    whole = config(folder, tmp_path / "whole", save_steps=0)
+    loop.train(whole)
+    assert records(made.output_dir) == records(whole.output_dir)
+    assert identical(made.output_dir, whole.output_dir)
+
+
+def test_one_task_that_always_breaks_stops_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset = toy.ParityEnvironment.reset
+
+    async def uneven(self: toy.ParityEnvironment, task: Task) -> Any:
+        if task.id == "train-0":
+            raise ConnectionError("this one is poisoned")
+        return await reset(self, task)
+
+    monkeypatch.setattr(toy.ParityEnvironment, "reset", uneven)
+    fields = {"eval_on_start": False, "eval_steps": 0, "dynamic_sample": False, "groups_per_step": 1, "max_steps": 6}
+    loop.train(config(folder, tmp_path, **fields))
+    assert sorted(line["rollout/errored"] for line in records(tmp_path)) == [0] * 5 + [8]
 
 
 @pytest.mark.parametrize("spoilt", [2, 3])

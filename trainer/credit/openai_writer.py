@@ -8,12 +8,11 @@ passed the sanitiser; what comes back passes it again. The API key lives in the 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import json
 import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -22,6 +21,7 @@ from openai.types.chat import ChatCompletion
 from trainer.chat.compact import CompactRenderer
 from trainer.credit import prompt as prompts
 from trainer.credit.cache import ReferenceCache, key_of
+from trainer.credit.endpoint import is_loopback
 from trainer.credit.prompt import Refused
 from trainer.credit.sanitiser import Sanitiser
 from trainer.types import Group, Message, Renderer, Suite, UserError
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from trainer.config import WriterConfig
 
 log = logging.getLogger(__name__)
+MAX_BODY = 4 << 20  # bytes of an answer
 CHARS_PER_TOKEN = 3  # a low estimate of text per token, so that the budget errs to the safe side
+MOST_CHARS_PER_TOKEN = 8  # a high one: no endpoint has read a prompt with fewer tokens, whatever it says
 
 
 class Budget:
@@ -90,24 +92,33 @@ class OpenAIWriter:
             await asyncio.gather(*(self._write_one(client, gate, group) for group in mixed))
 
     def _client(self) -> AsyncOpenAI:
-        # A proxy of the environment must not see what is meant for this machine.
-        transport = DefaultAsyncHttpxClient(trust_env=False) if self._loopback else None
+        # A proxy of the environment must not see what is meant for this machine. No redirects: a prompt goes where the
+        # config says. No compression: a megabyte of zeros must not become a gigabyte here.
+        transport = DefaultAsyncHttpxClient(
+            trust_env=not self._loopback, follow_redirects=False, event_hooks={"response": [refuse_floods]}
+        )
         return AsyncOpenAI(
             api_key=self._key or "none",
             base_url=self.config.base_url,
             timeout=self.config.timeout,
             max_retries=self.config.max_retries,  # 408, 409, 429, 5xx, time-outs; Retry-After is honoured
             http_client=transport,
+            default_headers={"Accept-Encoding": "identity"},
         )
 
     async def _write_one(self, client: AsyncOpenAI, gate: asyncio.Semaphore, group: Group) -> None:
         """Write one reference; any failure becomes a word in `reference_info`."""
-        literals = self.suite.answer_literals(group.task)
-        outgoing = self._sanitiser(literals)
-        messages = prompts.build_prompt(group, outgoing, self.config.max_prompt_chars)
         info: dict[str, Any] = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
-        info["sanitiser_hits"] = dict(outgoing.hits)
         group.reference_info = info
+        try:
+            literals = self.suite.answer_literals(group.task)
+            outgoing = self._sanitiser(literals)
+            messages = prompts.build_prompt(group, outgoing, self.config.max_prompt_chars)
+        except Exception as error:  # what cannot be cleaned does not leave
+            info["error"] = "unclean"
+            self._warn_once(f"unclean ({type(error).__name__} while a prompt was made)")
+            return
+        info["sanitiser_hits"] = dict(outgoing.hits)
         start = time.perf_counter()
         try:
             group.reference = await self._reference(client, gate, group, messages, literals, info)
@@ -128,46 +139,57 @@ class OpenAIWriter:
         info: dict[str, Any],
     ) -> str:
         key = key_of(prompts.VERSION, self.config.model, self.config.max_tokens, self.words_only, messages)
-        if entry := self.cache.get(key):
-            info.update(cached=True, literals=entry.get("literals", []))
-            return self._sanitiser(literals).known(str(entry["reference"]))  # the folder may be shared
+        tools = [tool["function"]["name"] for tool in group.rollouts[0].tools]
+        most = 4 * self.config.max_tokens
+        if entry := self.cache.get(key):  # the folder may be shared: an entry is trusted no more than an answer
+            info.update(cached=True, literals=self._shields(entry.get("literals"), tools))
+            return self._sanitiser(literals).known(str(entry["reference"]))[:most]
         async with gate:
             text = await self._ask(client, messages, info)
         reply = prompts.parse_reply(text)
         incoming = self._sanitiser(literals)
-        tools = [tool["function"]["name"] for tool in group.rollouts[0].tools]
-        reference = prompts.render_reply(
-            reply, incoming, tools, words_only=self.words_only, max_chars=4 * self.config.max_tokens
-        )
-        wanted = [self._sanitiser([]).text(text)[:80] for text in reply.masked[: prompts.MAX_ITEMS]]
-        info.update(literals=[text for text in wanted if "[masked" not in text], reply_hits=dict(incoming.hits))
+        reference = prompts.render_reply(reply, incoming, tools, words_only=self.words_only, max_chars=most)
+        info.update(literals=self._shields(reply.masked, tools), reply_hits=dict(incoming.hits))
         self.cache.put(key, {"reference": reference, "literals": info["literals"], "model": self.config.model})
         return reference
 
+    def _shields(self, wanted: Any, tools: list[str]) -> list[str]:
+        """The strings among those an endpoint wants masked that may be: no secret, no tool, nothing of a letter or two.
+
+        They take tokens out of the credit, so a list of everything would make every weight 1.
+        """
+        texts = [text for text in wanted if isinstance(text, str)] if isinstance(wanted, list) else []
+        clean = [self._sanitiser([]).text(text)[:80].strip() for text in texts[: prompts.MAX_ITEMS]]
+        return [text for text in clean if len(text) >= 3 and "[masked" not in text and text not in tools]
+
     async def _ask(self, client: AsyncOpenAI, messages: list[Message], info: dict[str, Any]) -> str:
         """One call within the budget of tokens and seconds; gives the text of the answer."""
-        estimate = sum(len(m["content"]) for m in messages) // CHARS_PER_TOKEN + self.config.max_tokens
+        chars = sum(len(m["content"]) for m in messages)
+        estimate = chars // CHARS_PER_TOKEN + self.config.max_tokens
         if not self.budget.reserve(estimate):
             raise Refused("budget_spent")
-        tokens = 0
+        tokens = least = 0
         try:
             # The client's time-out is between bytes; this one is the whole call with its retries, so that an endpoint
             # that drips cannot hold the run.
             answer = await asyncio.wait_for(self._call(client, messages), self._deadline())
-            tokens = usage_of(answer, estimate)
-        except (asyncio.TimeoutError, openai.APITimeoutError):
-            tokens = estimate  # the endpoint may have worked, and charged, without an answer
+            tokens, least = usage_of(answer, estimate), chars // MOST_CHARS_PER_TOKEN
+        except (asyncio.TimeoutError, openai.APIConnectionError) as error:
+            if type(error.__cause__).__name__ != "ConnectError":  # it may have worked, and charged, at every try
+                tokens = estimate * (self.config.max_retries + 1)
             raise
         finally:
-            self.budget.settle(estimate, tokens)
+            self.budget.settle(estimate, max(tokens, least))
             info["tokens"] = tokens
         return text_of(answer)
 
     async def _call(self, client: AsyncOpenAI, messages: list[Message]) -> Any:
-        create: Any = client.chat.completions.create
-        return await create(
-            model=self.config.model, messages=messages, max_completion_tokens=self.config.max_tokens, n=1
-        )
+        create: Any = client.chat.completions.with_streaming_response.create
+        asked = create(model=self.config.model, messages=messages, max_completion_tokens=self.config.max_tokens, n=1)
+        async with asked as response:
+            body = await read_bounded(response)
+        answer = json.loads(body)
+        return ChatCompletion.construct(**answer) if isinstance(answer, dict) else None
 
     def _deadline(self) -> float:
         """Seconds of one reference: every try, and the longest pause that the client makes of its own between two."""
@@ -183,20 +205,40 @@ class OpenAIWriter:
             log.warning("writer %s: %s; such groups train with W = 1", self.config.model, reason)
 
 
+class TooLong(Exception):
+    """An answer of more bytes than any reference needs, or one that would unpack to who knows how many."""
+
+
+async def refuse_floods(response: Any) -> None:
+    """Refuse by its headers an answer that is too large or compressed, before a byte of it is read."""
+    packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
+    length = response.headers.get("Content-Length", "")
+    if packed or (length.isdecimal() and int(length) > MAX_BODY):
+        raise TooLong
+
+
+async def read_bounded(response: Any) -> bytes:
+    """The body, if it is no longer than `MAX_BODY`."""
+    body = bytearray()
+    try:
+        async for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise TooLong
+    except Exception as error:  # whichever HTTP library the client brings, its errors are its own
+        raise openai.APIConnectionError(request=response.http_request) from error
+    return bytes(body)
+
+
 def read_key(config: WriterConfig, loopback: bool) -> str:
     """The API key from the environment; a server on this machine needs none."""
     key = os.environ.get(config.api_key_env, "").strip()
     if not key and not loopback:
-        raise UserError(f"writer.api_key_env: ${config.api_key_env} is not set; export it, or use writer.name contrast")
+        raise UserError(
+            f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... "
+            "(or use --writer.name contrast, which needs none)"
+        )
     return key
-
-
-def is_loopback(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def text_of(answer: Any) -> str:
@@ -222,6 +264,8 @@ def reason_of(error: Exception) -> str:
     """One word for what the endpoint did."""
     if isinstance(error, asyncio.TimeoutError | openai.APITimeoutError):
         return "timeout"
+    if TooLong in (type(error), type(error.__cause__)):
+        return "too_long"
     if isinstance(error, openai.APIConnectionError):
         return "connection"
     if isinstance(error, openai.RateLimitError):

@@ -49,6 +49,7 @@ ORDERS = re.compile(
     r"|\b(?:system|developer) (?:prompt|message)\b|\byou (?:must|should|will) now\b|\bas an? (?:ai|language model)\b"
     r"|\bnew instructions?\b|\bdear (?:reader|model|assistant)\b"
 )
+LINE = re.compile(r"\n(?:\d+\. |- )?")  # an order may be cut into entries
 CHAT_MARKS = re.compile(
     r"<\|[^|>]{0,40}\|>|</?(?:s|think|tool_call|tool_response|im_start|im_end|ref|user|end)>|\[/?INST\]"
 )
@@ -107,7 +108,7 @@ def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Mes
     shown = [("succeeded", r) for r in good] + [("failed", r) for r in bad]
     share = max(room // len(shown) - 64, 64) if sum(size(r) for _, r in shown) > room else None
     blocks = [block(i, outcome, traces[id(r)], share) for i, (outcome, r) in enumerate(shown, 1)]
-    data = sanitiser.known("\n".join([f"TASK {task}", *blocks]))
+    data = sanitiser.prompt("\n".join([f"TASK {task}", *blocks]))
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"BEGIN DATA\n{data}\nEND DATA"}]
 
 
@@ -148,9 +149,10 @@ def render_reply(
         text = render_words(reply, offered)
     else:
         text = render_prose(reply, lambda entry: clean(entry, sanitiser), max_chars)
+        text = sanitiser.known(text, [match.span() for match in LINE.finditer(text)])
     if not text:
         raise Refused("empty")
-    if ORDERS.search(text):
+    if ORDERS.search(text) or ORDERS.search(LINE.sub(" ", text)):
         raise Refused("instructs_reader")
     return text
 

@@ -9,13 +9,16 @@ the experiment, so every rule leans to the first.
 from __future__ import annotations
 
 import json
+import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from trainer.credit import cards
+from trainer.credit.cards import luhn
 from trainer.credit.literals import pattern
+from trainer.credit.spellings import Apart, Spans, blank, frames_of, joined, plain, replace, unwrap
 
 MAX_DEPTH = 16  # of nested JSON; deeper is masked whole
 
@@ -27,7 +30,8 @@ EVALUATOR_KEY = re.compile(
 )
 CREDENTIAL_WORD = (
     r"(?:pass(?:word|wd|phrase|code)|pwd|secret|credential|api[ _-]?key|(?:access|private)[ _-]?key|token(?!s)"
-    r"|authori[sz]ation|cookie|session[ _-]?id|(?<![a-z])(?:auth|otp|pin|cvv|cvc|pass)(?![a-z]))"
+    r"|authori[sz]ation|cookie|session[ _-]?id|(?:recovery|verification|security|access|backup)[ _-]?code"
+    r"|(?<![a-z])(?:auth|otp|pin|cvv|cvc|pass|pw)(?![a-z]))"
 )
 CREDENTIAL_KEY = re.compile(rf"(?i){CREDENTIAL_WORD}")
 ACCOUNT_WORD = (
@@ -36,8 +40,14 @@ ACCOUNT_WORD = (
 )
 ACCOUNT_KEY = re.compile(rf"(?i){ACCOUNT_WORD}")
 
-GIVEN = r"[\w-]{0,24}(?:\\{0,8}[\"'])?\s{0,8}(?:[:=]|\bis\b|\bare\b)\s{0,8}"
-VALUE = r"(?:\\{0,8}\"[^\"\\\n]*\\{0,8}\"|\\{0,8}'[^'\\\n]*\\{0,8}'|[^\s,;&}\])\"']+)"
+# Between a credential's name and its value: `password: x`, `the password for my account is x`, a row of a table or of a
+# list, an element, the next line, `--password x`; and after a mere space what has a digit in it.
+GIVEN = (
+    r"[\w-]{0,24}(?:\\{0,8}[\"'])?(?:\s{1,8}\w{1,24}){0,4}?\s{0,8}"
+    r"(?:[:=]{1,3}>?|[-=]>|[|>(\t\n]|,(?=\s{0,8}\\{0,8}[\"'])|\b(?:is|are|was)\b|(?<=\s)(?=[^\s\d]{0,40}\d))"
+    r"[\s\[({<]{0,8}"
+)
+VALUE = r"(?:(?P<quote>\\{0,8}[\"'])(?:(?!(?<!\\)(?P=quote))[^\n]){0,2000}(?P=quote)?|[^\n,;&}\])\"'<|]{1,400})"
 
 SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]{0,24}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,24}PRIVATE KEY-----|$)"
@@ -46,6 +56,7 @@ SECRET_SHAPES = re.compile(
     r"|\beyJ[\w-]{8,4000}\.[\w-]{8,4000}(?:\.[\w-]*)?"
     r"|(?i:\b(?:bearer|basic)\s{1,8}[A-Za-z0-9._~+/=-]{6,})"
     r"|(?<=://)[^/\s:@\"']{1,200}:[^/\s@\"']{1,200}(?=@)"
+    r"|(?<=\s)(?:-u|--user)[ =]{1,4}[^\s:]{1,200}:\S{1,400}"
 )
 CREDENTIALS = re.compile(rf"(?i)(?P<key>{CREDENTIAL_WORD}{GIVEN})(?P<value>{VALUE})")
 ACCOUNTS = re.compile(rf"(?i)(?P<key>{ACCOUNT_WORD}{GIVEN})(?P<value>{VALUE})")
@@ -55,6 +66,11 @@ ACCOUNT_SHAPES = re.compile(
     r"|(?i:\b(?:account|acct|a/c)\.?\s{0,3}(?:no\.?|number|id|#)?\s{0,3}[:#]?\s{0,3}\d[\d -]{4,40}\d)"
 )
 DIGITS = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?!\d)")
+MAX_DECODED = 3  # encodings within encodings; deeper is masked whole
+NAMES, VALUES = (
+    ("name", "key", "field", "label", "type", "title", "attribute"),
+    ("value", "val", "content", "data", "text"),
+)
 EMAILS = re.compile(r"(?<![\w.+%-])[\w.+%-]+@[\w-]+(?:\.[\w-]+)+")
 REPORTER = r"(?:evaluat(?:or|ion)|oracle|verifier|grader|unit[ _-]?test|hidden[ _-]?test|test[ _-]suite)"
 REPORT = r"(?:report|result|verdict|output|feedback|says?|log)"
@@ -68,43 +84,41 @@ EVALUATOR_LINES = re.compile(
     r"|(?:reference|true)[ _-](?:solution|answer|label)s?)\b"
     r"|\b(?:oracle|evaluator|verifier|verdict|reward|is_correct)\b\s{0,8}\\{0,8}[\"']?\s{0,8}[:=])[^\n]*"
 )
-INVISIBLE = re.compile(r"\\{1,8}u(?:00ad|200[b-f]|202[a-e]|206[0-9a-f]|feff)", re.IGNORECASE)
 
 
 def mask(kind: str) -> str:
     return f"[masked {kind}]"
 
 
-CONTROLS = {c: None for c in [*range(32), 127] if chr(c) not in "\n\t"}
-
-
-def normalise(text: str) -> str:
-    """One spelling for what looks alike (NFKC), and nothing invisible: neither a literal nor an order hides in it."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-        text = "".join(c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cc"))
-    text = text.translate(CONTROLS)
-    return INVISIBLE.sub("", text) if "\\" in text else text
-
-
-def luhn(digits: str) -> bool:
-    """The checksum of payment cards."""
-    doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(digits))]
-    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
+def own_secrets() -> list[str]:
+    """The values of this process's environment variables that are named as credentials are."""
+    return [v for k, v in os.environ.items() if len(v) >= 8 and CREDENTIAL_KEY.search(k) and not v.startswith("/")]
 
 
 class Sanitiser:
     """Masks texts and messages of one task and counts what it masked, by kind."""
 
     def __init__(self, literals: Iterable[str] = (), *, secrets: Iterable[str] = (), emails: bool = True) -> None:
+        literals, secrets = list(literals), [*secrets, *own_secrets()]
         self.hits: Counter[str] = Counter()
         self.emails = emails
-        self._answers = pattern(normalise(text) for text in literals)
-        self._secrets = pattern(normalise(text) for text in secrets)
+        self._answers, self._secrets = pattern(map(plain, literals)), pattern(map(plain, secrets))
+        self._done: dict[tuple[str, int], tuple[str, Counter[str]]] = {}
+        self._apart = {"answer": Apart(literals), "secret": Apart(secrets)}
 
-    def text(self, text: str) -> str:
-        """Mask one text."""
-        text = normalise(text)
+    def text(self, text: str, depth: int = 0) -> str:
+        """Mask one text; `depth` says inside how many encodings it was found."""
+        key = text, depth
+        if key not in self._done:  # siblings read the same observations again and again
+            before = self.hits.copy()
+            masked = self._masked(text, depth)
+            self._done[key] = masked, self.hits - before
+        else:
+            self.hits += self._done[key][1]
+        return self._done[key][0]
+
+    def _masked(self, text: str, depth: int) -> str:
+        text = unwrap(plain(text), lambda content: self._judge(content, depth))
         text = self._sub(self._secrets, "secret", text)
         text = self._sub(SECRET_SHAPES, "secret", text)
         text = self._sub(EVALUATOR_BLOCKS, "evaluator", text)
@@ -115,39 +129,73 @@ class Sanitiser:
         text = self._values(ACCOUNTS, "account", text)
         if self.emails:
             text = self._sub(EMAILS, "email", text)
-        return self._sub(self._answers, "answer", text)
+        text = self._sub(self._answers, "answer", text)
+        return self._spelled(text, ())
 
-    def known(self, text: str) -> str:
-        """Mask the known strings alone: the last pass over a finished prompt, whatever put them there."""
-        text = self._sub(self._secrets, "secret", normalise(text))
-        return self._sub(self._answers, "answer", text)
+    def known(self, text: str, frames: Spans = ()) -> str:
+        """Mask the known strings alone, however spelled and across `frames`: the last pass over a reference."""
+        text = self._spelled(text, frames)
+        text = self._sub(self._secrets, "secret", plain(text))
+        return self._spelled(self._sub(self._answers, "answer", text), ())
+
+    def prompt(self, lines: str) -> str:
+        """The last pass over a prompt, lines of JSON: known strings and cards, in pieces and across fields too.
+
+        Escapes stay, for they hold the lines together; what they hide was masked before they were made.
+        """
+        lines = self._sub(self._secrets, "secret", lines)
+        lines = self._sub(self._answers, "answer", lines)
+        lines = self._spelled(lines, ())
+        return self._spelled(lines, frames_of(lines))
+
+    def _judge(self, content: str, depth: int) -> str | None:
+        """A mask for an encoded text that holds anything to mask."""
+        if depth >= MAX_DECODED:
+            return self._hit("secret")
+        before = sum(self.hits.values())
+        self.text(content, depth + 1)
+        return mask(next(reversed(self.hits))) if sum(self.hits.values()) > before else None
+
+    def _spelled(self, text: str, frames: Spans) -> str:
+        """Mask cards, and known strings in pieces, backwards, or across `frames`."""
+        found = {kind: apart.spans(text, frames) for kind, apart in self._apart.items()}
+        found["payment"] = joined(text, cards.spans(blank(text, frames)))
+        marks = sorted((*span, kind) for kind, spans in found.items() for span in spans)
+        pieces, done = list[tuple[int, int, str]](), 0
+        for start, end, kind in marks:
+            if end > done:
+                pieces.append((max(start, done), end, self._hit(kind)))
+                done = end
+        return replace(text, pieces)
 
     def json(self, value: Any, depth: int = 0) -> Any:
         """Mask inside parsed JSON: keys that name something secret lose their value, every leaf is masked as text."""
         if depth > MAX_DEPTH:
             return self._hit("evaluator")
         if isinstance(value, Mapping):
-            return {self.text(str(k)): self._field(str(k), v, depth) for k, v in value.items()}
+            named = kind_of_name(value)
+            return {self.text(str(k)): self._field(str(k), v, depth, named) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.json(item, depth + 1) for item in value]
+            return [self._field(str(before), item, depth) for before, item in zip(["", *map(name_in, value)], value)]
         if isinstance(value, str):
             return self.content(value, depth + 1)
-        plain = json.dumps(value, default=str)
-        masked = self.text(plain)
-        return value if masked == plain else masked
+        shown = json.dumps(value, default=str)
+        masked = self.text(shown)
+        return value if masked == shown else masked
 
     def content(self, text: str, depth: int = 0) -> Any:
         """Mask a text that may be JSON: where it parses, by its structure, else as text."""
-        if text.lstrip()[:1] in ("{", "["):
-            try:
-                return self.json(json.loads(normalise(text)), depth)
-            except (ValueError, RecursionError):
-                pass
+        for spelled in (text, plain(text)):
+            if spelled.lstrip()[:1] in ("{", "[", '"'):
+                try:
+                    return self.json(json.loads(spelled), depth)
+                except (ValueError, RecursionError):
+                    continue
         return self.text(text)
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The visible part of one chat message, masked: role, content, and the calls it makes."""
-        record: dict[str, Any] = {"role": str(message.get("role"))}
+        record: dict[str, Any] = {"role": self.text(str(message.get("role")))}
         if content := message.get("content"):
             record["content"] = self.content(content) if isinstance(content, str) else self.json(content)
         functions = [(call or {}).get("function") or {} for call in message.get("tool_calls") or []]
@@ -158,8 +206,9 @@ class Sanitiser:
         arguments = function.get("arguments")
         return self.content(arguments) if isinstance(arguments, str) else self.json(arguments)
 
-    def _field(self, key: str, value: Any, depth: int) -> Any:
-        kind = kind_of_key(key)
+    def _field(self, key: str, value: Any, depth: int, named: str | None = None) -> Any:
+        key = plain(key)
+        kind = kind_of_key(key) or (named if key.lower() in VALUES else None)
         if kind and value not in (None, "", [], {}):
             return self._hit(kind)
         return self.json(value, depth + 1)
@@ -182,6 +231,17 @@ class Sanitiser:
     def _values(self, finder: re.Pattern[str], kind: str, text: str) -> str:
         """Mask the value of `key = value` and leave the key."""
         return finder.sub(lambda match: match["key"] + self._hit(kind), text)
+
+
+def name_in(item: Any) -> str:
+    """An element of a list as a name for the next one: ["password", "hunter2"]."""
+    return item if isinstance(item, str) and len(item) <= 32 and len(item.split()) <= 3 else ""
+
+
+def kind_of_name(record: Mapping[Any, Any]) -> str | None:
+    """What {"name": "password", "value": ...} says about its value."""
+    names = (str(value) for key, value in record.items() if str(key).lower() in NAMES)
+    return next((kind for name in names if name_in(name) and (kind := kind_of_key(plain(name)))), None)
 
 
 def kind_of_key(key: str) -> str | None:

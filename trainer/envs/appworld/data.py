@@ -17,7 +17,10 @@ from trainer.types import Task, TaskClass, UserError
 PYTHON = Path(".venv-appworld/bin/python")
 SPLITS = ("train", "dev", "test_normal", "test_challenge")
 SHARED = ("base_dbs", "api_docs")  # what every task starts from
-DOWNLOAD = "run: .venv-appworld/bin/appworld download data --root DIR and set APPWORLD_ROOT=DIR"
+DOWNLOAD = (
+    "run: .venv-appworld/bin/appworld download data --root ~/appworld && export APPWORLD_ROOT=~/appworld "
+    "(or set it to the folder where data/ is)"
+)
 MAKE = "run: make appworld"
 
 

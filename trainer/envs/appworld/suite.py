@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.envs.appworld import data, prompt
 from trainer.envs.appworld.pool import Pool, WorldProcess
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool, UserError
+from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool, UserError, all_of
 
 WORLD = Path(__file__).with_name("world.py")
 SHARED = "shared"
@@ -45,8 +45,9 @@ class AppWorldSuite:
             raise UserError(f"env.options.worlds: got {worlds!r}, needs a whole number of at least 1")
         if not isinstance(execution_timeout, (int, float)) or not execution_timeout >= 1:
             raise UserError(f"env.options.execution_timeout: got {execution_timeout!r}, needs seconds, at least 1")
-        data.check_package(Path(python))
-        self._root = data.check_root(root or os.environ.get("APPWORLD_ROOT"))
+        root = root or os.environ.get("APPWORLD_ROOT")
+        all_of(lambda: data.check_package(Path(python)), lambda: data.check_root(root))
+        self._root = data.check_root(root)
         ids = {split: data.task_ids(self._root, split) for split in data.SPLITS}
         self._ids = {split: found for split, found in ids.items() if found}
         self.splits: Mapping[str, int] = {split: len(found) for split, found in self._ids.items()}

@@ -18,9 +18,10 @@ from tau2.data_model.tasks import Task
 from tau2.user.base import STOP, TRANSFER
 from tau2.user.user_simulator import UserSimulator
 
-from trainer.credit.openai_writer import is_loopback, reason_of, text_of
+from trainer.credit.endpoint import is_loopback
+from trainer.credit.openai_writer import reason_of, text_of
 from trainer.credit.prompt import Refused
-from trainer.types import EnvironmentBroken, UserError
+from trainer.types import EnvironmentBroken
 
 Customer = Callable[[Task], UserSimulator]  # a fresh one for each conversation
 
@@ -36,18 +37,12 @@ class Endpoint:
     timeout: float  # seconds a try
     max_retries: int  # of 408, 409, 429, 5xx, lost connections and time-outs; the client waits longer each time
 
-    def key(self) -> str:
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key and not is_loopback(self.base_url):
-            raise UserError(f"env.options.user_api_key_env: ${self.api_key_env} is not set; export it")
-        return key
-
     @cached_property
     def client(self) -> OpenAI:
         # A proxy of the environment must not see what is meant for this machine.
         transport = DefaultHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
         return OpenAI(
-            api_key=self.key() or "none",
+            api_key=os.environ.get(self.api_key_env, "").strip() or "none",
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=self.max_retries,

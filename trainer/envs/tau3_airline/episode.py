@@ -72,7 +72,8 @@ class Relay(BaseAgent):  # type: ignore[misc]
 class Tau3AirlineEnvironment:
     """One live conversation. World, customer and evaluator block, so every call is made in a thread of `pool`."""
 
-    def __init__(self, home: Airline, customer: Customer, pool: Executor):
+    def __init__(self, home: Airline, customer: Customer, pool: Executor, waits_for: str = ""):
+        self.waits_for = waits_for
         self._home, self._customer, self._pool = home, customer, pool
         self._run: Any = None
 

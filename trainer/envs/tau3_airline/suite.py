@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from trainer.credit.endpoint import is_loopback
 from trainer.credit.literals import pattern
 from trainer.envs.tau3_airline import package
-from trainer.types import Environment, Message, Task, TaskClass, UserError
+from trainer.types import Environment, Message, Task, TaskClass, UserError, all_of
 
 if TYPE_CHECKING:
     from trainer.envs.tau3_airline.customers import Customer
@@ -61,16 +63,13 @@ class Tau3AirlineSuite:
         _check("user", user, user in ("llm", "scripted"), "llm or scripted")
         whole = type(concurrency) is int and concurrency > 0
         _check("concurrency", concurrency, whole, "a whole number of at least 1")
-        if user == "llm":
-            _check_endpoint(
-                user_base_url, user_model, user_temperature, user_api_key_env, user_timeout, user_max_retries
-            )
+        endpoint = (user_base_url, user_model, user_temperature, user_api_key_env, user_timeout, user_max_retries)
+        all_of(lambda: _check_endpoint(*endpoint) if user == "llm" else None, package.check)
         folder = package.data_folder()
         self._episode = package.load()
         self._airline = self._episode.airline(folder)
-        self._customer = self._cast(
-            user, user_base_url, user_model, user_temperature, user_api_key_env, user_timeout, user_max_retries
-        )
+        self._customer = self._cast(user, *endpoint)
+        self._waits_for = f"the customer ({user_model} at {user_base_url})" if user == "llm" else ""
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=self.name)
         self._rows: list[dict[str, Any]] = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
         self._splits: dict[str, list[str]] = json.loads((folder / "split_tasks.json").read_text(encoding="utf-8"))
@@ -84,9 +83,7 @@ class Tau3AirlineSuite:
 
         if user == "scripted":
             return customers.ScriptedCustomer
-        caller = customers.Endpoint(*endpoint)
-        caller.key()  # a missing one is said here
-        return functools.partial(customers.EndpointCustomer, caller)
+        return functools.partial(customers.EndpointCustomer, customers.Endpoint(*endpoint))
 
     def tasks(self, split: str) -> list[Task]:
         if split not in self._splits:
@@ -110,7 +107,9 @@ class Tau3AirlineSuite:
         )
 
     def make(self) -> Environment:
-        environment: Environment = self._episode.Tau3AirlineEnvironment(self._airline, self._customer, self._pool)
+        environment: Environment = self._episode.Tau3AirlineEnvironment(
+            self._airline, self._customer, self._pool, self._waits_for
+        )
         return environment
 
     def answer_literals(self, task: Task) -> list[str]:
@@ -159,21 +158,35 @@ def _check(name: str, value: Any, fits: bool, need: str) -> None:
 
 
 def _check_endpoint(base_url: Any, model: Any, temperature: Any, key_env: Any, timeout: Any, retries: Any) -> None:
-    script = "env.options.user scripted needs none, but is for tests"
+    """Refuse what does not fit or is missing, all of it at once; a key of the environment that is not set, too."""
+    whole = type(retries) is int and retries >= 0
+    cool = _number(temperature) and temperature >= 0
+    named = isinstance(model, str) and bool(model)
+    all_of(
+        lambda: _check_url(base_url),
+        lambda: _check("user_model", model, named, "the name of the model that plays the customer"),
+        lambda: _check("user_temperature", temperature, cool, "a number; the benchmark uses 0.0"),
+        lambda: _check_key(base_url, key_env),
+        lambda: _check("user_timeout", timeout, _number(timeout) and timeout > 0, "seconds, more than 0"),
+        lambda: _check("user_max_retries", retries, whole, "a whole number of at least 0"),
+    )
+
+
+def _check_url(base_url: Any) -> None:
     url = urlsplit(base_url) if isinstance(base_url, str) else None
     web = url is not None and url.scheme in ("http", "https") and bool(url.hostname)
+    script = "env.options.user scripted needs none, but is for tests"
     _check("user_base_url", base_url, web, f"the customer's endpoint, such as http://localhost:8000/v1; {script}")
     if url is not None and (url.username or url.password or url.query):
         raise UserError("env.options.user_base_url: needs a URL without credentials; keys come from user_api_key_env")
-    _check("user_model", model, isinstance(model, str) and bool(model), "the name of the model that plays the customer")
-    _check(
-        "user_temperature", temperature, _number(temperature) and temperature >= 0, "a number; the benchmark uses 0.0"
-    )
+
+
+def _check_key(base_url: Any, key_env: Any) -> None:
     named = isinstance(key_env, str) and key_env.isidentifier() and not key_env.startswith(("sk_", "hf_"))
     if not named:  # it may be a key that was put here by mistake
         raise UserError("env.options.user_api_key_env: needs the name of an environment variable, not the key itself")
-    _check("user_timeout", timeout, _number(timeout) and timeout > 0, "seconds, more than 0")
-    _check("user_max_retries", retries, type(retries) is int and retries >= 0, "a whole number of at least 0")
+    if isinstance(base_url, str) and not is_loopback(base_url) and not os.environ.get(key_env, "").strip():
+        raise UserError(f"env.options.user_api_key_env: ${key_env} is not set; run: export {key_env}=...")
 
 
 def _number(value: Any) -> bool:

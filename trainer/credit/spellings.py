@@ -1,0 +1,220 @@
+"""The ways in which a text can spell something without seeming to: undone where that keeps the text, else searched.
+
+`plain` undoes what a reader undoes without thinking: escapes of JSON, URLs and HTML to any depth, look-alike digits and
+letters, characters that cannot be seen. `apart` finds a literal whose characters stand apart, backwards, or in several
+fields; `decoded` reads runs of base64 and hex. A cipher of the writer's own making is found by nothing here.
+
+Everything is linear in the text's length.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from urllib.parse import unquote
+
+Spans = Sequence[tuple[int, int]]  # [start, end), rising
+
+ROUNDS = 5  # of escapes inside escapes
+SHORTEST = 5  # letters and digits of a literal that is searched apart: a shorter one would be found in every text
+
+ESCAPE = re.compile(
+    r"\\{1,16}(?:u\{([0-9a-fA-F]{1,6})\}|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(?P<blank>[nrt]))"
+)
+PERCENT = re.compile(r"%[0-9a-fA-F]{2}")
+ENTITY = re.compile(r"&(?:#\d|#[xX][0-9a-fA-F]|[A-Za-z]{2})")
+CONTROLS = {c: None for c in [*range(32), 127] if chr(c) not in "\n\t"}
+# Drawn as nothing though no control or format character: joiners, fillers, selectors of a glyph's variant.
+UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# Letters of Cyrillic and Greek that are drawn as Latin ones are.
+TWINS = dict(zip("авекмнорстухіјѕԁɡһԛѡαβεικνορτυχ", "abekmhopctyxijsdghqwabeikvoptux"))
+GAP = re.compile(r"[\W_]+")
+FRAME = re.compile(r"[\"'\n\w{}\[\]]")
+PIECE = re.compile(r'("(?:[^"\\\n]|\\[^\n])*"(?:\s?:)?)|^(?:TASK|SIBLING \d+ \w+)\b', re.MULTILINE)
+BASE64 = re.compile(
+    r"(?<![A-Za-z0-9+/_-])(?:[A-Za-z0-9+/_-]{40,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*|[A-Za-z0-9+/_-]{6,})={0,2}"
+)
+HEX = re.compile(r"(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{0,2}(?:0x)?[0-9a-fA-F]{2}){3,}[0-9a-fA-F]?")
+
+
+def plain(text: str) -> str:
+    """`text` without escapes, in one spelling of what looks alike (NFKC, ASCII digits), and without what is unseen."""
+    for _ in range(ROUNDS):
+        before = text
+        if "\\" in text:
+            text = ESCAPE.sub(_character, text)
+        if "%" in text and PERCENT.search(text):
+            text = unquote(text)
+        if "&" in text and ENTITY.search(text):
+            text = html.unescape(text)
+        if not text.isascii():
+            text = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+            text = "".join(map(_seen, text))
+        if text == before:
+            break
+    return text.translate(CONTROLS)
+
+
+def _character(match: re.Match[str]) -> str:
+    if match["blank"]:
+        return "\t" if match["blank"] == "t" else "\n"
+    code = int(next(group for group in match.groups() if group), 16)
+    return chr(code) if code <= 0x10FFFF else ""
+
+
+@lru_cache(maxsize=4096)
+def _seen(char: str) -> str:
+    """A digit of any script as ASCII's, nothing for what is not drawn, else the character."""
+    if char.isascii():
+        return char
+    kind = unicodedata.category(char)
+    if kind == "Nd":
+        return str(unicodedata.decimal(char))
+    return "" if kind in ("Cf", "Cs", "Co", "Cc") else char
+
+
+@lru_cache(maxsize=4096)
+def fold(char: str) -> str:
+    """The letters and digits that a character stands for, without case and accents; nothing for what is neither."""
+    if char.isascii():
+        return char.lower() if char.isalnum() else ""
+    bare = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)).casefold()
+    return "".join(TWINS.get(c, c) for c in bare if c.isalnum())
+
+
+def squeeze(text: str) -> str:
+    """The letters and digits of `text`, folded, end to end."""
+    if text.isascii():
+        return GAP.sub("", text).lower()
+    return "".join(map(fold, text))
+
+
+class Apart:
+    """Finds literals of at least `SHORTEST` letters and digits, whatever stands between their characters."""
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        words = {squeeze(plain(text)) for text in literals}
+        self._needles = sorted({w for word in words if len(word) >= SHORTEST for w in (word, word[::-1])})
+
+    def spans(self, text: str, frames: Spans = ()) -> Spans:
+        """The [start, end) of every run of characters that belongs to a literal, in rising order.
+
+        `frames` are no part of the text's own words (names of fields): a literal is found across them.
+        """
+        if not self._needles:
+            return ()
+        squeezed = squeeze(blank(text, frames))
+        needles = [needle for needle in self._needles if needle in squeezed]
+        return _located(text, needles, frames) if needles else []
+
+
+def blank(text: str, frames: Spans) -> str:
+    """`text` with spaces in the place of `frames`."""
+    return replace(text, [(a, b, " " * (b - a)) for a, b in frames]) if frames else text
+
+
+def _located(text: str, needles: list[str], frames: Spans) -> Spans:
+    """Where in `text` the characters of the needles are; slow, and only for texts that are known to hold one."""
+    places = [(i, f) for i, char in enumerate(blank(text, frames)) for f in fold(char)]
+    squeezed = "".join(f for _, f in places)
+    taken: set[int] = set()
+    for needle in needles:
+        at = squeezed.find(needle)
+        while at >= 0:
+            inside = [place for place, _ in places[at : at + len(needle)]]
+            if _whole(text, inside[0], inside[-1], needle):
+                taken.update(inside)
+            at = squeezed.find(needle, at + 1)
+    return joined(text, [(place, place + 1) for place in sorted(taken)])
+
+
+def _whole(text: str, first: int, last: int, needle: str) -> bool:
+    """Whether a find is no mere part of a longer word or number; an identifier counts wherever it stands."""
+    if not needle.isalpha() and not needle.isdigit():
+        return True
+    return not (first and text[first - 1].isalnum()) and not (last + 1 < len(text) and text[last + 1].isalnum())
+
+
+def joined(text: str, spans: Spans) -> Spans:
+    """Neighbours as one, also over up to three characters that are neither letters nor a frame of the text."""
+    runs: list[tuple[int, int]] = []
+    for start, end in spans:
+        gap = text[runs[-1][1] : start] if runs else None
+        if gap is not None and len(gap) <= 3 and not FRAME.search(gap):
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return runs
+
+
+def replace(text: str, pieces: Iterable[tuple[int, int, str]]) -> str:
+    """`text` with other words in the place of some spans, which rise."""
+    out, done = list[str](), 0
+    for start, end, words in pieces:
+        out += [text[done:start], words]
+        done = end
+    return "".join([*out, text[done:]])
+
+
+def frames_of(lines: str) -> Spans:
+    """What in lines of JSON is not a value: names of fields, roles, names of tools, and the words between the lines."""
+    found, named = list[tuple[int, int]](), False
+    for match in PIECE.finditer(lines):
+        if match[1]:  # a string
+            key = match[1].endswith(":")
+            if key or named:
+                found.append(match.span())
+            named = key and match[1].rstrip(": ") in ('"role"', '"name"')
+        else:
+            found.append(match.span())
+    return found
+
+
+def unwrap(text: str, judge: Callable[[str], str | None]) -> str:
+    """Put `judge`'s word in the place of each run of base64 or hex about whose content it has one."""
+
+    def base(match: re.Match[str]) -> str:
+        run = match.group()
+        if run.islower() or (run.isalpha() and run[1:].islower()):  # a word, or the name of a tool
+            return run
+        return next((word for content in from_base64(run) if (word := judge(content))), run)
+
+    def sixteen(match: re.Match[str]) -> str:
+        digits = re.sub(r"0x|[^0-9a-fA-F]", "", match.group())
+        for start in (0, 1):
+            piece = digits[start : start + (len(digits) - start) // 2 * 2]
+            content = readable(bytes.fromhex(piece))
+            if content and (word := judge(content)):
+                return word
+        return match.group()
+
+    return BASE64.sub(base, HEX.sub(sixteen, text))
+
+
+def from_base64(run: str) -> Iterator[str]:
+    """The texts that a run may spell, wherever in it the code begins."""
+    letters = re.sub(r"[=\s]", "", run).translate({ord("-"): "+", ord("_"): "/"})
+    for start in range(min(4, len(letters))):
+        piece = letters[start:]
+        piece = piece[: len(piece) - 1] if len(piece) % 4 == 1 else piece
+        try:
+            content = readable(base64.b64decode(piece + "=" * (-len(piece) % 4)))
+        except (binascii.Error, ValueError):
+            continue
+        if content:
+            yield content
+
+
+def readable(data: bytes) -> str:
+    """The text that bytes are; "" where they are none."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+    odd = sum(char not in "\n\t\r" and unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in text)
+    return text if len(text) >= 3 and odd <= 0.1 * len(text) else ""
