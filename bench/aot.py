@@ -27,15 +27,45 @@ STATISTICS = "target temperature lse scale d_logp entropy d_entropy teacher_lse 
 FLOATS = ("softcap", "beta")
 
 
+HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
+
+
+def kernels() -> dict[str, Any]:
+    """By their names in the tables; `own_pair_stats` is the kernel of `pair_stats` for two weights."""
+    from sgcd_kernels.triton import forward_kernels, grad_kernels
+
+    return {
+        "head_stats": forward_kernels.head_stats_kernel,
+        "pair_stats": forward_kernels.pair_stats_kernel,
+        "own_pair_stats": forward_kernels.pair_stats_kernel,
+        "mixture_stats": forward_kernels.mixture_stats_kernel,
+        "logprob_grad": grad_kernels.logprob_grad_kernel,
+        "distill_grad": grad_kernels.distill_grad_kernel,
+    }
+
+
 @dataclass(frozen=True)
-class Row:
-    """What the compiler says of one kernel."""
+class Call:
+    """One way in which a kernel is called, and the configuration it then has."""
 
     kernel: str
     dtype: str
     arch: int
     config: Any
     first: bool  # in its list: the configuration that runs
+    rich: bool = False  # with rows, bias, softcap, temperature, entropy gradients, words that fill no tile; a JSD
+
+    @property
+    def own(self) -> bool:
+        """Whether the teacher has a weight of its own; a kernel that serves both is compiled for both."""
+        return self.kernel == "own_pair_stats"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler says of one kernel."""
+
+    call: Call
     registers: int
     shared: int
     stack: int
@@ -43,41 +73,26 @@ class Row:
     matrix: int  # instructions
 
     def line(self) -> str:
-        c = self.config
-        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}"
+        call, c = self.call, self.call.config
+        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}{' flat' if c.flat else ''}"
         return (
-            f"| {self.kernel} | {self.dtype} | sm_{self.arch} | {tile}{'' if self.first else ' (to try)'} | "
-            f"{self.registers} | {self.shared / 1024:.0f} | {self.stack} | {self.spills} | "
-            f"{self.matrix} {MATRIX[self.arch].split('.')[0]} |"
+            f"| {call.kernel}{', options' if call.rich else ''} | {call.dtype} | sm_{call.arch} | "
+            f"{tile}{'' if call.first else ' (to try)'} | {self.registers} | {self.shared / 1024:.0f} | {self.stack} | "
+            f"{self.spills} | {self.matrix} {MATRIX[call.arch].split('.')[0]} |"
         )
 
 
-HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
-
-
-def kernels() -> dict[str, Any]:
-    from sgcd_kernels.triton import forward_kernels, grad_kernels
-
-    return {
-        "head_stats": forward_kernels.head_stats_kernel,
-        "pair_stats": forward_kernels.pair_stats_kernel,
-        "mixture_stats": forward_kernels.mixture_stats_kernel,
-        "logprob_grad": grad_kernels.logprob_grad_kernel,
-        "distill_grad": grad_kernels.distill_grad_kernel,
-    }
-
-
 def cases(
-    kernel: str | None = None, arch: int | None = None, dtype: str | None = None
-) -> list[tuple[str, str, int, Any, bool]]:
-    """(kernel, dtype, arch, configuration, whether it is the one that runs)"""
-    from sgcd_kernels.triton.configs import HALF, SINGLE
+    kernel: str | None = None, arch: int | None = None, dtype: str | None = None, rich: bool | None = None
+) -> list[Call]:
+    """Every configuration of the tables with every kind of operand."""
+    from sgcd_kernels.triton.configs import table_for
 
     out = []
-    for name, a, d in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32")):
-        if kernel in (None, name) and arch in (None, a) and dtype in (None, d):
-            table = (SINGLE if d == "fp32" else HALF)[name][a // 10]
-            out += [(name, d, a, config, index == 0) for index, config in enumerate(table)]
+    for name, a, d, r in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32"), (False, True)):
+        if kernel in (None, name) and arch in (None, a) and dtype in (None, d) and rich in (None, r):
+            configs = table_for(4 if d == "fp32" else 2, r)[name][a // 10]
+            out += [Call(name, d, a, config, index == 0, r) for index, config in enumerate(configs)]
     return out
 
 
@@ -98,32 +113,37 @@ def signature_of(fn: Any, dtype: str, constants: dict[str, Any]) -> dict[str, st
     return types
 
 
-def compile_case(kernel: str, dtype: str, arch: int, config: Any, first: bool, everything: bool = False) -> Row:
-    """Compile the plain call, or with `everything` one with bias, softcap, temperature, rows and an own teacher."""
+def compile_case(call: Call, *, own: bool | None = None, even: bool | None = None) -> Row:
+    """Compile a call; `own` and `even` say otherwise whether the teacher has its own weight, and words fill tiles."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = kernels()[kernel]
-    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    from sgcd_kernels.triton.forward_kernels import VARYING
+
+    fn, config = kernels()[call.kernel], call.config
+    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[call.dtype]
+    own = call.own if own is None else own
     values = {
-        "SHARED": not everything, "EVEN_H": True, "EVEN_G": True, "EVEN_V": not everything, "OPERAND": operand,
-        "TEACHER_OPERAND": operand, "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd", "GROUP": config.group,
+        "SHARED": not own, "STACKED": config.stacked and not own, "EVEN_H": True, "EVEN_G": True,
+        "EVEN_V": not call.rich if even is None else even, "OPERAND": operand, "TEACHER_OPERAND": operand,
+        "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd" if call.rich else "reverse_kl", "FLAT": config.flat,
+        "GUARDED": config.guarded,
         "T": config.tokens, "W": config.words, "K": config.depth,
     }  # fmt: skip
     constants = {name: value for name, value in values.items() if name in fn.arg_names}
-    constants |= {name: None for name in ABSENT if name in fn.arg_names and not everything}
-    types = signature_of(fn, dtype, constants)
-    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in ("n", "first", "count"))]
+    constants |= {name: None for name in ABSENT if name in fn.arg_names and not call.rich}
+    types = signature_of(fn, call.dtype, constants)
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in VARYING)]
     attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn, types, constants, attrs)
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = resource_usage(compiled.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)
+    usage, ptx = resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Row(
-        kernel, dtype, arch, config, first, usage["REG"], compiled.metadata.shared, usage["STACK"],
-        usage["LOCAL"] + local_bytes(compiled.asm["ptx"]), compiled.asm["ptx"].count(MATRIX[arch]),
+        call, usage["REG"], compiled.metadata.shared, usage["STACK"], usage["LOCAL"] + local_bytes(ptx),
+        ptx.count(MATRIX[call.arch]),
     )  # fmt: skip
 
 
