@@ -34,10 +34,12 @@ def calls(i: Inputs) -> dict[str, Callable[[], object]]:
         loss = linear_distill_loss(leaves.hidden, leaves.weight, i.teacher, mask=i.mask, impl="triton")
         torch.autograd.grad(loss, (leaves.hidden, leaves.weight))
 
+    other = i.weight.clone()
     heads = (i.hidden, i.weight, i.targets, i.teacher)
     return {
         "head_stats": lambda: linear_logprob(i.hidden, i.weight, i.targets, impl="triton"),
         "pair_stats": lambda: linear_divergence(*heads, impl="triton"),
+        "own_pair_stats": lambda: linear_divergence(*heads, other, impl="triton"),
         "mixture_stats": lambda: linear_divergence(*heads, features=("jsd",), impl="triton"),
         "logprob_grad": policy,
         "distill_grad": distill,

@@ -52,7 +52,7 @@ HALF: Table = {
     "own_pair_stats": {
         8: (Config(64, 64, 64, 4, 3, programs=2),),
         9: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3, programs=2)),
-        10: (Config(128, 64, 64, 8, 3, guarded=True)),
+        10: (Config(128, 64, 64, 8, 3, guarded=True),),
     },
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
@@ -71,7 +71,8 @@ HALF: Table = {
     },
 }
 
-# The same for calls with bias, softcap or temperature, or of a JSD: they need more registers, so their tiles are smaller.
+# The same for calls with bias, softcap or temperature, of a JSD's gradient or with top_k: they need more registers, so
+# their tiles are smaller.
 RICH: Table = {
     "head_stats": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -91,7 +92,7 @@ RICH: Table = {
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
         9: (Config(64, 32, 64, 8, 3, stacked=True),),
-        10: (Config(64, 32, 64, 8, 3),),
+        10: (Config(64, 16, 64, 8, 3),),
     },
     "logprob_grad": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -108,7 +109,7 @@ RICH: Table = {
 # For fp32 operands, which take three products in TF32, or one; with and without options.
 _WIDE, _NARROW = Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)
 _STACKED = replace(_NARROW, stacked=True)
-_NARROWEST = Config(32, 32, 32, 4, 2, guarded=True)
+_NARROWEST = Config(64, 16, 32, 8, 2, guarded=True)
 SINGLE: Table = {
     "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),)},
     "pair_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
@@ -126,7 +127,7 @@ def table_for(operand_bytes: int, rich: bool) -> Table:
 def config_for(kernel: str, major: int, operand_bytes: int, rich: bool = False) -> Config:
     """The configuration that runs on devices of compute capability `major`.x; newer ones use the newest known.
 
-    `rich`: the call has a bias, a softcap or a temperature, or makes a JSD.
+    `rich`: the call has a bias, a softcap or a temperature, makes a JSD's gradient, or looks for the top K.
     """
     by_major = table_for(operand_bytes, rich)[kernel]
     return by_major[max(known for known in by_major if known <= major)][0]

@@ -171,12 +171,15 @@ def pair_tile(
 @triton.jit(do_not_specialize=VARYING)
 def pair_stats_kernel(
     x, rows, x_stride, w, w_stride, bias, y, y_stride, v, v_stride, teacher_bias,
-    target, temperature, softcap, out, n, vocab, width, teacher_width, words_per_share, token_tiles, shares, group,
+    target, temperature, softcap, out, peaks, n, vocab, width, teacher_width, words_per_share, token_tiles, shares, group,
     SHARED: tl.constexpr, STACKED: tl.constexpr, EVEN_H: tl.constexpr, EVEN_G: tl.constexpr, EVEN_V: tl.constexpr,
     OPERAND: tl.constexpr, TEACHER_OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr, FLAT: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """out[share] = m, z, s, target logit of the student (x, w), of the teacher (y, v), then a_p, a_q, overlap."""
+    """out[share] = m, z, s, target logit of the student (x, w), of the teacher (y, v), then a_p, a_q, overlap.
+
+    peaks[3, tiles of words, n] are each tile's largest logit of the teacher and both its log-sum-exps: see `topk.py`.
+    """
     tile, share = tile_of(token_tiles, shares, group)
     token = tile * T + tl.arange(0, T)
     x_tile, y_tile = pair_rows(x, y, rows, tile, n, x_stride, y_stride, STACKED, T)
@@ -215,6 +218,12 @@ def pair_stats_kernel(
                 more_z_p, more_s_p, more_a_p, more_z_q, more_s_q, more_a_q, more_overlap = fold_pair(
                     z_p, z_q, m_p, m_q, True
                 )
+        if peaks is not None:
+            at = peaks + word // W * n + token
+            apart = (vocab + W - 1) // W * n
+            tl.store(at, tl.max(z_q, 1), mask=token < n)
+            tl.store(at + apart, m_p + tl.log(more_z_p), mask=token < n)
+            tl.store(at + 2 * apart, m_q + tl.log(more_z_q), mask=token < n)
         z_p_sum += more_z_p
         s_p_sum += more_s_p
         a_p += more_a_p

@@ -60,11 +60,11 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def config_of(kernel: str, p: Projection, head: Head, jsd: bool = False) -> Config:
+def config_of(kernel: str, p: Projection, head: Head, rich: bool = False) -> Config:
     if head.x.device.type == "cpu":
         return INTERPRETER
     tempered = isinstance(p.temperature, Tensor) or p.temperature != 1.0
-    rich = jsd or tempered or p.softcap is not None or p.bias is not None
+    rich = rich or tempered or p.softcap is not None or p.bias is not None
     return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize, rich)
 
 
@@ -174,10 +174,19 @@ def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
     return out
 
 
-def pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> Tensor:  # [shares, 11, n]
+def pair_config(student: Projection, head: Head, other: Head, peaks: bool = False) -> Config:
+    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, rich=peaks)
+
+
+def pair_stats(
+    student: Projection,
+    teacher: Projection,
+    targets: Tensor,  # [n]
+    peaks: Tensor | None = None,  # [3, word tiles, n], written
+) -> Tensor:  # [shares, 11, n]
     """Those of both heads, then a_p, a_q and the overlap."""
     head, other, n, vocab = Head.of(student), Head.of(teacher), student.num_rows, student.weight.shape[0]
-    config = config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head)
+    config = pair_config(student, head, other, peaks is not None)
     group = token_group(config, head, other)
     cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 11, n), dtype=torch.float32)
@@ -185,7 +194,7 @@ def pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> Ten
         return out
     forward_kernels.pair_stats_kernel[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), targets, temperatures(student), student.softcap, out,
-        n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
+        peaks, n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
         **pair_flags(head, other, config, vocab % config.words == 0), **forward_options(config),
     )  # fmt: skip
     return out
@@ -266,7 +275,7 @@ class DistillGrad:
         """For a range of the computed tokens, p being the student's head on these."""
         head, other = Head.of(p), Head.of(part_of(self.teacher, tokens))
         n, vocab, widths = p.num_rows, p.weight.shape[0], (head.x.shape[1], other.x.shape[1])
-        config = config_of("distill_grad", p, head, jsd=self.kind == "jsd")
+        config = config_of("distill_grad", p, head, rich=self.kind == "jsd")
         group = token_group(config, head, other)
         per_token = [x[tokens] for x in (self.lse, self.teacher_lse, self.centre, self.d_loss)]
         inputs = (*pair_pointers(head, other, p.rows), temperatures(p), p.softcap, *per_token, self.beta)
