@@ -56,7 +56,7 @@ HALF: Table = {
     },
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
-        9: (Config(64, 64, 64, 8, 3, stacked=True), Config(32, 128, 64, 8, 3, stacked=True)),
+        9: (Config(64, 64, 64, 8, 3, stacked=True),),
         10: (Config(64, 32, 64, 8, 3), Config(128, 32, 64, 8, 3)),
     },
     "logprob_grad": {
