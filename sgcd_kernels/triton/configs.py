@@ -44,7 +44,7 @@ HALF: Table = {
             Config(64, 256, 64, 8, 4, stacked=True),
             Config(64, 256, 64, 8, 4, stacked=True, flat=True),
             Config(64, 256, 64, 8, 3, stacked=True),
-            Config(64, 128, 64, 4, 3, programs=2, stacked=True),
+            Config(64, 128, 64, 8, 4, stacked=True),
             Config(128, 128, 64, 8, 3),
         ),
         10: (Config(128, 64, 64, 8, 4, guarded=True), Config(64, 128, 64, 8, 4, guarded=True)),
