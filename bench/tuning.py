@@ -57,10 +57,18 @@ def compare(kernel: str, major: int, call: Callable[[], object], device: str) ->
 
         return prepare
 
+    refused: dict[str, Exception] = {}
     try:
-        timings, failed = interleaved({str(config): chosen(config) for config in candidates}, device)
+        for config in candidates:  # compiling is no part of a sample
+            try:
+                chosen(config)(0)()
+            except Exception as error:
+                refused[str(config)] = error
+        compiled = {str(config): chosen(config) for config in candidates if str(config) not in refused}
+        timings, failed = interleaved(compiled, device)
     finally:
         table[major] = candidates
+    failed |= refused
     found: dict[Config, float | str] = {}
     for config in candidates:
         timing = timings.get(str(config))
