@@ -24,7 +24,9 @@ LISTS = ("target", "rows", "order", "block_tile", "block_start", "tile_stop")  #
 OPERANDS = ("x", "w", "y", "v", "bias", "teacher_bias")
 ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in the plain call
 AWKWARD = ("rows", "entropy", "d_entropy")  # what it may have besides, and words that fill no tile
-STATISTICS = "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks".split()
+STATISTICS = (
+    "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks".split()
+)
 FLOATS = ("softcap", "beta")
 
 
@@ -133,7 +135,8 @@ def compile_case(call: Call) -> Row:
     fn, config = kernels()[call.kernel], call.config
     operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[call.dtype]
     values = {
-        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits", "EVEN_H": True, "EVEN_G": True,
+        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
+        "EVEN_H": True, "EVEN_G": True,
         "EVEN_V": not call.awkward, "OPERAND": operand, "TEACHER_OPERAND": operand,
         "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd" if call.rich else "reverse_kl", "FLAT": config.flat,
         "GUARDED": config.guarded,
@@ -143,7 +146,9 @@ def compile_case(call: Call) -> Row:
     absent = () if call.rich else ABSENT if call.awkward else ABSENT + AWKWARD
     constants |= {name: None for name in absent if name in fn.arg_names}
     types = signature_of(fn, call.dtype, constants)
-    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in VARYING + ["entries", "slots"])]
+    aligned = [
+        n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in (*VARYING, "entries", "slots"))
+    ]
     attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn, types, constants, attrs)
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -190,7 +195,9 @@ def main() -> int:
             print(compile_case(call).line(), flush=True)
         except Exception as error:  # a case that does not compile is a row too, and the exit code says so
             failed = 1
-            print(f"| {call.kernel} | {call.dtype} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |")
+            print(
+                f"| {call.kernel} | {call.dtype} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |"
+            )
     return failed
 
 

@@ -106,7 +106,7 @@ def head_stats_kernel(
         z_sum, s_sum, _ = rescale(m, z_sum, s_sum, to)
         m = to
         more_z, more_s = fold_head(z, m, GUARDED)
-        if not GUARDED:
+        if not GUARDED:  # noqa: SIM102  # a constant: what is left out is not compiled
             if any_nan(more_s):
                 more_z, more_s = fold_head(z, m, True)
         z_sum += more_z
@@ -143,9 +143,8 @@ def pair_rows(x, y, rows, tile, n, x_stride, y_stride, STACKED: tl.constexpr, T:
     if STACKED:
         both = stacked_rows(x, y, rows, tile, n, x_stride, y_stride, T)
         return both, both
-    else:
-        token = tile * T + tl.arange(0, T)
-        return hidden_rows(x, rows, token, n, x_stride), hidden_rows(y, rows, token, n, y_stride)
+    token = tile * T + tl.arange(0, T)
+    return hidden_rows(x, rows, token, n, x_stride), hidden_rows(y, rows, token, n, y_stride)
 
 
 @triton.jit
@@ -171,7 +170,8 @@ def pair_tile(
 @triton.jit(do_not_specialize=VARYING)
 def pair_stats_kernel(
     x, rows, x_stride, w, w_stride, bias, y, y_stride, v, v_stride, teacher_bias,
-    target, temperature, softcap, out, peaks, n, vocab, width, teacher_width, words_per_share, token_tiles, shares, group,
+    target, temperature, softcap, out, peaks, n, vocab, width, teacher_width,
+    words_per_share, token_tiles, shares, group,
     SHARED: tl.constexpr, STACKED: tl.constexpr, EVEN_H: tl.constexpr, EVEN_G: tl.constexpr, EVEN_V: tl.constexpr,
     OPERAND: tl.constexpr, TEACHER_OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr, FLAT: tl.constexpr, GUARDED: tl.constexpr,
@@ -213,7 +213,7 @@ def pair_stats_kernel(
         more_z_p, more_s_p, more_a_p, more_z_q, more_s_q, more_a_q, more_overlap = fold_pair(
             z_p, z_q, m_p, m_q, GUARDED
         )
-        if not GUARDED:
+        if not GUARDED:  # noqa: SIM102
             if any_nan(more_s_p + more_a_p + more_s_q + more_a_q):
                 more_z_p, more_s_p, more_a_p, more_z_q, more_s_q, more_a_q, more_overlap = fold_pair(
                     z_p, z_q, m_p, m_q, True
@@ -247,7 +247,8 @@ def pair_stats_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def mixture_stats_kernel(
     x, rows, x_stride, w, w_stride, bias, y, y_stride, v, v_stride, teacher_bias,
-    normalisers, temperature, softcap, beta, out, n, vocab, width, teacher_width, words_per_share, token_tiles, shares, group,
+    normalisers, temperature, softcap, beta, out, n, vocab, width, teacher_width,
+    words_per_share, token_tiles, shares, group,
     SHARED: tl.constexpr, STACKED: tl.constexpr, EVEN_H: tl.constexpr, EVEN_G: tl.constexpr, EVEN_V: tl.constexpr,
     OPERAND: tl.constexpr, TEACHER_OPERAND: tl.constexpr, PRECISION: tl.constexpr, JSD: tl.constexpr,
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr, FLAT: tl.constexpr,

@@ -62,7 +62,8 @@ def distill_grad_kernel(
     x, rows, x_stride, w, w_stride, bias, y, y_stride, v, v_stride, teacher_bias,
     temperature, softcap, lse, teacher_lse, centre, d_loss, beta,
     out, out_stride, n, vocab, width, teacher_width, first, count, token_tiles, word_tiles, group,
-    KIND: tl.constexpr, SHARED: tl.constexpr, STACKED: tl.constexpr, EVEN_H: tl.constexpr, EVEN_G: tl.constexpr, EVEN_V: tl.constexpr,
+    KIND: tl.constexpr, SHARED: tl.constexpr, STACKED: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_G: tl.constexpr, EVEN_V: tl.constexpr,
     OPERAND: tl.constexpr, TEACHER_OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip

@@ -218,7 +218,8 @@ def mixture_stats(
     forward_kernels.mixture_stats_kernel[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), normalisers, temperatures(student), student.softcap, beta, out,
         n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
-        **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, FLAT=config.flat, **shape_options(config),
+        **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, FLAT=config.flat,
+        **shape_options(config),
     )  # fmt: skip
     return out
 

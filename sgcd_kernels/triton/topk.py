@@ -1,10 +1,10 @@
 """The teacher's K likeliest words and the mass of all others, in little more than the one pass over the weight.
 
-The pass that sums also notes of every token and tile of words the teacher's largest logit and both heads' mass. A word of
-the teacher's best K lies in one of the K tiles with the largest maxima: in any other tile it would stand behind K words,
-one a tile. So only these tiles' logits, and those of the observed token's, are made once more (W words of V each), and
-the tail is the mass of all other tiles plus that of the words left over in these: sums of positive numbers, where
-1 minus the rest would leave only rounding beside a certain word.
+The pass that sums also notes of every token and tile of words the teacher's largest logit and both heads' mass. A word
+of the teacher's best K lies in one of the K tiles with the largest maxima: in any other tile it would stand behind K
+words, one a tile. So only these tiles' logits, and those of the observed token's, are made once more (W words of V
+each), and the tail is the mass of all other tiles plus that of the words left over in these: sums of positive numbers,
+where 1 minus the rest would leave only rounding beside a certain word.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def chunk_tokens(top_k: int, vocab: int, words: int) -> int:
-    """Tokens at a time: a token holds 3 numbers a tile, copies of them, and its tiles' logits with what is made of those."""
+    """Tokens at a time: a token holds 3 numbers a tile and copies of them, and its tiles' logits and copies of these."""
     tiles = ceil_div(vocab, words)
     chosen = (min(top_k, tiles) + 1) * words
     return max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
@@ -98,7 +98,9 @@ def _chunk(
         best.merge(group)
         out = _left_out(mine[2], best.words) & (mine[2] != targets.unsqueeze(1))
         tail_p, tail_q = (
-            sum_over(tail + torch.where(out, (z - of.m.unsqueeze(1) - of.z.log().unsqueeze(1)).exp(), 0.0).sum(1), group)
+            sum_over(
+                tail + torch.where(out, (z - of.m.unsqueeze(1) - of.z.log().unsqueeze(1)).exp(), 0.0).sum(1), group
+            )
             for tail, z, of in ((tail_p, mine[0], stats.p), (tail_q, mine[1], stats.q))
         )
     return stats, best.results(stats.p, stats.q, tail_p, tail_q)

@@ -300,7 +300,7 @@ def test_nothing_waits_for_a_device(rule: str, monkeypatch: pytest.MonkeyPatch) 
     module = importlib.import_module("sgcd_kernels.credit")
     monkeypatch.setattr(module, "find_spans", lambda u, *_: torch.full_like(u, -1, dtype=torch.long))
     d, cu = torch.empty(20, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
-    given = {name: d for name in ("log_ratio", "forward_kl", "bhattacharyya", "student_entropy")}
+    given = dict.fromkeys(("log_ratio", "forward_kl", "bhattacharyya", "student_entropy"), d)
     given |= {"mask": d > 0.5, "turn_ids": cu.new_empty(20), "advantages": d[:2]}
     out = module._compute(d, d, cu, config=CreditConfig(rule=rule), **given)
     assert out.weights.shape == out.saliency.shape == out.span_ids.shape == (20,)

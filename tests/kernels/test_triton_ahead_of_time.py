@@ -20,12 +20,21 @@ import json, sys
 from bench.aot import SHARED_LIMIT, cases, compile_case
 kernel, dtype, arch, plain = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "plain"
 for call in cases(kernel, arch, dtype):
-    if plain and (call.awkward != (kernel == "chosen_logits") or call.own != (kernel == "own_pair_stats") or not call.first):
+    usual = call.awkward == (kernel == "chosen_logits") and call.own == (kernel == "own_pair_stats")
+    if plain and not (usual and call.first):
         continue
     row = compile_case(call)
     print(json.dumps([row.line(), row.matrix, row.stack + row.spills, row.shared <= SHARED_LIMIT[arch]]))
 """
-KERNELS = ["head_stats", "pair_stats", "own_pair_stats", "mixture_stats", "chosen_logits", "logprob_grad", "distill_grad"]
+KERNELS = [
+    "head_stats",
+    "pair_stats",
+    "own_pair_stats",
+    "mixture_stats",
+    "chosen_logits",
+    "logprob_grad",
+    "distill_grad",
+]
 
 
 def compile_all(kernel: str, dtype: str, arch: int, what: str) -> None:

@@ -78,7 +78,7 @@ def test_top_k_keeps_to_its_budget(top_k: int, vocab: int, words: int) -> None:
     tiles = -(-vocab // words)
     chosen = tokens * (min(top_k, tiles) + 1) * words
     kept = 3 * 4 * tokens * tiles + 2 * 4 * chosen + 8 * chosen  # peaks, logits, the numbers of words
-    assert 1 <= tokens and kept <= topk.CHUNK_BYTES / 2  # as much again for what is made of them
+    assert tokens >= 1 and kept <= topk.CHUNK_BYTES / 2  # as much again for what is made of them
 
 
 WAYS = {
@@ -90,7 +90,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that no test takes by itself: rows of both heads in one product, loops in one, folds with guards at once."""
+    """Those that no test takes by itself: rows of both heads in one product, flat loops, folds with guards at once."""
     from sgcd_kernels.triton import launch
 
     monkeypatch.setattr(launch, "INTERPRETER", replace(launch.INTERPRETER, **WAYS[way]))
@@ -119,7 +119,7 @@ def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("resident", [1, 3, 1000])
+@pytest.mark.parametrize("resident", [1, 4, 1000])
 def test_any_order_of_programs(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of token tiles runs together, every tile is made once: forward and backward."""
     from sgcd_kernels.triton import launch

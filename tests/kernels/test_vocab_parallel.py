@@ -25,7 +25,7 @@ from sgcd_kernels.surrogate import LOSS_TYPES
 
 N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
 CU = torch.tensor([0, 5, N])
-TOLERANCE = {"auto": 1e-11, "torch": 1e-11, "triton": 2e-5}
+TOLERANCE = {"auto": 1e-11, "triton": 2e-5}  # "auto" takes the torch backend for fp64
 Group = dist.ProcessGroup | None
 Results = dict[str, list[torch.Tensor]]
 
@@ -112,17 +112,17 @@ def worker(rank: int, folder: str, impl: str) -> None:
     with pytest.raises(ValueError, match=r"top_k is 71, needs an integer in \[1, 70\]"):
         linear_divergence(i.x, i.w, i.y, i.t, top_k=V + 1, **i.options)
     if backend_status()["cpp"].usable:  # "auto" takes another, and a name is not taken for another
+        x = i.x.float().requires_grad_()
+        loss = linear_distill_loss(x, i.w.float(), i.t.float(), impl="cpp", group=group)
         with pytest.raises(ValueError, match="cannot run sharded_distill_backward here: it has none for vocab-sharded"):
-            x = i.x.float().requires_grad_()
-            linear_distill_loss(x, i.w.float(), i.t.float(), impl="cpp", group=group).backward()
+            loss.backward()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_two_shards_equal_one(impl: str, tmp_path: Path) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("gloo: two processes on the CPU")
     mp.spawn(worker, args=(str(tmp_path), impl), nprocs=2)
-

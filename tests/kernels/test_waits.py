@@ -23,8 +23,8 @@ MODULES = (distill_loss, divergence, logprob, policy_loss)
 BODIES = {name: body for module in MODULES for name, body in vars(module).items() if name.startswith("linear_")}
 # Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
 LOOKS = (
-    "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "bincount", "repeat_interleave", "_unique2", "unique",
-    "masked_select",
+    "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "bincount", "repeat_interleave", "_unique2",
+    "unique", "masked_select",
 )  # fmt: skip
 
 
