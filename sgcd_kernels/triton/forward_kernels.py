@@ -142,9 +142,11 @@ def pair_rows(x, y, rows, tile, n, x_stride, y_stride, STACKED: tl.constexpr, T:
     """Both heads' rows of hidden; if stacked, all of them as one operand, twice."""
     if STACKED:
         both = stacked_rows(x, y, rows, tile, n, x_stride, y_stride, T)
-        return both, both
-    token = tile * T + tl.arange(0, T)
-    return hidden_rows(x, rows, token, n, x_stride), hidden_rows(y, rows, token, n, y_stride)
+        x_rows, y_rows = both, both
+    else:
+        token = tile * T + tl.arange(0, T)
+        x_rows, y_rows = hidden_rows(x, rows, token, n, x_stride), hidden_rows(y, rows, token, n, y_stride)
+    return x_rows, y_rows
 
 
 @triton.jit

@@ -30,7 +30,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def chunk_tokens(top_k: int, vocab: int, words: int) -> int:
-    """Tokens at a time: a token holds 3 numbers a tile and copies of them, and its tiles' logits and copies of these."""
+    """Tokens at a time: a token holds 3 numbers a tile and copies of them, its tiles' logits and copies of these."""
     tiles = ceil_div(vocab, words)
     chosen = (min(top_k, tiles) + 1) * words
     return max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
