@@ -135,3 +135,18 @@ def test_any_order_of_programs(resident: int, monkeypatch: pytest.MonkeyPatch) -
     theirs = torch.autograd.grad(linear_logprob(*leaves, y, impl="torch").logp.sum(), leaves)
     for mine, other in zip(grads, theirs):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_every_word_is_found() -> None:
+    """Targets at both edges of every tile of words, forward and backward."""
+    c = case(130, 3, 130, torch.float32)
+    x, w, y, t = on(c._replace(y=torch.arange(130)), "triton")
+    got, want = (linear_divergence(x, w, y, t, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(got.student_logp, want.student_logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.teacher_logp, want.teacher_logp, rtol=1e-5, atol=1e-5)
+    leaves = [a.clone().requires_grad_() for a in (x, w)]
+    mine, theirs = (
+        torch.autograd.grad(linear_logprob(*leaves, y, impl=impl).logp.sum(), leaves) for impl in ("triton", "torch")
+    )
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
