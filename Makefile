@@ -60,7 +60,8 @@ test-slow: $(READY) $(READY_TAU3)
 test-gpu:
 	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
-	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py $(ARGS)
+	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py \
+	  tests/kernels/test_topk.py tests/kernels/test_waits.py $(ARGS)
 
 test-vllm: $(READY_REAL) $(READY_VLLM)
 	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(PY_VLLM) .cache/models/smollm2-135m-instruct

@@ -20,22 +20,53 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, CUDA programming guide, table of limits
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 REGISTERS = 65_536  # of a multiprocessor
-POINTERS = {"target": "i64", "rows": "i64"}  # what is not fp32 or an operand
+LISTS = ("target", "rows", "order", "block_tile", "block_start", "tile_stop")  # of int64
 OPERANDS = ("x", "w", "y", "v", "bias", "teacher_bias")
-ABSENT = ("rows", "temperature", "softcap", "bias", "teacher_bias", "entropy", "d_entropy")  # in the plain call
-STATISTICS = "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out".split()
+ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in the plain call
+AWKWARD = ("rows", "entropy", "d_entropy")  # what it may have besides, and words that fill no tile
+STATISTICS = (
+    "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks".split()
+)
 FLOATS = ("softcap", "beta")
 
 
+HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
+
+
+def kernels() -> dict[str, Any]:
+    """By their names in the tables; `own_pair_stats` is the kernel of `pair_stats` for two weights."""
+    from sgcd_kernels.triton import forward_kernels, grad_kernels, topk_kernels
+
+    return {
+        "head_stats": forward_kernels.head_stats_kernel,
+        "pair_stats": forward_kernels.pair_stats_kernel,
+        "own_pair_stats": forward_kernels.pair_stats_kernel,
+        "mixture_stats": forward_kernels.mixture_stats_kernel,
+        "chosen_logits": topk_kernels.chosen_logits_kernel,
+        "logprob_grad": grad_kernels.logprob_grad_kernel,
+        "distill_grad": grad_kernels.distill_grad_kernel,
+    }
+
+
 @dataclass(frozen=True)
-class Row:
-    """What the compiler says of one kernel."""
+class Call:
+    """One way in which a kernel is called, and the configuration that it then has."""
 
     kernel: str
     dtype: str
     arch: int
     config: Any
     first: bool  # in its list: the configuration that runs
+    rich: bool = False  # with bias, softcap and temperature; a JSD's gradient; top_k; and awkward
+    awkward: bool = False  # with masked tokens, a gradient of the entropy, and words that fill no tile
+    own: bool = False  # a teacher with a weight of its own
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler says of one kernel."""
+
+    call: Call
     registers: int
     shared: int
     stack: int
@@ -43,41 +74,35 @@ class Row:
     matrix: int  # instructions
 
     def line(self) -> str:
-        c = self.config
-        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}"
+        call, c = self.call, self.call.config
+        how = ", options" if call.rich else ", uneven" if call.awkward else ""
+        how += ", own weight" if call.own and call.kernel != "own_pair_stats" else ""
+        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}{' flat' if c.flat else ''}"
         return (
-            f"| {self.kernel} | {self.dtype} | sm_{self.arch} | {tile}{'' if self.first else ' (to try)'} | "
-            f"{self.registers} | {self.shared / 1024:.0f} | {self.stack} | {self.spills} | "
-            f"{self.matrix} {MATRIX[self.arch].split('.')[0]} |"
+            f"| {call.kernel}{how} | {call.dtype} | sm_{call.arch} | "
+            f"{tile}{'' if call.first else ' (to try)'} | {self.registers} | {self.shared / 1024:.0f} | {self.stack} | "
+            f"{self.spills} | {self.matrix} {MATRIX[call.arch].split('.')[0]} |"
         )
 
 
-HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
-
-
-def kernels() -> dict[str, Any]:
-    from sgcd_kernels.triton import forward_kernels, grad_kernels
-
-    return {
-        "head_stats": forward_kernels.head_stats_kernel,
-        "pair_stats": forward_kernels.pair_stats_kernel,
-        "mixture_stats": forward_kernels.mixture_stats_kernel,
-        "logprob_grad": grad_kernels.logprob_grad_kernel,
-        "distill_grad": grad_kernels.distill_grad_kernel,
-    }
-
-
 def cases(
-    kernel: str | None = None, arch: int | None = None, dtype: str | None = None
-) -> list[tuple[str, str, int, Any, bool]]:
-    """(kernel, dtype, arch, configuration, whether it is the one that runs)"""
-    from sgcd_kernels.triton.configs import HALF, SINGLE
+    kernel: str | None = None, arch: int | None = None, dtype: str | None = None, rich: bool | None = None
+) -> list[Call]:
+    """Every configuration of the tables, in every way in which it is called."""
+    from sgcd_kernels.triton.configs import table_for
 
     out = []
-    for name, a, d in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32")):
-        if kernel in (None, name) and arch in (None, a) and dtype in (None, d):
-            table = (SINGLE if d == "fp32" else HALF)[name][a // 10]
-            out += [(name, d, a, config, index == 0) for index, config in enumerate(table)]
+    for name, a, d, r in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32"), (False, True)):
+        if kernel in (None, name) and arch in (None, a) and dtype in (None, d) and rich in (None, r):
+            table = table_for(4 if d == "fp32" else 2, r)
+            if name == "chosen_logits":  # called with the configuration of `pair_stats` with options, or of its own
+                configs = table["pair_stats"][a // 10] + table["own_pair_stats"][a // 10] if r else ()
+            else:
+                configs = table[name][a // 10]
+            both = name in ("mixture_stats", "chosen_logits", "distill_grad")
+            owns = (False, True) if both else (name == "own_pair_stats",)
+            for (index, config), awkward, own in itertools.product(enumerate(configs), {r, True}, owns):
+                out.append(Call(name, d, a, config, index == 0, r, awkward, own))
     return out
 
 
@@ -91,39 +116,47 @@ def signature_of(fn: Any, dtype: str, constants: dict[str, Any]) -> dict[str, st
             types[name] = f"*{dtype}"
         elif name in FLOATS:
             types[name] = "fp32"
-        elif name in STATISTICS or name in POINTERS:
-            types[name] = f"*{POINTERS.get(name, 'fp32')}"
+        elif name in STATISTICS or name in LISTS:
+            types[name] = "*i64" if name in LISTS else "*fp32"
         else:
             types[name] = "i32"
     return types
 
 
-def compile_case(kernel: str, dtype: str, arch: int, config: Any, first: bool, everything: bool = False) -> Row:
-    """Compile the plain call, or with `everything` one with bias, softcap, temperature, rows and an own teacher."""
+def compile_case(call: Call) -> Row:
+    """Compile a call."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = kernels()[kernel]
-    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    from sgcd_kernels.triton.forward_kernels import VARYING
+
+    fn, config = kernels()[call.kernel], call.config
+    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[call.dtype]
     values = {
-        "SHARED": not everything, "EVEN_H": True, "EVEN_G": True, "EVEN_V": not everything, "OPERAND": operand,
-        "TEACHER_OPERAND": operand, "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd", "GROUP": config.group,
+        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
+        "EVEN_H": True, "EVEN_G": True,
+        "EVEN_V": not call.awkward, "OPERAND": operand, "TEACHER_OPERAND": operand,
+        "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd" if call.rich else "reverse_kl", "FLAT": config.flat,
+        "GUARDED": config.guarded,
         "T": config.tokens, "W": config.words, "K": config.depth,
     }  # fmt: skip
     constants = {name: value for name, value in values.items() if name in fn.arg_names}
-    constants |= {name: None for name in ABSENT if name in fn.arg_names and not everything}
-    types = signature_of(fn, dtype, constants)
-    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in ("n", "first", "count"))]
+    absent = () if call.rich else ABSENT if call.awkward else ABSENT + AWKWARD
+    constants |= {name: None for name in absent if name in fn.arg_names}
+    types = signature_of(fn, call.dtype, constants)
+    aligned = [
+        n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in (*VARYING, "entries", "slots"))
+    ]
     attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn, types, constants, attrs)
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = resource_usage(compiled.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)
+    usage, ptx = resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Row(
-        kernel, dtype, arch, config, first, usage["REG"], compiled.metadata.shared, usage["STACK"],
-        usage["LOCAL"] + local_bytes(compiled.asm["ptx"]), compiled.asm["ptx"].count(MATRIX[arch]),
+        call, usage["REG"], compiled.metadata.shared, usage["STACK"], usage["LOCAL"] + local_bytes(ptx),
+        ptx.count(MATRIX[call.arch]),
     )  # fmt: skip
 
 
@@ -150,17 +183,21 @@ def main() -> int:
     parser.add_argument("--kernel", choices=list(kernels()))
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
-    parser.add_argument("--everything", action="store_true", help="with bias, softcap, temperature and an own teacher")
+    parser.add_argument("--plain", action="store_true", help="only the plain call of each configuration")
     args = parser.parse_args()
     print(HEADER)
     print("|---|---|---|---|---|---|---|---|---|")
     failed = 0
-    for case in cases(args.kernel, args.arch, args.dtype):
+    for call in cases(args.kernel, args.arch, args.dtype):
+        if args.plain and (call.awkward or (call.own and call.kernel != "own_pair_stats")):
+            continue
         try:
-            print(compile_case(*case, everything=args.everything).line(), flush=True)
+            print(compile_case(call).line(), flush=True)
         except Exception as error:  # a case that does not compile is a row too, and the exit code says so
             failed = 1
-            print(f"| {case[0]} | {case[1]} | sm_{case[2]} | {case[3]} | {type(error).__name__}: {str(error)[:300]} |")
+            print(
+                f"| {call.kernel} | {call.dtype} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |"
+            )
     return failed
 
 

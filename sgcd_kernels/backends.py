@@ -19,6 +19,8 @@ from sgcd_kernels.types import Projection
 from sgcd_kernels.validation import check_choice
 
 OPS = ("logprob_forward", "logprob_backward", "target_logp", "divergence_forward", "distill_backward")
+# The last two over the ranks of a group; the former with features or top_k (without, every backend can).
+SHARDED_OPS = ("sharded_divergence_forward", "sharded_distill_backward")
 
 
 class BackendStatus(NamedTuple):
@@ -39,12 +41,14 @@ class Backend:
     description: Callable[[], str] = lambda: "usable"  # what backend_status says where it is available
 
 
+def _cpp_refuses(op: str, p: Projection) -> str | None:
+    return "it has none for vocab-sharded heads" if op in SHARDED_OPS else extension.refuses(op, p)
+
+
 # In the order in which "auto" tries them.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend("sgcd_kernels.triton.ops", availability.unavailable_reason, availability.refuses, ("cuda",)),
-    "cpp": Backend(
-        "sgcd_kernels.cpp.ops", extension.unavailable_reason, extension.refuses, ("cpu",), extension.description
-    ),
+    "cpp": Backend("sgcd_kernels.cpp.ops", extension.unavailable_reason, _cpp_refuses, ("cpu",), extension.description),
     "torch": Backend("sgcd_kernels.torch_backend", lambda: None, lambda op, inputs: None, ("cpu", "cuda")),
 }
 IMPLS = ("auto", *_BACKENDS)
@@ -60,7 +64,7 @@ def backend_status() -> dict[str, BackendStatus]:
 
 def resolve(op: str, impl: str, *heads: Projection) -> Callable[..., Any]:
     """The function that runs `op` on these heads. Asking for a backend that cannot is a ValueError that says why."""
-    assert op in OPS, op
+    assert op in OPS + SHARDED_OPS, op
     check_choice("impl", impl, IMPLS)
     if impl != "auto":
         reason = _reason(impl, op, heads)
@@ -79,7 +83,8 @@ def _reason(name: str, op: str, heads: tuple[Projection, ...]) -> str | None:
 
 
 def _function(name: str, op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(_BACKENDS[name].module), op)
+    module = importlib.import_module(_BACKENDS[name].module)
+    function: Callable[..., Any] = getattr(module, op.removeprefix("sharded_"))
     return function
 
 

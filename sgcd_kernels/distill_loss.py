@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from sgcd_kernels.backends import IMPLS
 from sgcd_kernels.divergence import bias_of_teacher, check_pair
 from sgcd_kernels.registered import distill_loss as registered
+from sgcd_kernels.shard import name_of
 from sgcd_kernels.validation import check_choice, check_float, check_jsd_beta, detached, per_token, tempering
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -39,16 +40,16 @@ def linear_distill_loss(
     non-finite inputs are as in `linear_divergence`. A jsd needs beta in
     [1e-6, 1 - 1e-6].
 
-    Raises ValueError for shapes, dtypes, devices or options that do not fit, and for any `group`: vocab-parallel
-    distillation is not supported.
+    `group`: both weights (and biases) are this rank's rows of vocab-sharded heads; every rank gets the full loss, and
+    the hidden gradient is summed over the ranks.
+
+    Raises ValueError for shapes, dtypes, devices or options that do not fit.
     """
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_float("beta", beta, 0.0, 1.0)
     if kind == "jsd":
         check_jsd_beta(beta)
-    if group is not None:
-        raise ValueError("group is not supported by linear_distill_loss; needs None")
     check_choice("impl", impl, IMPLS)
     leading = check_pair(
         student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, temperature, softcap
@@ -69,5 +70,6 @@ def linear_distill_loss(
         float(beta),
         reduction,
         impl,
+        name_of(group),
     )[0]
     return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,8 +67,8 @@ def linear_divergence(
     top-K KL of that way is +inf too if the word has a bucket of its own. Under a softcap c an infinite bias forbids
     nothing: the logit is then -c or c.
 
-    `group`: both weights are this rank's rows of vocab-sharded heads, targets are global ids; `features` and `top_k`
-    are not supported there.
+    `group`: both weights (and biases) are this rank's rows of vocab-sharded heads, targets are global ids; every rank
+    gets the full result.
 
     Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
     """
@@ -84,10 +85,8 @@ def linear_divergence(
         student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, temperature, softcap
     )
     check_targets(targets, leading, student_hidden.device)
-    if group is not None and (features or top_k is not None):
-        raise ValueError("group does not support features or top_k; needs features=() and top_k=None")
-    if top_k is not None:
-        check_int("top_k", top_k, 1, weight.shape[0])
+    if top_k is not None:  # a shard's V is known where its op runs
+        check_int("top_k", top_k, 1, weight.shape[0] if group is None else math.inf)
     values = registered.op(
         student_hidden,
         weight,

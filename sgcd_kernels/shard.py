@@ -27,10 +27,15 @@ def shard_range(weight: Tensor, group: ProcessGroup | None) -> tuple[int, int]:
     """(the first word of this rank's shard, words on all ranks). Shards may differ in size; ranks are in order."""
     if group is None:
         return 0, int(weight.shape[0])
-    sizes = [torch.zeros(1, dtype=torch.long, device=weight.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([weight.shape[0]], device=weight.device), group=group)
-    counts = [int(size) for size in sizes]
+    counts = [int(size) for size in gather_over(torch.tensor([weight.shape[0]], device=weight.device), group)]
     return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def gather_over(x: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """Every rank's, in order; all of one shape."""
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(out, x.contiguous(), group=group)
+    return out
 
 
 def sum_over(x: Tensor, group: ProcessGroup | None) -> Tensor:

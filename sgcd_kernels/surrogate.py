@@ -52,7 +52,8 @@ class Segments:
 
     def mean(self, x: Tensor) -> Tensor:  # [n] -> [count]
         """Mean of each sequence; 0 for one without loss tokens."""
-        tokens = torch.bincount(self.ids, minlength=self.count)
+        # Not bincount, which waits for a GPU to say how long its result is.
+        tokens = torch.searchsorted(self.ids, torch.arange(self.count + 1, device=self.ids.device)).diff()
         # Not index_add, whose order of summation, and so whose last bit, varies from run to run on CUDA.
         return torch.segment_reduce(x, "sum", lengths=tokens, unsafe=True) / tokens.clamp(min=1)
 

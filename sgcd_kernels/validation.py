@@ -205,8 +205,16 @@ def check_advantages(advantages: Tensor, leading: torch.Size, sequences: int) ->
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:  # [N] bool -> [n] or None
-    """The indices of the tokens to compute, or None when that is all of them."""
-    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
+    """The indices of the tokens to compute, or None when that is all of them.
+
+    Their number is all that waits for a GPU: shapes depend on it. `nonzero` would ask for it once more.
+    """
+    total, count = keep.numel(), int(keep.sum())
+    if count == total:
+        return None
+    place = torch.where(keep, keep.cumsum(0) - 1, count)  # the tokens left out are all written to one place more
+    rows = place.new_empty(count + 1).scatter_(0, place, torch.arange(total, device=keep.device))
+    return rows[:count]
 
 
 def take(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from sgcd_kernels.backends import no_autocast, resolve
 from sgcd_kernels.registered.heads import head, place, stats_dtype, three, three_empty
 from sgcd_kernels.registered.library import register, saveable
 from sgcd_kernels.registered.logprob import as_input_dtypes
+from sgcd_kernels.shard import group_of
 from sgcd_kernels.types import Projection
 from sgcd_kernels.validation import kept_rows, take
 
@@ -31,16 +32,18 @@ def linear_distill_loss(
     beta: float,
     reduction: str,
     impl: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, and for the backward pass each token's divergence, the student's lse and the teacher's)"""
     heads = _heads(
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperatures, temperature, softcap
     )
     rows = heads[0].rows
-    features = ("jsd",) if kind == "jsd" else ()
+    features, ranks = ("jsd",) if kind == "jsd" else (), group_of(group)
     unused = torch.zeros(heads[0].num_rows, dtype=torch.long, device=hidden.device)
     with no_autocast(hidden.device):
-        fields = resolve("divergence_forward", impl, *heads)(*heads, unused, features, beta, None, None)
+        forward = resolve("sharded_divergence_forward" if ranks and features else "divergence_forward", impl, *heads)
+        fields = forward(*heads, unused, features, beta, None, ranks)
     values: Tensor = fields[kind]
     per_token = [place(x, rows, hidden.shape[:-1]) for x in (values, fields["student_lse"], fields["teacher_lse"])]
     if reduction == "none":
@@ -78,7 +81,7 @@ def _fake(
     dtype = stats_dtype(hidden, weight, teacher_hidden, weight if teacher_weight is None else teacher_weight)
     leading = hidden.shape[:-1]
     per_token = (hidden.new_empty(leading, dtype=dtype) for _ in range(3))
-    return hidden.new_empty(leading if others[-2] == "none" else (), dtype=dtype), *per_token
+    return hidden.new_empty(leading if others[-3] == "none" else (), dtype=dtype), *per_token
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -93,10 +96,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 @once_differentiable
 def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     if d_loss is None:
-        return (None,) * 14
+        return (None,) * 15
     needs = list(ctx.needs_input_grad[:3])
     grads = backward_op(*ctx.saved_tensors, d_loss, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 11)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 12)
 
 
 def linear_distill_loss_backward(
@@ -118,6 +121,7 @@ def linear_distill_loss_backward(
     beta: float,
     reduction: str,
     impl: str,
+    group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their dtypes; empty where not needed."""
@@ -131,8 +135,11 @@ def linear_distill_loss_backward(
     else:
         d_value = (d_loss if reduction == "sum" else d_loss / max(n, 1)).expand(n)
     with no_autocast(hidden.device):
-        backward = resolve("distill_backward", impl, *heads)
-        grads = backward(*heads, kind, beta, tuple(lse), value, d_value, tuple(needs))
+        given = (*heads, kind, beta, tuple(lse), value, d_value, tuple(needs))
+        if ranks := group_of(group):
+            grads = resolve("sharded_distill_backward", impl, *heads)(*given, ranks)
+        else:
+            grads = resolve("distill_backward", impl, *heads)(*given)
     return three(as_input_dtypes(grads, hidden, weight, bias), hidden)
 
 

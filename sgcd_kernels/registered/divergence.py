@@ -9,8 +9,9 @@ from torch import Tensor
 from sgcd_kernels.backends import no_autocast, resolve
 from sgcd_kernels.registered.heads import head, on_targets, place, stats_dtype
 from sgcd_kernels.registered.library import register
-from sgcd_kernels.shard import group_of
+from sgcd_kernels.shard import group_of, shard_range
 from sgcd_kernels.types import DivergenceStats
+from sgcd_kernels.validation import check_int
 
 
 def asked_fields(jsd: bool, tv: bool, top_k: int | None) -> list[str]:
@@ -44,9 +45,12 @@ def linear_divergence(
     student, flat = on_targets(student, targets, ignore_index, ranks)
     teacher_weight = weight if teacher_weight is None else teacher_weight
     teacher = head(teacher_hidden, teacher_weight, teacher_bias, temperatures, temperature, softcap, student.rows)
+    if ranks is not None and top_k is not None:
+        check_int("top_k", top_k, 1, shard_range(weight, ranks)[1])
     features = tuple(name for name, asked in (("jsd", jsd), ("tv", tv)) if asked)
     with no_autocast(student_hidden.device):
-        forward = resolve("divergence_forward", impl, student, teacher)
+        sharded = "sharded_" if ranks is not None and (features or top_k is not None) else ""
+        forward = resolve(f"{sharded}divergence_forward", impl, student, teacher)
         fields = forward(student, teacher, flat, features, beta, top_k, ranks)
     return [place(fields[name], student.rows, targets.shape) for name in asked_fields(jsd, tv, top_k)]
 

@@ -13,13 +13,15 @@ def segments_of(leading: torch.Size, cu_seqlens: Tensor | None, device: torch.de
     """The sequences: rows of [B, T], or the ranges of `cu_seqlens`, or all tokens as one."""
     tokens = leading.numel()
     if len(leading) == 2:
-        ids = torch.arange(leading[0], device=device).repeat_interleave(leading[1])
+        ids = torch.arange(leading[0], device=device).repeat_interleave(leading[1], output_size=tokens)
         return Segments(ids, leading[0], leading[1])
     if cu_seqlens is None:
         return Segments(torch.zeros(tokens, dtype=torch.long, device=device), 1, tokens)
-    lengths = check_cu_seqlens(cu_seqlens, tokens).diff().to(device)
-    ids = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths)
-    return Segments(ids, lengths.numel(), int(lengths.max()) if lengths.numel() else 0)
+    lengths = check_cu_seqlens(cu_seqlens, tokens).diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    lengths = lengths.to(device)
+    ids = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths, output_size=tokens)
+    return Segments(ids, lengths.numel(), longest)
 
 
 def spread(advantages: Tensor, segments: Segments, leading: torch.Size, dtype: torch.dtype) -> Tensor:  # [N]

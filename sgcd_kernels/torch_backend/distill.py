@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from sgcd_kernels.shard import sum_over
 from sgcd_kernels.torch_backend.blocks import block_logits, load_rows, load_words
 from sgcd_kernels.torch_backend.divergence import log_mixture_ratios, pair_dtype, pair_logits, pair_plan
 from sgcd_kernels.torch_backend.grads import Needs, walk_gradients
@@ -21,13 +23,14 @@ def distill_backward(
     divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
     d_loss: Tensor,  # [n]
     needs: Needs,
+    group: ProcessGroup | None = None,
 ) -> ProjectionGrads:
     """Gradients of sum(d_loss divergence). In a student logit, with r = ln(p / m):
 
     reverse_kl: p (ln p - ln q - KL)     forward_kl: p - q     jsd: (1 - beta) p (r - sum p r)
     """
     blocks = pair_plan(student, teacher)
-    centre = _mixture_centre(student, teacher, beta, lse) if kind == "jsd" else divergence
+    centre = sum_over(_mixture_centre(student, teacher, beta, lse), group) if kind == "jsd" else divergence
 
     def logit_grad(tokens: tuple[int, int], words: tuple[int, int], z: Tensor) -> Tensor:
         at = slice(*tokens)
@@ -45,7 +48,7 @@ def distill_backward(
             dz = ratio.sub_(centre[at].unsqueeze(1)).mul_(p).mul_(1 - beta)
         return dz.mul_(d_loss[at].unsqueeze(1)).to(z.dtype)
 
-    return walk_gradients(student, blocks, needs, logit_grad)
+    return walk_gradients(student, blocks, needs, logit_grad, group)
 
 
 def _mixture_centre(student: Projection, teacher: Projection, beta: float, lse: tuple[Tensor, Tensor]) -> Tensor:  # [n]

@@ -90,13 +90,16 @@ def divergence_forward(
             stats.q.pick_target(z_q, targets[t0:t1], offset + start)
             stats.fold(z_p, z_q)
             if best is not None:
-                best.fold(z_p, z_q, start)
+                best.fold(z_p, z_q, offset + start)
         stats.merge(group)
         part = stats.results()
+        if best is not None:
+            best.merge(group)
         if features or best is not None:
             pass_two = _SecondPass(stats, features, beta, best)
             for start, stop in blocks.word_ranges() if t1 > t0 else ():
-                pass_two.fold(*pair_logits(student, teacher, rows, start, stop), start)
+                pass_two.fold(*pair_logits(student, teacher, rows, start, stop), offset + start)
+            pass_two.merge(group)
             part |= pass_two.results()
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -139,6 +142,10 @@ class _SecondPass:
             to_p, to_q = log_mixture_ratios(log_p, log_q, self.beta)
             self.sums["jsd"] += log_p.exp_().mul_(to_p).mul_(1 - self.beta).sum(1)
             self.sums["jsd"] += log_q.exp_().mul_(to_q).mul_(self.beta).sum(1)
+
+    def merge(self, group: ProcessGroup | None) -> None:
+        for total in (*self.sums.values(), self.tail_p, self.tail_q):
+            sum_over(total, group)
 
     def results(self) -> dict[str, Tensor]:
         limits = {"tv": 1.0, "jsd": math.log(2)}

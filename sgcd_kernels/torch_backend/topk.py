@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from sgcd_kernels.shard import gather_over
 from sgcd_kernels.torch_backend.logprob import RowStats
 
 
@@ -26,6 +28,18 @@ class TeacherTopK:
             q, at = q.topk(min(self.k, q.shape[1]), dim=1)
             p, words = p.gather(1, at), words.gather(1, at)
         self.q, self.p, self.words = q, p, words
+
+    def merge(self, group: ProcessGroup | None) -> None:
+        """Let every rank's best K compete. A shard of fewer words than K fills up with words that are none."""
+        if group is None or self.q is None or self.p is None or self.words is None:
+            return
+        missing = self.k - self.q.shape[1]
+        q, p, words = (
+            torch.cat(gather_over(torch.nn.functional.pad(x, (0, missing), value=none), group), 1)
+            for x, none in ((self.q, -torch.inf), (self.p, -torch.inf), (self.words, -1))
+        )
+        self.q, at = q.topk(self.k, dim=1)
+        self.p, self.words = p.gather(1, at), words.gather(1, at)
 
     def drop_from(self, e: Tensor, first_word: int) -> Tensor:
         """Set the buckets' own words to 0 in a block of probabilities, in place."""

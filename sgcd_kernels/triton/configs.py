@@ -1,12 +1,12 @@
 """Tile sizes by kernel and device. Plain data, chosen by the device's capability: nothing is probed or tuned on import.
 
-Where the figures come from: docs/kernels.md. A program of a forward kernel takes `tokens` x `words` logits at a time,
+Where the figures come from: docs/triton.md. A program of a forward kernel takes `tokens` x `words` logits at a time,
 `depth` columns of hidden and weight a step, with `stages` steps in flight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,52 +17,117 @@ class Config:
     warps: int
     stages: int
     programs: int = 1  # that fit on a multiprocessor at one time
-    group: int = 8  # tiles of tokens that share a tile of words, gradient kernels only
+    flat: bool = False  # forward kernels: load the next tile's first steps while this one's logits are folded
+    stacked: bool = False  # kernels of two heads: where these have one weight, they are one product of 2 x tokens rows
+    guarded: bool = False  # forward kernels: guard all products of a fold at once, see `forward_kernels.any_nan`
 
 
 INTERPRETER = Config(16, 64, 32, 1, 1)
+Table = dict[str, dict[int, tuple[Config, ...]]]  # kernel -> major compute capability -> the first runs
 
-# For operands of 2 bytes. The first of a list is what runs; the others are what a tuning run tries.
-HALF: dict[str, dict[int, tuple[Config, ...]]] = {
+# For operands of 2 bytes. What follows the first is what a tuning run tries. `own_pair_stats` is
+# `pair_stats` for two weights.
+HALF: Table = {
     "head_stats": {
-        8: (Config(128, 128, 32, 8, 3, programs=2), Config(128, 128, 64, 8, 3)),
-        9: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 256, 64, 4, 3)),
-        10: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3)),
+        8: (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3)),
+        9: (
+            Config(128, 256, 64, 8, 4),
+            Config(128, 256, 64, 8, 4, flat=True),
+            Config(128, 256, 64, 8, 3),
+            Config(128, 128, 64, 8, 4),
+        ),
+        10: (Config(128, 128, 64, 8, 4, guarded=True), Config(128, 128, 64, 8, 3, guarded=True)),
     },
     "pair_stats": {
-        8: (Config(64, 64, 64, 4, 3, programs=2), Config(64, 64, 64, 8, 3)),
-        9: (Config(64, 128, 64, 4, 3, programs=2), Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3)),
-        10: (Config(64, 128, 64, 8, 3), Config(64, 128, 64, 8, 4)),
+        8: (Config(64, 64, 64, 4, 3, programs=2, stacked=True), Config(64, 64, 64, 8, 3, stacked=True)),
+        9: (
+            Config(64, 256, 64, 8, 4, stacked=True),
+            Config(64, 256, 64, 8, 4, stacked=True, flat=True),
+            Config(64, 256, 64, 8, 3, stacked=True),
+            Config(64, 128, 64, 8, 4, stacked=True),
+            Config(128, 128, 64, 8, 3),
+        ),
+        10: (Config(128, 64, 64, 8, 4, guarded=True), Config(64, 128, 64, 8, 4, guarded=True)),
+    },
+    "own_pair_stats": {
+        8: (Config(64, 64, 64, 4, 3, programs=2),),
+        9: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3, programs=2)),
+        10: (Config(128, 64, 64, 8, 3, guarded=True),),
     },
     "mixture_stats": {
-        8: (Config(64, 32, 32, 8, 3),),
-        9: (Config(64, 64, 64, 8, 3),),
-        10: (Config(64, 32, 64, 8, 3),),
+        8: (Config(64, 32, 32, 8, 3, stacked=True),),
+        9: (Config(64, 64, 64, 8, 3, stacked=True),),
+        10: (Config(64, 32, 64, 8, 3), Config(128, 32, 64, 8, 3)),
     },
     "logprob_grad": {
         8: (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3)),
-        9: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 3)),
-        10: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 3)),
+        9: (Config(128, 256, 64, 8, 4), Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+        10: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4)),
     },
     "distill_grad": {
-        8: (Config(64, 64, 32, 4, 3),),
-        9: (Config(64, 128, 64, 8, 3),),
-        10: (Config(64, 128, 64, 8, 3),),
+        8: (Config(64, 64, 32, 4, 3, stacked=True),),
+        9: (Config(64, 256, 64, 8, 3, stacked=True), Config(64, 128, 64, 8, 3, stacked=True)),
+        10: (Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
     },
 }
 
-# For fp32 operands, which take three or one products in TF32. Two heads in mma.sync's registers fit with fewer words.
+# The same for calls with bias, softcap or temperature, of a JSD's gradient or with top_k: they need more registers, so
+# their tiles are smaller.
+RICH: Table = {
+    "head_stats": {
+        8: (Config(128, 64, 32, 8, 3),),
+        9: (Config(128, 128, 64, 8, 4),),
+        10: (Config(128, 64, 64, 8, 4, guarded=True),),
+    },
+    "pair_stats": {
+        8: (Config(64, 64, 64, 8, 3, stacked=True),),
+        9: (Config(64, 128, 64, 8, 4, stacked=True),),
+        10: (Config(64, 64, 64, 8, 4, guarded=True),),
+    },
+    "own_pair_stats": {
+        8: (Config(64, 64, 64, 8, 3),),
+        9: (Config(64, 64, 64, 8, 4),),
+        10: (Config(64, 64, 64, 8, 4, guarded=True),),
+    },
+    "mixture_stats": {
+        8: (Config(64, 32, 32, 8, 3, stacked=True),),
+        9: (Config(64, 32, 64, 8, 3, stacked=True),),
+        10: (Config(64, 16, 64, 8, 3),),
+    },
+    "logprob_grad": {
+        8: (Config(128, 64, 32, 8, 3),),
+        9: (Config(128, 128, 64, 8, 4),),
+        10: (Config(128, 128, 64, 8, 4),),
+    },
+    "distill_grad": {
+        8: (Config(64, 64, 32, 8, 3, stacked=True),),
+        9: (Config(64, 128, 64, 8, 3, stacked=True),),
+        10: (Config(64, 64, 64, 8, 3),),
+    },
+}
+
+# For fp32 operands, which take three products in TF32, or one; with and without options.
 _WIDE, _NARROW = Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)
-SINGLE: dict[str, dict[int, tuple[Config, ...]]] = {
-    "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (_WIDE,)},
-    "pair_stats": {8: (_NARROW,), 9: (_WIDE,), 10: (_WIDE,)},
-    "mixture_stats": {8: (_NARROW,), 9: (_NARROW,), 10: (_NARROW,)},
+_STACKED = replace(_NARROW, stacked=True)
+_NARROWEST = Config(64, 16, 32, 8, 2, guarded=True)
+SINGLE: Table = {
+    "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),)},
+    "pair_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
+    "own_pair_stats": {8: (_NARROW,), 9: (_NARROW,), 10: (_NARROWEST,)},
+    "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROW,)},
     "logprob_grad": {8: (_WIDE,), 9: (_WIDE,), 10: (_WIDE,)},
-    "distill_grad": {8: (_NARROW,), 9: (_WIDE,), 10: (_WIDE,)},
+    "distill_grad": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROW,)},
 }
 
 
-def config_for(kernel: str, major: int, operand_bytes: int) -> Config:
-    """The configuration that runs on devices of compute capability `major`.x; newer ones use the newest known."""
-    by_major = (HALF if operand_bytes == 2 else SINGLE)[kernel]
+def table_for(operand_bytes: int, rich: bool) -> Table:
+    return SINGLE if operand_bytes == 4 else RICH if rich else HALF
+
+
+def config_for(kernel: str, major: int, operand_bytes: int, rich: bool = False) -> Config:
+    """The configuration that runs on devices of compute capability `major`.x; newer ones use the newest known.
+
+    `rich`: the call has a bias, a softcap or a temperature, makes a JSD's gradient, or looks for the top K.
+    """
+    by_major = table_for(operand_bytes, rich)[kernel]
     return by_major[max(known for known in by_major if known <= major)][0]

@@ -22,6 +22,7 @@ Write = Callable[[int, Tensor], None]  # (first word, [tokens, words] to be fill
 LANGUAGE_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MAX_SHARES = 64  # of the vocabulary
 PARTIAL_BYTES = 32 << 20  # of the statistics of all shares, 11 a token and share at most
+RESIDENT_BYTES = 12 << 20  # of hidden, beside the words in flight: half of what an SM reaches near it in 50 MB of L2
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,26 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def config_of(kernel: str, head: Head) -> Config:
+def config_of(kernel: str, p: Projection, head: Head, rich: bool = False) -> Config:
     if head.x.device.type == "cpu":
         return INTERPRETER
-    return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize)
+    tempered = isinstance(p.temperature, Tensor) or p.temperature != 1.0
+    rich = rich or tempered or p.softcap is not None or p.bias is not None
+    return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize, rich)
+
+
+def one_weight(student: Head, teacher: Head) -> bool:
+    """Whether both heads can be one product of stacked rows."""
+    (x, w), (y, v) = (student.x, student.w), (teacher.x, teacher.w)
+    same = v.data_ptr() == w.data_ptr() and v.stride() == w.stride() and v.dtype == w.dtype
+    return same and teacher.operand == student.operand and x.dtype == y.dtype
 
 
 def pair_flags(student: Head, teacher: Head, config: Config, even_words: bool) -> dict[str, Any]:
-    same = teacher.w.data_ptr() == student.w.data_ptr() and teacher.w.stride() == student.w.stride()
+    shared = one_weight(student, teacher)
     return {
-        "SHARED": same and teacher.operand == student.operand and teacher.w.dtype == student.w.dtype,
+        "SHARED": shared,
+        "STACKED": shared and config.stacked,
         "EVEN_H": student.x.shape[1] % config.depth == 0,
         "EVEN_G": teacher.x.shape[1] % config.depth == 0,
         "EVEN_V": even_words,
@@ -95,8 +106,21 @@ def shape_options(config: Config) -> dict[str, Any]:
     }
 
 
+def forward_options(config: Config) -> dict[str, Any]:
+    return shape_options(config) | {"FLAT": config.flat, "GUARDED": config.guarded}
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def token_group(config: Config, *heads: Head) -> int:
+    """How many tiles of tokens run together: those whose hidden states keep to a part of the L2 cache.
+
+    Each tile of words makes them read all of these again, and the words once. Were all N tokens to run together, 84 MB
+    at N 8192 and H 2560, no cache would hold them, and hidden would come from memory for every tile of words.
+    """
+    return max(1, RESIDENT_BYTES // sum(config.tokens * h.x.shape[1] * h.x.element_size() for h in heads))
 
 
 @dataclass(frozen=True)
@@ -108,15 +132,19 @@ class Shares:
     words: int  # of a share, a multiple of a tile's
 
 
-def shares_of(n: int, vocab: int, config: Config, slots: int) -> Shares:
-    """As few shares as finish soonest, where `slots` programs run at a time and all take as long."""
+def shares_of(n: int, vocab: int, config: Config, slots: int, group: int) -> Shares:
+    """The shares that finish soonest, where `slots` programs run at a time and all take as long.
+
+    At least as many as let one group of token tiles keep all slots busy: else several groups would run together.
+    """
     token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(vocab, config.words)
 
     def duration(count: int) -> int:
         return ceil_div(token_tiles * count, slots) * ceil_div(word_tiles, count)
 
     most = min(word_tiles, MAX_SHARES, max(1, PARTIAL_BYTES // (11 * 4 * max(n, 1))))
-    count = min(range(1, most + 1), key=duration)
+    least = min(most, ceil_div(slots, max(1, min(group, token_tiles))))
+    count = min(range(least, most + 1), key=duration)
     each = ceil_div(word_tiles, count)
     return Shares(token_tiles, ceil_div(word_tiles, each), each * config.words)
 
@@ -131,32 +159,43 @@ def slots_of(device: torch.device, config: Config) -> int:
 def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
     """m, z, s and the target's logit of each share of the vocabulary."""
     head, n, vocab = Head.of(p), p.num_rows, p.weight.shape[0]
-    config = config_of("head_stats", head)
-    cut = shares_of(n, vocab, config, slots_of(head.x.device, config))
+    config = config_of("head_stats", p, head)
+    group = token_group(config, head)
+    cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 4, n), dtype=torch.float32)
     if n == 0:
         return out
     forward_kernels.head_stats_kernel[(cut.token_tiles * cut.count,)](
         head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias, targets, temperatures(p), p.softcap,
-        out, n, vocab, head.x.shape[1], cut.words, cut.token_tiles,
+        out, n, vocab, head.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
         EVEN_H=head.x.shape[1] % config.depth == 0, EVEN_V=vocab % config.words == 0,
-        OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), **shape_options(config),
+        OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), **forward_options(config),
     )  # fmt: skip
     return out
 
 
-def pair_stats(student: Projection, teacher: Projection, targets: Tensor) -> Tensor:  # [shares, 11, n]
+def pair_config(student: Projection, head: Head, other: Head, peaks: bool = False) -> Config:
+    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, rich=peaks)
+
+
+def pair_stats(
+    student: Projection,
+    teacher: Projection,
+    targets: Tensor,  # [n]
+    peaks: Tensor | None = None,  # [3, word tiles, n], written
+) -> Tensor:  # [shares, 11, n]
     """Those of both heads, then a_p, a_q and the overlap."""
     head, other, n, vocab = Head.of(student), Head.of(teacher), student.num_rows, student.weight.shape[0]
-    config = config_of("pair_stats", head)
-    cut = shares_of(n, vocab, config, slots_of(head.x.device, config))
+    config = pair_config(student, head, other, peaks is not None)
+    group = token_group(config, head, other)
+    cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 11, n), dtype=torch.float32)
     if n == 0:
         return out
     forward_kernels.pair_stats_kernel[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), targets, temperatures(student), student.softcap, out,
-        n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles,
-        **pair_flags(head, other, config, vocab % config.words == 0), **shape_options(config),
+        peaks, n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
+        **pair_flags(head, other, config, vocab % config.words == 0), **forward_options(config),
     )  # fmt: skip
     return out
 
@@ -170,15 +209,17 @@ def mixture_stats(
 ) -> Tensor:  # [shares, 3, n]
     """tv, jsd and sum p ln(p / m), the last two only if `jsd`."""
     head, other, n, vocab = Head.of(student), Head.of(teacher), student.num_rows, student.weight.shape[0]
-    config = config_of("mixture_stats", head)
-    cut = shares_of(n, vocab, config, slots_of(head.x.device, config))
+    config = config_of("mixture_stats", student, head)
+    group = token_group(config, head, other)
+    cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 3, n), dtype=torch.float32)
     if n == 0:
         return out
     forward_kernels.mixture_stats_kernel[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), normalisers, temperatures(student), student.softcap, beta, out,
-        n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles,
-        **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, **shape_options(config),
+        n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
+        **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, FLAT=config.flat,
+        **shape_options(config),
     )  # fmt: skip
     return out
 
@@ -197,7 +238,8 @@ class LogprobGrad:
     def writer(self, p: Projection, tokens: slice) -> Write:
         """For a range of the computed tokens, p being the head on these."""
         head, n, vocab, width = Head.of(p), p.num_rows, p.weight.shape[0], p.hidden.shape[1]
-        config = config_of("logprob_grad", head)
+        config = config_of("logprob_grad", p, head)
+        group = token_group(config, head)
         per_token = [
             None if x is None else x[tokens] for x in (self.lse, self.scale, self.d_logp, self.entropy, self.d_entropy)
         ]
@@ -210,10 +252,9 @@ class LogprobGrad:
             count = out.shape[1]
             token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
             grad_kernels.logprob_grad_kernel[(token_tiles * word_tiles,)](
-                *inputs, out, out.stride(0), n, vocab, width, first, count, token_tiles, word_tiles,
+                *inputs, out, out.stride(0), n, vocab, width, first, count, token_tiles, word_tiles, group,
                 EVEN_H=width % config.depth == 0, EVEN_V=count % config.words == 0,
-                OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), GROUP=config.group,
-                **shape_options(config),
+                OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), **shape_options(config),
             )  # fmt: skip
 
         return write
@@ -235,7 +276,8 @@ class DistillGrad:
         """For a range of the computed tokens, p being the student's head on these."""
         head, other = Head.of(p), Head.of(part_of(self.teacher, tokens))
         n, vocab, widths = p.num_rows, p.weight.shape[0], (head.x.shape[1], other.x.shape[1])
-        config = config_of("distill_grad", head)
+        config = config_of("distill_grad", p, head, rich=self.kind == "jsd")
+        group = token_group(config, head, other)
         per_token = [x[tokens] for x in (self.lse, self.teacher_lse, self.centre, self.d_loss)]
         inputs = (*pair_pointers(head, other, p.rows), temperatures(p), p.softcap, *per_token, self.beta)
 
@@ -243,9 +285,8 @@ class DistillGrad:
             count = out.shape[1]
             token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
             grad_kernels.distill_grad_kernel[(token_tiles * word_tiles,)](
-                *inputs, out, out.stride(0), n, vocab, *widths, first, count, token_tiles, word_tiles,
-                KIND=self.kind, GROUP=config.group,
-                **pair_flags(head, other, config, count % config.words == 0), **shape_options(config),
+                *inputs, out, out.stride(0), n, vocab, *widths, first, count, token_tiles, word_tiles, group,
+                KIND=self.kind, **pair_flags(head, other, config, count % config.words == 0), **shape_options(config),
             )  # fmt: skip
 
         return write

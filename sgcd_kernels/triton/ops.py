@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels import torch_backend
 from sgcd_kernels.kernel_inputs import (
     local_targets,
     mixture_fields,
@@ -17,9 +16,10 @@ from sgcd_kernels.kernel_inputs import (
     normalisers_from_lse,
     values,
 )
+from sgcd_kernels.shard import sum_over
 from sgcd_kernels.torch_backend import target_logp
 from sgcd_kernels.torch_backend.grads import Needs
-from sgcd_kernels.triton import launch
+from sgcd_kernels.triton import launch, topk
 from sgcd_kernels.triton.grads import walk
 from sgcd_kernels.triton.partials import merged_head, merged_pair
 from sgcd_kernels.types import Logprobs, Projection, ProjectionGrads
@@ -78,14 +78,17 @@ def divergence_forward(
     top_k: int | None,
     group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The asked-for fields of DivergenceStats, each [n]. The buckets of `top_k` are the torch backend's."""
-    if top_k is not None:
-        return torch_backend.divergence_forward(student, teacher, targets, features, beta, top_k, group)
-    stats = merged_pair(launch.pair_stats(student, teacher, local_targets(targets, student, group)))
-    stats.merge(group)
-    fields = stats.results()
+    """The asked-for fields of DivergenceStats, each [n]."""
+    if top_k is None:
+        stats = merged_pair(launch.pair_stats(student, teacher, local_targets(targets, student, group)))
+        stats.merge(group)
+        fields = stats.results()
+    else:
+        stats, buckets = topk.pair_stats(student, teacher, targets, top_k, group)
+        fields = stats.results() | buckets
     if features:
-        tv, jsd, _ = launch.mixture_stats(student, teacher, normalisers(stats), beta, "jsd" in features).sum(0)
+        sums = launch.mixture_stats(student, teacher, normalisers(stats), beta, "jsd" in features).sum(0)
+        tv, jsd, _ = sum_over(sums, group)
         fields |= mixture_fields(features, jsd, tv)
     return fields
 
@@ -99,15 +102,17 @@ def distill_backward(
     divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
     d_loss: Tensor,  # [n]
     needs: Needs,
+    group: ProcessGroup | None = None,
 ) -> ProjectionGrads:
     """Gradients of sum(d_loss divergence)."""
     centre = divergence
     if kind == "jsd":
-        centre = launch.mixture_stats(student, teacher, normalisers_from_lse(*lse), beta, True)[:, 2].sum(0)
+        sums = launch.mixture_stats(student, teacher, normalisers_from_lse(*lse), beta, True)
+        centre = sum_over(sums[:, 2].sum(0), group)
     lift = lift_of(student, [values(d_loss)])
     d_loss = values(d_loss) if lift is None else values(d_loss) * lift
     grad = launch.DistillGrad(teacher, kind, beta, values(lse[0]), values(lse[1]), values(centre), d_loss)
-    return walk(student, grad, needs, lift)
+    return walk(student, grad, needs, lift, group)
 
 
 LIFTED = 64.0  # where the largest coefficient of an fp16 gradient comes to lie: far from 65,504, far from 6e-8

@@ -12,12 +12,18 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def hidden_rows(x, rows, tokens, n, x_stride):
-    """Where the tile's tokens lie in hidden. Beyond the last token it is read again, and never written."""
+def row_numbers(rows, tokens, n):
+    """Which rows of hidden the tokens are. Beyond the last token it is read again, and never written."""
     at = tl.minimum(tokens, n - 1)
     if rows is not None:
         at = tl.load(rows + at)
-    return x + at.to(tl.int64) * x_stride  # [T]
+    return at.to(tl.int64)
+
+
+@triton.jit
+def hidden_rows(x, rows, tokens, n, x_stride):
+    """Where the tile's tokens lie in hidden."""
+    return x + row_numbers(rows, tokens, n) * x_stride  # [T]
 
 
 @triton.jit
@@ -65,6 +71,37 @@ def shared_product(
 
 
 @triton.jit
+def stacked_rows(x, y, rows, tile, n, x_stride, y_stride, T: tl.constexpr):
+    """Where the tile's tokens lie in both heads' hidden states: eight of the student, the same eight of the teacher.
+
+    A thread that holds row i of a matrix instruction's result holds row i + 8 too: both logits of a token and word.
+    """
+    row = tl.arange(0, 2 * T)
+    at = row_numbers(rows, tile * T + row // 16 * 8 + row % 8, n)
+    return tl.where(row // 8 % 2 == 0, x + at * x_stride, y + at * y_stride)  # [2 T]
+
+
+@triton.jit
+def unstack(z, T: tl.constexpr, W: tl.constexpr):
+    """The student's and the teacher's tile of a product of stacked rows: no number leaves its thread."""
+    z_p, z_q = tl.split(tl.permute(tl.reshape(z, (T // 8, 2, 8, W)), (0, 2, 3, 1)))
+    return tl.reshape(z_p, (T, W)), tl.reshape(z_q, (T, W))
+
+
+@triton.jit
+def tile_of(token_tiles, others, group):
+    """(tile of tokens, other index) of a program: `group` tiles of tokens together take one other after the other.
+
+    What programs that run together read of hidden and weight then stays in the L2 cache: see `launch.token_group`.
+    """
+    program = tl.program_id(0)
+    together = group * others
+    first = program // together * group
+    size = tl.minimum(token_tiles - first, group)
+    return first + program % together % size, program % together // size
+
+
+@triton.jit
 def finish(z, words, vocab, bias, softcap, temperature, EVEN: tl.constexpr):
     """From a product to final logits: + bias, softcap, then temperature [T]; words beyond the last get -inf."""
     if bias is not None:
@@ -89,6 +126,12 @@ def unfinish(dz, z, softcap, temperature):
     if temperature is not None:
         dz = dz / temperature[:, None]
     return dz
+
+
+@triton.jit
+def exp(x):
+    """e^x; below 2^-126 it is 0. `tl.exp` keeps such numbers, at the price of three more instructions each."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

@@ -48,4 +48,4 @@ def test_a_piece_that_fails_does_not_stop_the_others_and_is_tried_again_alone(tm
 
 def test_an_unknown_piece_is_one_line(tmp_path: Path) -> None:
     done = report(tmp_path, "bench_9")
-    assert done.returncode == 2 and done.stderr.startswith("unknown piece 'bench_9'; there are machine verify")
+    assert done.returncode == 2 and done.stderr.startswith("unknown piece 'bench_9'; there are machine tests")

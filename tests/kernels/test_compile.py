@@ -275,14 +275,14 @@ class TestOpcheck:
         i = tensors(dtype=dtype, padded=padded)
         x, w, b, t, mask, tau = (i[k] for k in ("x", "w", "b", "t", "mask", "tau"))
         for options in (("reverse_kl", 0.5, "none"), ("jsd", 0.2, "mean")):
-            check("linear_distill_loss", x, w, None, t, None, None, None, None, 0.5, None, *options, "auto")
+            check("linear_distill_loss", x, w, None, t, None, None, None, None, 0.5, None, *options, "auto", "")
             teacher = (t, w.detach().flip(0), b.detach())
-            check("linear_distill_loss", x, w, b, *teacher, mask, tau, 1.0, 9.0, *options, "torch")
+            check("linear_distill_loss", x, w, b, *teacher, mask, tau, 1.0, 9.0, *options, "torch", "")
         with torch.no_grad():
             x, w, b = (z.detach() for z in (x, w, b))
-            out = torch.ops.sgcd.linear_distill_loss(x, w, b, t, None, b, mask, None, 1.0, None, *options, "auto")
+            out = torch.ops.sgcd.linear_distill_loss(x, w, b, t, None, b, mask, None, 1.0, None, *options, "auto", "")
         check("linear_distill_loss_backward", x, w, b, t, None, b, mask, None, *out[1:], out[0], 1.0, None, *options,
-              "auto", [True, False, True])  # fmt: skip
+              "auto", "", [True, False, True])  # fmt: skip
 
     def test_credit_and_sgcd(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
@@ -306,7 +306,7 @@ def test_no_result_shares_memory(impl: str) -> None:
     calls = (
         ("linear_logprob", x, w, y, None, None, 1.0, None, -100, impl, ""),
         ("linear_divergence", x, w, y, t, *(None,) * 4, 1.0, None, -100, False, False, 0.5, None, impl, ""),
-        ("linear_distill_loss", x, w, None, t, *(None,) * 4, 1.0, None, "reverse_kl", 0.5, "none", impl),
+        ("linear_distill_loss", x, w, None, t, *(None,) * 4, 1.0, None, "reverse_kl", 0.5, "none", impl, ""),
         ("sgcd_inputs", w, y, i["a"], i["cu"], None, None, -100, ""),
     )
     for name, *arguments in calls:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sgcd_kernels import linear_divergence, linear_logprob
+from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob
 from tests.kernels.cases import DEVICES, case, exact, grads, leaves_of, on, weights
 
 pytest.importorskip("triton")
@@ -61,6 +63,90 @@ def test_workspace_keeps_to_its_budget(n: int, vocab: int, width: int, weight_ca
     assert cut.bytes(width, 2, weight_cast) <= walk.WORKSPACE_BYTES
     assert cut.words >= 1024 and (cut.words % 256 == 0 or cut.words == vocab)
     config = config_for("pair_stats", 9, 2)
-    shares = shares_of(n, vocab, config, 132 * config.programs)
+    shares = shares_of(n, vocab, config, 132 * config.programs, 18)
     partials = shares.count * 11 * n * 4
     assert partials * 3 <= walk.WORKSPACE_BYTES  # and what merging makes of them
+
+
+@pytest.mark.parametrize("vocab", [49_152, 151_936, 248_320])
+@pytest.mark.parametrize("top_k", [1, 20, 100, 1000])
+@pytest.mark.parametrize("words", [16, 64, 128])
+def test_top_k_keeps_to_its_budget(top_k: int, vocab: int, words: int) -> None:
+    from sgcd_kernels.triton import topk
+
+    tokens = topk.chunk_tokens(top_k, vocab, words)
+    tiles = -(-vocab // words)
+    chosen = tokens * (min(top_k, tiles) + 1) * words
+    kept = 3 * 4 * tokens * tiles + 2 * 4 * chosen + 8 * chosen  # peaks, logits, the numbers of words
+    assert tokens >= 1 and kept <= topk.CHUNK_BYTES / 2  # as much again for what is made of them
+
+
+WAYS = {
+    "stacked": {"stacked": True},
+    "flat": {"flat": True},
+    "guarded": {"guarded": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no test takes by itself: rows of both heads in one product, flat loops, folds with guards at once."""
+    from sgcd_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETER", replace(launch.INTERPRETER, **WAYS[way]))
+    c = case(37, 21, 150, torch.float32)
+    y = c.y.clone()
+    y[::3] = -100
+    keep = y != -100
+    x, w, y, t = (a.to(DEVICES["triton"]) for a in (c.x, c.w, y, c.t))
+    bias = torch.zeros(150, device=x.device)
+    bias[[3, 149]] = -torch.inf
+    for extras in ({}, {"bias": bias, "temperature": 0.8}):
+        got = linear_divergence(x, w, y, t, features=("jsd", "tv"), beta=0.3, top_k=4, impl="triton", **extras)
+        want = exact(c, **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in extras.items()})
+        for name, value in want.items():
+            mine = getattr(got, name).cpu().double()[keep]
+            torch.testing.assert_close(mine, value[keep], rtol=1e-5, atol=4e-6, msg=lambda m, n=name: n + m)
+        stats = linear_logprob(x, w, y, impl="triton", **extras)
+        torch.testing.assert_close(stats.entropy, got.student_entropy, rtol=1e-5, atol=1e-5)
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        results = []
+        for impl in ("triton", "torch"):
+            leaves = [a.clone().requires_grad_() for a in (x, w)]
+            loss = linear_distill_loss(*leaves, t, mask=y != -100, kind=kind, impl=impl)
+            results.append(torch.autograd.grad(loss, leaves))
+        for mine, theirs in zip(*results):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("resident", [1, 4, 1000])
+def test_any_order_of_programs(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of token tiles runs together, every tile is made once: forward and backward."""
+    from sgcd_kernels.triton import launch
+
+    c = case(85, 8, 200, torch.float32)
+    monkeypatch.setattr(launch, "token_group", lambda config, *heads: resident)
+    monkeypatch.setattr(launch, "slots_of", lambda device, config: 7)
+    x, w, y, t = on(c, "triton")
+    got, want = linear_divergence(x, w, y, t, impl="triton"), exact(c)
+    torch.testing.assert_close(got.reverse_kl.cpu().double(), want["reverse_kl"], rtol=1e-5, atol=4e-6)
+    leaves = [a.clone().requires_grad_() for a in (x, w)]
+    grads = torch.autograd.grad(linear_logprob(*leaves, y, impl="triton").logp.sum(), leaves)
+    theirs = torch.autograd.grad(linear_logprob(*leaves, y, impl="torch").logp.sum(), leaves)
+    for mine, other in zip(grads, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_every_word_is_found() -> None:
+    """Targets at both edges of every tile of words, forward and backward."""
+    c = case(130, 3, 130, torch.float32)
+    x, w, y, t = on(c._replace(y=torch.arange(130)), "triton")
+    got, want = (linear_divergence(x, w, y, t, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(got.student_logp, want.student_logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.teacher_logp, want.teacher_logp, rtol=1e-5, atol=1e-5)
+    leaves = [a.clone().requires_grad_() for a in (x, w)]
+    mine, theirs = (
+        torch.autograd.grad(linear_logprob(*leaves, y, impl=impl).logp.sum(), leaves) for impl in ("triton", "torch")
+    )
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

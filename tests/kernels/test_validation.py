@@ -113,7 +113,6 @@ def test_policy_loss(message: str, arguments: dict) -> None:
             "beta is 0.0, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; for beta 0 or 1 as TRL means them use forward_kl",
             {"kind": "jsd", "beta": 0.0},
         ),
-        ("group is not supported by linear_distill_loss", {"group": object()}),
     ],
 )
 def test_distill_loss(message: str, arguments: dict) -> None:

@@ -1,63 +1,128 @@
-"""Vocab-sharded heads: two gloo processes give what one gives."""
+"""Vocab-sharded heads: two gloo processes give what one gives, for every op, on the torch and the Triton backend."""
 
 from __future__ import annotations
 
-import re
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sgcd_kernels import linear_divergence, linear_logprob, linear_policy_loss
+from sgcd_kernels import (
+    CreditConfig,
+    backend_status,
+    linear_distill_loss,
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    sgcd_loss,
+)
+from sgcd_kernels.surrogate import LOSS_TYPES
 
-N, H, V, SPLIT = 12, 5, 70, 30  # shards of different size
-
-
-def data() -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(0)
-    x, t, w = (torch.randn(n, H, dtype=torch.float64, generator=g) * 3 for n in (N, N, V))
-    y = torch.randint(V, (N,), generator=g)
-    y[2] = -100
-    return x, t, w, y
-
-
-def policy(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    loss, metrics = linear_policy_loss(x, w, y, torch.linspace(-1, 1, N), loss_type="dapo", group=group)
-    return [loss.detach(), metrics["entropy"], *torch.autograd.grad(loss, (x, w))]
-
-
-def logprob(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    stats = linear_logprob(x, w, y, temperature=0.7, group=group)
-    total = (stats.logp * torch.arange(N)).sum() + stats.entropy.sum() + stats.lse.sum() / 2
-    return [*(s.detach() for s in stats), *torch.autograd.grad(total, (x, w))]
+N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
+CU = torch.tensor([0, 5, N])
+TOLERANCE = {"auto": 1e-11, "triton": 2e-5}  # "auto" takes the torch backend for fp64
+Group = dist.ProcessGroup | None
+Results = dict[str, list[torch.Tensor]]
 
 
-def worker(rank: int, folder: str) -> None:
+class Inputs:
+    """Both heads on one rank's words, or on all."""
+
+    def __init__(self, impl: str, words: slice, group: Group) -> None:
+        g = torch.Generator().manual_seed(0)
+        dtype = torch.float32 if impl == "triton" else torch.float64
+        self.x, self.t = ((torch.randn(N, H, generator=g) * 2).to(dtype) for _ in range(2))
+        self.w, self.v = (torch.randn(V, H, generator=g).to(dtype)[words] for _ in range(2))
+        self.b = torch.randn(V, generator=g).to(dtype)[words]
+        self.y = torch.randint(V, (N,), generator=g)
+        self.y[0], self.y[1], self.y[2] = V - 1, 0, -100  # a word of either rank's, and none
+        self.a = torch.linspace(-1, 1, N)
+        self.options: dict[str, Any] = {"impl": impl, "group": group}
+
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return tuple(x.clone().requires_grad_() for x in (self.x, self.w, self.b))
+
+
+def with_gradients(i: Inputs, call: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    """A loss, and its gradients in hidden (whole) and in weight and bias (this rank's words)."""
+    leaves = i.leaves()
+    loss = call(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def everything(i: Inputs) -> Results:
+    """Every op, its values and gradients."""
+    t, y, a, more = i.t, i.y, i.a, i.options
+    out: Results = {}
+
+    def logprob(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        stats = linear_logprob(x, w, y, bias=b, temperature=0.7, **more)
+        return (stats.logp * torch.arange(N)).sum() + stats.entropy.sum() + stats.lse.sum() / 2
+
+    def policy(loss_type: str) -> Callable[..., torch.Tensor]:
+        old = torch.full((N,), -4.0)
+        given = {"old_logp": old, "ref_logp": old, "beta": 0.1, "cu_seqlens": CU, "loss_type": loss_type, **more}
+        return lambda x, w, b: linear_policy_loss(x, w, y, a, bias=b, softcap=9.0, **given)[0]
+
+    def distill(kind: str, own: bool) -> Callable[..., torch.Tensor]:
+        teacher = i.v if own else None
+        given = {"kind": kind, "beta": 0.3, "mask": y != -100, **more}
+        return lambda x, w, b: linear_distill_loss(x, w, t, teacher, bias=b, **given)
+
+    def sgcd(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return sgcd_loss(x, w, y, t, a, CU, bias=b, config=CreditConfig(d_floor=0.01), **more)[0]
+
+    out["logprob"] = with_gradients(i, logprob)
+    for loss_type in LOSS_TYPES:
+        out[loss_type] = with_gradients(i, policy(loss_type))
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        for own in (False, True):
+            out[f"{kind} own={own}"] = with_gradients(i, distill(kind, own))
+    out["sgcd"] = with_gradients(i, sgcd)
+    for name, teacher, k in (("shared", None, 3), ("own", i.v, V - 1)):  # more words than the small shard has
+        stats = linear_divergence(i.x, i.w, y, t, teacher, features=("jsd", "tv"), beta=0.3, top_k=k, **more)
+        out[f"divergence {name}"] = [x for x in stats if x is not None]
+    return out
+
+
+def worker(rank: int, folder: str, impl: str) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
-    x, t, w, y = data()
-    rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
-    for name, op in (("logprob", logprob), ("policy", policy)):
-        got, want = op(x, w[rows], y, group), op(x, w, y, None)
-        want[-1] = want[-1][rows]
-        for a, e in zip(got, want):
-            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    sharded, whole = linear_divergence(x, w[rows], y, t, group=group), linear_divergence(x, w, y, t)
-    for a, e in zip(sharded[:9], whole[:9]):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
-    same = linear_divergence(x, w[rows], y, x, group=group)
-    assert (same.reverse_kl == 0).all()
-    for options in ({"features": ("jsd",)}, {"top_k": 3}):
-        with pytest.raises(ValueError, match=re.escape("group does not support features or top_k")):
-            linear_divergence(x, w[rows], y, t, group=group, **options)
+    words = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
+    i = Inputs(impl, words, group)
+    sharded, whole = everything(i), everything(Inputs(impl, slice(0, V), None))
+    tolerance = TOLERANCE[impl]
+    for name, results in whole.items():
+        for at, (got, want) in enumerate(zip(sharded[name], results, strict=True)):
+            want = want[words] if got.shape != want.shape else want
+            scale = max(1.0, float(want.abs().max()))
+            message = f"{name}, result {at}: {(got - want).abs().max()}"
+            assert torch.allclose(got, want, rtol=tolerance, atol=tolerance * scale), message
+    same = linear_divergence(i.x, i.w, i.y, i.x, features=("jsd", "tv"), top_k=3, **i.options)
+    for field in ("reverse_kl", "forward_kl", "jsd", "tv", "topk_reverse_kl", "topk_forward_kl"):
+        assert (getattr(same, field) == 0).all(), field
     with pytest.raises(ValueError, match="targets holds 70, needs 0 <= y < 70"):
-        linear_logprob(x, w[rows], y.clamp(min=0) * 0 + V, group=group)
+        linear_logprob(i.x, i.w, torch.full((N,), V), **i.options)
+    with pytest.raises(ValueError, match=r"top_k is 71, needs an integer in \[1, 70\]"):
+        linear_divergence(i.x, i.w, i.y, i.t, top_k=V + 1, **i.options)
+    if backend_status()["cpp"].usable:  # "auto" takes another, and a name is not taken for another
+        x = i.x.float().requires_grad_()
+        loss = linear_distill_loss(x, i.w.float(), i.t.float(), impl="cpp", group=group)
+        with pytest.raises(ValueError, match="cannot run sharded_distill_backward here: it has none for vocab-sharded"):
+            loss.backward()
     dist.destroy_process_group()
 
 
-def test_two_shards_equal_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_two_shards_equal_one(impl: str, tmp_path: Path) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("gloo: two processes on the CPU")
+    mp.spawn(worker, args=(str(tmp_path), impl), nprocs=2)

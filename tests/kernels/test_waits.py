@@ -1,0 +1,90 @@
+"""How often an op looks at data, which on a GPU means to wait for it: counted where the bodies of the ops run.
+
+Once at the targets (a wrong one is a ValueError before any launch), once for the number of tokens that are left, on
+which shapes depend; bounds of sequences are looked at where they lie, mostly on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
+from sgcd_kernels.registered import distill_loss, divergence, logprob, policy_loss
+from sgcd_kernels.validation import kept_rows
+from tests.kernels.cases import DEVICES, case
+
+pytest.importorskip("triton")
+MODULES = (distill_loss, divergence, logprob, policy_loss)
+BODIES = {name: body for module in MODULES for name, body in vars(module).items() if name.startswith("linear_")}
+# Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
+LOOKS = (
+    "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "bincount", "repeat_interleave", "_unique2",
+    "unique", "masked_select",
+)  # fmt: skip
+
+
+class Looks(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sgcd":
+            with self:
+                return BODIES[func.overloadpacket.__name__](*args)
+        name = func.overloadpacket.__name__
+        sized = (kwargs or {}).get("output_size") is not None or func._overloadname == "self_int"
+        if name in LOOKS and not sized:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def forward_and_backward(call: Callable[[], Any]) -> tuple[int, int]:
+    with Looks() as forward:
+        out = call()
+    if not out.requires_grad:
+        return len(forward.found), 0
+    with Looks() as backward:
+        (out * 0.5).sum().backward()
+    return len(forward.found), len(backward.found)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_looks(masked: bool) -> None:
+    c, device = case(20, 8, 70, torch.float32), DEVICES["triton"]
+    y = c.y.clone()
+    if masked:
+        y[::3] = -100
+    x, w, y, t = (a.to(device) for a in (c.x, c.w, y, c.t))
+    a, mask, cu = torch.linspace(-1, 1, 20, device=device), y != -100, torch.tensor([0, 12, 20])
+    leaves = x.requires_grad_(), w.requires_grad_()
+    more: dict[str, Any] = {"impl": "triton"}
+    assert forward_and_backward(lambda: linear_logprob(*leaves, y, **more).logp) == (2, 1)
+    for options in ({}, {"features": ("jsd", "tv")}, {"top_k": 3}):
+        call = lambda options=options: linear_divergence(*leaves, y, t, **options, **more).reverse_kl  # noqa: E731
+        assert forward_and_backward(call) == (2, 0), options
+    for kind in ("reverse_kl", "jsd"):
+        call = lambda kind=kind: linear_distill_loss(*leaves, t, mask=mask, kind=kind, **more)  # noqa: E731
+        assert forward_and_backward(call) == (1, 1), kind
+    for loss_type in ("dapo", "gspo"):
+        options = {"cu_seqlens": cu, "loss_type": loss_type, "old_logp": a - 4, "mask": mask, **more}
+        call = lambda options=options: linear_policy_loss(*leaves, y, a, **options)[0]  # noqa: E731
+        # Four more at the bounds, which lie on the host; in backward the loss scale, for a factor of 1 writes nothing.
+        assert forward_and_backward(call) == (2 + 4, 2), loss_type
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kept_rows(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for n in (0, 1, 7, 1000):
+        keep = torch.rand(n, generator=g) < seed / 4
+        rows = kept_rows(keep)
+        if rows is None:
+            assert bool(keep.all())
+        else:
+            assert rows.is_contiguous() and rows.tolist() == keep.nonzero().squeeze(1).tolist()
