@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 datasets.disable_progress_bars()
@@ -29,6 +29,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, which GOLDTrainer asks for: 256 and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL[:3], *alphabet])}
+    letters = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
     )
     made.chat_template = TEMPLATE
     return made
@@ -135,7 +149,7 @@ def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_collection() -> Iterator[None]:
-    """Every `train` ends in a full garbage collection, which costs more than our three steps: spare it what is loaded."""
+    """A `train` ends in a full garbage collection, dearer than its three steps: spare it what is loaded."""
     gc.collect()
     gc.freeze()
     yield

@@ -188,8 +188,9 @@ def chunked_loss(
 
 
 def _module(trainer: Any, name: str) -> ModuleType:
-    """Where the trainer's class of that name, and so what its methods call, is defined."""
-    return sys.modules[next(kind for kind in type(trainer).__mro__ if kind.__name__ == name).__module__]
+    """TRL's module of the trainer's class of that name, in which its methods look up what they call."""
+    kinds = (kind for kind in type(trainer).__mro__ if kind.__name__ == name and kind.__module__.startswith("trl."))
+    return sys.modules[next(kinds).__module__]
 
 
 def _check_heads(trainer: Any) -> list[Any]:

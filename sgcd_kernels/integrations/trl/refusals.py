@@ -41,8 +41,7 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
 
 def check_trainer(trainer: Any) -> None:
     """As TRL has made it. Raises ValueError."""
-    if isinstance(trainer.processing_class, ProcessorMixin):
-        raise ValueError("a processor of images or sound is not supported: teacher prompts are text; give a tokenizer")
+    check_processor(trainer.processing_class)
     if idle(trainer.args.credit()):
         return
     for name, module in trainer.model.named_modules():
@@ -51,6 +50,12 @@ def check_trainer(trainer: Any) -> None:
                 f"{name} drops out with p = {module.p}: student and teacher would differ by chance; needs "
                 "disable_dropout=True (in SGCDConfig), or lora_dropout=0"
             )
+
+
+def check_processor(processor: Any) -> None:
+    """Raises ValueError for one of more than text."""
+    if isinstance(processor, ProcessorMixin):
+        raise ValueError("a processor of images or sound is not supported: teacher prompts are text; give a tokenizer")
 
 
 def check_stage(args: Any) -> None:

@@ -22,7 +22,7 @@ from sgcd_kernels.integrations.trl.config import SGCDConfig
 from sgcd_kernels.integrations.trl.credit import Batch, idle, metrics, weigh
 from sgcd_kernels.integrations.trl.head import LinearHead, Unprojected
 from sgcd_kernels.integrations.trl.references import Prompt, Reference, ReferenceFunc, Siblings, ask, teacher_prompt
-from sgcd_kernels.integrations.trl.refusals import check_arguments, check_trainer
+from sgcd_kernels.integrations.trl.refusals import check_arguments, check_processor, check_trainer
 
 PAPER = {
     "title": "Sibling-Guided Credit Distillation",
@@ -65,6 +65,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SGCDConfig(f"{name.split('/')[-1]}-SGCD")
         check_arguments(args, train_dataset, reference_func)
+        check_processor(others.get("processing_class"))
         super().__init__(model, reward_funcs, args, train_dataset, **others)
         check_trainer(self)
         self.reference_func = reference_func
