@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def half() -> Any:
+    """A policy in bf16 whose head TRL casts to fp32."""
+    return world.model().to(torch.bfloat16)
+
+
+CASES["head in fp32"] = STALE | {"cast_lm_head_to_fp32": True, "policy": half}
+
+
 def watched(base: Any) -> Any:
     """The trainer, and a list of (its weights, the micro-batch, the loss) for every loss it takes."""
 
@@ -65,6 +75,7 @@ def watched(base: Any) -> Any:
 
 def run(base: Any, config: Any, folder: Path, policy: Any = None, **fields: Any) -> Any:
     made = world.model(policy[0], **policy[1]) if isinstance(policy, tuple) else policy
+    made = policy() if callable(policy) else made
     trainer = world.built(watched(base), config, folder, policy=made, **fields)
     trainer.train()
     return trainer
@@ -98,6 +109,18 @@ def test_the_reference_policy_of_a_kl_term(fields: dict[str, Any], tmp_path: Pat
     ours = run(SGCDTrainer, SGCDConfig, tmp_path, gamma=0.0, **fields)
     close_runs(ours, run(GRPOTrainer, GRPOConfig, tmp_path, **fields))
     assert ours.state.log_history[1]["kl"] > 0
+
+
+def test_mixed_precision_is_within_its_rounding(tmp_path: Path) -> None:
+    """Under bf16 autocast both heads round their inputs; ours alone sums the logits in fp32."""
+    ours = run(SGCDTrainer, SGCDConfig, tmp_path, gamma=0.0, bf16=True, temperature=0.6, max_steps=1)
+    stock = run(GRPOTrainer, GRPOConfig, tmp_path, bf16=True, temperature=0.6, max_steps=1)
+    assert torch.equal(ours.seen[0][1]["completion_ids"], stock.seen[0][1]["completion_ids"])
+    logs = ours.state.log_history[0], stock.state.log_history[0]
+    for name in ("grad_norm", "entropy"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=2e-2)
+    credited = run(SGCDTrainer, SGCDConfig, tmp_path, bf16=True, d_floor=1e-3)
+    assert credited.state.log_history[0]["credit/mean_weight"] > 1
 
 
 def by_hand(trainer: Any, weights: Any, batch: Any, config: CreditConfig, temperature: float, loss_type: str) -> Any:
@@ -245,3 +268,21 @@ def test_no_matrix_of_tokens_by_vocabulary_exists(tmp_path: Path, monkeypatch: p
             trainer.compute_loss(trainer.model, inputs).backward()
         found[base] = seen.elements
     assert vocabulary * 32 <= found[SGCDTrainer] <= budget / 4 < found[GRPOTrainer]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """Data parallel: without credit the stock trainer, with it whole groups on every process and metrics of both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.integrations.trl_two_processes", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    (stock, their_weights), (idle, weights), (credit, credited) = (found[n] for n in ("stock", "idle", "credit"))
+    for log, their_log in zip(idle, stock):
+        names = {n for n in their_log if "time" not in n and "second" not in n}
+        assert {n: log[n] for n in names} == pytest.approx({n: their_log[n] for n in names}, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(weights, their_weights, rtol=1e-4, atol=2e-6)
+    assert credit[0]["credit/frac_referenced"] == 1 and credit[0]["credit/mean_weight"] > 1
+    assert any(not torch.allclose(w, weights[name], atol=1e-4) for name, w in credited.items())
