@@ -7,12 +7,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
-pytest.importorskip("datasets", reason="datasets is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
 from peft import LoraConfig
 from transformers import Gemma2Config

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
-pytest.importorskip("datasets", reason="datasets is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
 from dataclasses import fields
 

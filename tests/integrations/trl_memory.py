@@ -91,7 +91,7 @@ def measured(family: str, ours: bool) -> tuple[int, int]:
 def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore")
     if arguments:
-        with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123, SIM115
+        with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123
             found = measure(arguments[0], arguments[1] == "ours")
         print(*found)
         return
