@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
 
 from peft import LoraConfig
 from transformers import Gemma2Config
@@ -85,7 +85,7 @@ def built(family: str, folder: Path, width: int = 32, vocab_size: int = 32, **fi
     return trainer(
         model=world.model(vocab_size=vocab_size),
         args=config(**options),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=world.dataset(rows),
         processing_class=world.byte_tokenizer() if family == "GOLD" else world.tokenizer(),
         **others,
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
 
 from dataclasses import fields
 
@@ -80,7 +80,7 @@ def test_teachers_read_their_row_and_students_do_not(tmp_path: Path) -> None:
     """Every second row has a reference, as text or messages; the other teachers are their students."""
     user = [{"role": "user", "content": "w1 w2"}]
     rows = [{"prompt": user, "reference": r} for r in ("w20 w21", "", None, "w22")]
-    trainer, batch = scored(tmp_path, datasets.Dataset.from_list(rows), per_device_train_batch_size=8)
+    trainer, batch = scored(tmp_path, world.dataset(rows), per_device_train_batch_size=8)
     students, teachers = texts(trainer, batch, "prompt"), texts(trainer, batch, "teacher_prompt")
     assert set(students) == {"<user> w1 w2 <assistant>"}
     plain = "<user> w1 w2 <assistant>"
@@ -92,7 +92,7 @@ def test_teachers_read_their_row_and_students_do_not(tmp_path: Path) -> None:
 def test_a_teachers_whole_prompt_as_messages(tmp_path: Path) -> None:
     user = [{"role": "user", "content": "w1 w2"}]
     told = [{"role": "system", "content": "w23"}, *user]
-    data = datasets.Dataset.from_list([{"prompt": user, "reference": r} for r in (told, user, told, user)])
+    data = world.dataset([{"prompt": user, "reference": r} for r in (told, user, told, user)])
     trainer, batch = scored(tmp_path, data)
     for teacher, differs in zip(texts(trainer, batch, "teacher_prompt"), batch["referenced"].tolist()):
         assert teacher == ("<system> w23 " if differs else "") + "<user> w1 w2 <assistant>"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
 
 from peft import LoraConfig
 from transformers import Cohere2Config, Gemma2Config, Qwen3MoeConfig
@@ -230,9 +230,7 @@ def test_without_a_reference_nothing_is_weighted(nothing: Any, tmp_path: Path) -
 
 def test_a_row_without_a_reference_has_no_credit_whatever_the_rule(tmp_path: Path) -> None:
     """Rule "uniform" gives W = 2 to every token that may carry credit."""
-    data = datasets.Dataset.from_list(
-        [row | {"reference": row["reference"] * (i % 2)} for i, row in enumerate(world.rows())]
-    )
+    data = world.dataset([row | {"reference": row["reference"] * (i % 2)} for i, row in enumerate(world.rows())])
     trainer = run(SGCDTrainer, SGCDConfig, tmp_path, data=data, rule="uniform", max_steps=8)
     shares = [log["credit/frac_referenced"] for log in trainer.state.log_history[:-1]]
     weights = [log["credit/mean_weight"] for log in trainer.state.log_history[:-1]]

@@ -1,4 +1,4 @@
-"""Under torchrun, in data parallel: GRPOTrainer, SGCDTrainer without credit and with it; rank 0 writes what came out."""
+"""Under torchrun: GRPOTrainer, SGCDTrainer without credit and with it; rank 0 writes down what came out."""
 
 from __future__ import annotations
 

@@ -72,13 +72,17 @@ def model(config_class: Any = LlamaConfig, vocab_size: int = 32, scale: float = 
     return made
 
 
+def dataset(made: list[dict[str, Any]]) -> Any:
+    return datasets.Dataset.from_list(made)
+
+
 def rows(count: int = 8, **columns: Any) -> Any:
     """Prompts of text, each with a reference of other words."""
     made = [
         {"prompt": f"w{i} w{i + 1} w{i + 2}", "reference": f"w{i + 9} w{i + 10} w{i + 11} w{i + 12}"} | columns
         for i in range(count)
     ]
-    return datasets.Dataset.from_list(made)
+    return dataset(made)
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
