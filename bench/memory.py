@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,18 +108,23 @@ def _child(send: Connection, op: str, name: str, case: Case, path: Path, files: 
 
 def _measured(p: Provider, i: Inputs, case: Case) -> Trial:
     _limit_memory()
-    libc, mode = _libc(), case.mode
+    libc, mode = give_blocks_back(), case.mode
     # Libraries are loaded by a call on small inputs; code that is compiled for its shapes needs these.
     calls.once(p, i if p.compiles else inputs.make(replace(case, shape="tiny", tokens=64)), mode)
+    return Trial(peak_of(lambda: calls.once(p, i, mode), libc))
+
+
+def peak_of(call: Callable[[], object], libc: ctypes.CDLL | None) -> int | None:  # bytes
+    """The most resident memory beyond the present that a call takes; None where this system cannot tell."""
     gc.collect()
     if libc:
         libc.malloc_trim(0)
     before = _resident("VmRSS")
     if not _reset_peak() or before is None:
-        return Trial()
-    calls.once(p, i, mode)
+        return None
+    call()
     peak = _resident("VmHWM")
-    return Trial(None if peak is None else max(0, peak - before))
+    return None if peak is None else max(0, peak - before)
 
 
 def _limit_memory() -> None:
@@ -128,7 +134,8 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + max(0, free - SPARE),) * 2)
 
 
-def _libc() -> ctypes.CDLL | None:
+def give_blocks_back() -> ctypes.CDLL | None:
+    """Tell glibc to map blocks of a megabyte on their own; the C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(MMAP_THRESHOLD, 1 << 20)

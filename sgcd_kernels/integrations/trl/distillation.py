@@ -1,0 +1,254 @@
+"""TRL's distillation trainers without logits: a context in which their losses are made of our per-token divergences.
+
+    with linear_distillation(trainer):
+        trainer.train()
+
+Inside, the models that the loss compares stop at their hidden states (`LinearHead`), and the functions that turn two
+logits into one value a token are ours: `linear_distill_loss(reduction="none")` and `linear_logprob`. Masks, clipping by
+importance, reductions and metrics stay TRL's own code, because that is all these functions are asked for. Outside it
+the trainer is as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+
+from sgcd_kernels import linear_distill_loss
+from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, check_head, softcap, unproject
+from sgcd_kernels.integrations.trl.refusals import check_stage
+
+Replacements = list[tuple[Any, str, Any]]
+
+
+@contextmanager
+def linear_distillation(trainer: Any) -> Iterator[None]:
+    """Serve a GKDTrainer, GOLDTrainer, SDPOTrainer, SDFTTrainer or DistillationTrainer.
+
+    Losses and gradients are those of the trainer's own path but for rounding. Raises ValueError at once for any other
+    trainer, and for a setting that cannot be served exactly, naming it and the reason.
+    """
+    names = [kind.__name__ for kind in type(trainer).__mro__]
+    for name in names:
+        if name in REFUSED:
+            raise ValueError(f"{name} is not served by linear_distillation: {REFUSED[name]}")
+    served = next((name for name in names if name in SERVED), None)
+    if served is None:
+        raise ValueError(f"{names[0]} is not served by linear_distillation, which serves {', '.join(sorted(SERVED))}")
+    check_stage(trainer.args)
+    with ExitStack() as stack:
+        for owner, attribute, value in SERVED[served](trainer):
+            stack.enter_context(_replaced(owner, attribute, value))
+        yield
+
+
+REFUSED = {
+    "ServerDistillationTrainer": "its teacher is a server, which gives log-probs and no hidden states",
+    "AsyncDistillationTrainer": "its teacher is a server, which gives log-probs and no hidden states",
+    "IWOPDTrainer": "its losses over top-k words or over log-probs of a server need logits themselves",
+}
+
+
+def per_token(student: Unprojected, teacher: Unprojected, beta: float, mask: Tensor | None = None) -> Tensor:
+    """Of each token, as TRL means beta: KL(q || p) at 0, KL(p || q) at 1, else the JSD with weight beta on the teacher.
+
+    [B, L] fp32, differentiable in the student; 0 where masked. Both have the student's temperature and softcap.
+    """
+    loss: Tensor = linear_distill_loss(
+        student.hidden,
+        student.weight,
+        teacher.hidden,
+        teacher.weight,
+        mask=mask,
+        kind={0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd"),
+        beta=beta,
+        reduction="none",
+        bias=student.bias,
+        teacher_bias=teacher.bias,
+        temperature=student.temperature,
+        softcap=student.softcap,
+    )
+    return loss
+
+
+def _gkd(trainer: Any) -> Replacements:
+    """GKDTrainer, and GOLDTrainer where student and teacher share a tokenizer."""
+    if getattr(trainer, "use_uld_loss", False):
+        raise ValueError(
+            "GOLDTrainer with use_uld_loss is not served by linear_distillation: that loss sorts the vocabularies of "
+            "two tokenizers, which needs their logits"
+        )
+    if trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
+        raise ValueError("compute_metrics is given, needs None: it reads logits, and there are none")
+    heads = [LinearHead(model) for model in _check_heads(trainer)]
+    return [
+        (trainer, "compute_loss", _lazy(trainer.compute_loss, heads, trainer.accelerator)),
+        (trainer, "generalized_jsd_loss", jsd_loss),
+    ]
+
+
+def jsd_loss(
+    student_logits: Unprojected,
+    teacher_logits: Unprojected,
+    labels: Tensor,  # [B, L], -100 where a token has no loss
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """What the trainers' `generalized_jsd_loss` gives, called as they call it."""
+    mask = labels != -100
+    values = per_token(student_logits / temperature, teacher_logits / temperature, float(beta), mask)
+    return values.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _self_distillation(trainer: Any) -> Replacements:
+    """SDPOTrainer and SDFTTrainer."""
+    args = trainer.args
+    name = next(k.__name__ for k in type(trainer).__mro__ if k.__name__ in ("SDPOTrainer", "SDFTTrainer"))
+    if trainer.use_teacher_server:
+        raise ValueError(f"{name} with use_teacher_server is not served: a server gives log-probs, no hidden states")
+    if args.distillation_mode == "topk_logits":
+        raise ValueError(
+            f"{name} with distillation_mode 'topk_logits' is not served by linear_distillation: its support is the "
+            "student's top-k words, which only logits tell; use 'full_logits' (exact, and no dearer here)"
+        )
+    heads = [LinearHead(model) for model in {id(model): model for model in _check_heads(trainer)}.values()]
+    module = _module(trainer, name)
+    functions: dict[str, Callable[..., Tensor]] = {
+        "selective_log_softmax": lambda logits, index: logits.logprob(index).logp,
+        "compute_full_logit_self_distillation_loss": lambda student, teacher, *, distillation_alpha: per_token(
+            student, teacher, float(distillation_alpha)
+        ),
+        "compute_sampled_token_self_distillation_loss": sampled_token_loss,
+    }
+    swaps = [(module, f, _dispatched(getattr(module, f), ours)) for f, ours in functions.items()]
+    return [*swaps, (trainer, "_forward_logits", _lazy(trainer._forward_logits, heads, trainer.accelerator))]
+
+
+def sampled_token_loss(
+    student_logits: Unprojected, teacher_logits: Unprojected, completion_ids: Tensor, *, distillation_alpha: float
+) -> Tensor:
+    """The one-sample estimate of the reverse KL's gradient: stop_gradient(log p(y) - log q(y)) log p(y)."""
+    student = student_logits.logprob(completion_ids).logp
+    with torch.no_grad():
+        teacher = teacher_logits.logprob(completion_ids).logp
+    return (student.detach() - teacher) * student
+
+
+def _distillation(trainer: Any) -> Replacements:
+    """DistillationTrainer compares hidden states already, in one function of its module."""
+    _check_heads(trainer)
+    return [(_module(trainer, "DistillationTrainer"), "_chunked_divergence_loss", chunked_loss)]
+
+
+def chunked_loss(
+    student_hidden_states: Tensor,  # [B, L, H]
+    teacher_hidden_states: Tensor,  # [B, L, H']
+    student_lm_head_weight: Tensor,  # [V, H]
+    teacher_lm_head_weight: Tensor,  # [V, H']
+    completion_mask: Tensor,  # [B, L]
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,  # [V]
+    teacher_lm_head_bias: Tensor | None = None,  # [V]
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the trainer's `_chunked_divergence_loss` gives: (loss, sum of the student's entropies, loss tokens)."""
+    student = unproject(
+        student_hidden_states,
+        student_lm_head_weight,
+        student_lm_head_bias,
+        student_logit_scale,
+        student_final_logit_softcapping,
+    )
+    teacher = unproject(
+        teacher_hidden_states,
+        teacher_lm_head_weight,
+        teacher_lm_head_bias,
+        teacher_logit_scale,
+        teacher_final_logit_softcapping,
+    )
+    student, teacher = student / temperature, teacher / temperature
+    mask = completion_mask != 0
+    values, tokens = per_token(student, teacher, float(beta), mask), mask.sum()
+    with torch.no_grad():  # a product for a metric: the divergence's op does not tell the entropy
+        entropy = student.logprob(torch.where(mask, 0, IGNORED)).entropy.sum()
+    return values.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, tokens
+
+
+def _module(trainer: Any, name: str) -> ModuleType:
+    """TRL's module of the trainer's class of that name, in which its methods look up what they call."""
+    kinds = (kind for kind in type(trainer).__mro__ if kind.__name__ == name and kind.__module__.startswith("trl."))
+    return sys.modules[next(kinds).__module__]
+
+
+def _check_heads(trainer: Any) -> list[Any]:
+    """The student and the teacher inside their wrappers; refuse heads that cannot be compared."""
+    models = [_causal_lm(trainer, model) for model in (trainer.model, trainer.teacher_model)]
+    for model in models:
+        check_head(model)
+    caps = [softcap(model) for model in models]
+    if caps[0] != caps[1]:
+        raise ValueError(f"the student's final_logit_softcapping is {caps[0]}, the teacher's {caps[1]}; needs the same")
+    return models
+
+
+def _causal_lm(trainer: Any, model: Any) -> Any:
+    """The module of transformers inside its wrappers."""
+    model = trainer.accelerator.unwrap_model(model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _lazy(method: Callable[..., Any], heads: list[LinearHead], accelerator: Any) -> Callable[..., Any]:
+    """`method` with the models' logits unprojected, in the mixed precision that Accelerate's wrapper would give."""
+
+    def lazily(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for head in heads:
+                stack.enter_context(head.lazily())
+            stack.enter_context(accelerator.autocast())
+            return method(*args, **kwargs)
+
+    return lazily
+
+
+def _dispatched(theirs: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`ours` for logits that nobody computed, `theirs` for those of another trainer of the module."""
+    return lambda logits, *args, **kwargs: (ours if isinstance(logits, Unprojected) else theirs)(
+        logits, *args, **kwargs
+    )
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside, and what it was outside."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+SERVED: dict[str, Callable[[Any], Replacements]] = {
+    "GKDTrainer": _gkd,
+    "GOLDTrainer": _gkd,
+    "SDPOTrainer": _self_distillation,
+    "SDFTTrainer": _self_distillation,
+    "DistillationTrainer": _distillation,
+}

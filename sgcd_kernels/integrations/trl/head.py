@@ -1,0 +1,203 @@
+"""A causal LM whose forward may end in our kernels instead of its logits.
+
+TRL puts a fused head on the model that it trains (`model(..., labels=labels, fused_lm_head=True)` gives per-token
+log-probs); `LinearHead` goes over it, answers the same call by `linear_logprob`, and can stop at the hidden states. It
+lives in the model's forward so that DDP, FSDP2 and peft wrap it like any other, and leaves every other call alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import CausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput
+
+from sgcd_kernels import LogprobStats, linear_logprob
+from sgcd_kernels.validation import FLOATS
+
+IGNORED = -100
+
+
+class Unprojected:
+    """Logits that nobody computed: the hidden states, and the head that would have made them."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [B, L, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        softcap: float | None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.softcap, self.temperature = softcap, temperature
+
+    def __getitem__(self, key: Any) -> Unprojected:
+        """As indexing logits: batch, position and, only whole, vocabulary."""
+        assert not isinstance(key, tuple) or len(key) < 3 or key[2:] == (slice(None),), key
+        return Unprojected(self.hidden[key], self.weight, self.bias, self.softcap, self.temperature)
+
+    def __truediv__(self, temperature: float) -> Unprojected:
+        return Unprojected(self.hidden, self.weight, self.bias, self.softcap, self.temperature * float(temperature))
+
+    def sum(self) -> Tensor:
+        """Some scalar in the same graph: what TRL multiplies by 0 where a batch has no loss tokens."""
+        return self.hidden.sum()
+
+    def logprob(self, targets: Tensor) -> LogprobStats:  # [B, L]
+        """log p(targets), entropy and normaliser; targets of -100 are not computed and give 0."""
+        return linear_logprob(
+            self.hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            ignore_index=IGNORED,
+        )
+
+
+def unproject(
+    hidden: Tensor,  # [B, L, H]
+    weight: Tensor,  # [V, H], or FSDP2's shard of it
+    bias: Tensor | None,  # [V]
+    scale: float = 1.0,
+    softcap: float | None = None,
+    fp32: bool = False,
+) -> Unprojected:
+    """softcap(scale (hidden weight^T + bias)) in the dtype in which TRL's own head would compute it."""
+    weight, bias = whole(weight), None if bias is None else whole(bias)
+    hidden = hidden.to(weight.device)
+    dtype = hidden.dtype
+    if fp32:
+        dtype = torch.float32
+    elif torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if scale != 1.0:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    return Unprojected(hidden, weight, bias, softcap)
+
+
+class LinearHead:
+    """The head of one causal LM (the module that transformers made, inside any wrapper).
+
+    With a `temperature` it answers for TRL's fused head, which otherwise stays in charge; `fp32` is TRL's
+    `cast_lm_head_to_fp32`. Raises ValueError for a head that the kernels cannot read.
+    """
+
+    def __init__(self, model: Any, temperature: float | None = None, fp32: bool = False) -> None:
+        check_head(model)
+        self.model, self.temperature, self.fp32 = model, temperature, fp32
+        self.scale, self.softcap = logit_scale(model), softcap(model)
+        self._lazy = False
+        self._observer: Callable[[Unprojected], None] | None = None
+        original = model.forward
+
+        @functools.wraps(type(model).forward)  # `generate` looks at the signature
+        def forward(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("fused_lm_head", False) and self.temperature is not None:
+                return self._fused(self.temperature, *args, **kwargs)
+            if self._lazy:
+                return CausalLMOutput(logits=self._unprojected(*args, **kwargs)[0])
+            return original(*args, **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """In here the model's `logits` are `Unprojected`."""
+        before, self._lazy = self._lazy, True
+        try:
+            yield
+        finally:
+            self._lazy = before
+
+    @contextmanager
+    def observed_by(self, observer: Callable[[Unprojected], None]) -> Iterator[None]:
+        """In here `observer` is shown what every fused forward scores, before its log-probs are handed out."""
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
+
+    def _fused(
+        self, temperature: float, *args: Any, labels: Tensor, fused_lm_head: bool, **kwargs: Any
+    ) -> FusedCausalLMOutput:
+        """What TRL's fused head gives and its GRPO trainer reads: fields [B, L - 1], 0 where the next label is -100."""
+        found, aux_loss = self._unprojected(*args, **kwargs)
+        scored = found[:, :-1] / temperature
+        targets = labels[:, 1:].to(scored.hidden.device)
+        if self._observer is not None:
+            self._observer(scored)
+        stats = scored.logprob(targets)
+        return FusedCausalLMOutput(
+            log_probs=stats.logp, entropy=stats.entropy, label_mask=targets != IGNORED, aux_loss=aux_loss
+        )
+
+    def _unprojected(self, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> tuple[Unprojected, Tensor | None]:
+        """(what the backbone says of the last `logits_to_keep` positions, or all; the load-balancing loss of MoE)"""
+        outputs = self.model.base_model(*args, **{**kwargs, "use_cache": False})
+        head = self.model.get_output_embeddings()
+        states = outputs.last_hidden_state[:, -logits_to_keep:]
+        found = unproject(states, head.weight, head.bias, self.scale, self.softcap, self.fp32)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = balance_loss(self.model, outputs.router_logits, kwargs.get("attention_mask"))
+        return found, aux_loss
+
+
+def check_head(model: Any) -> None:
+    """Refuse a head whose weight is not a plain [V, H] matrix of floats."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    name = f"{type(model).__name__}'s output head"
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name} is {type(head).__name__}, needs a linear layer with a weight")
+    plain = type(weight.data) is Tensor or isinstance(weight, DTensor)
+    if not plain or weight.dtype not in FLOATS or weight.dim() != 2:
+        raise ValueError(
+            f"{name} is quantised ({type(weight).__name__}, {weight.dtype}), needs a [V, H] weight of fp16, bf16 or "
+            "fp32: leave lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
+
+
+def logit_scale(model: Any) -> float:
+    """What the model multiplies its logits by, under the names that transformers' configs have for it."""
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale)
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        return float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
+    return 1.0
+
+
+def softcap(model: Any) -> float | None:
+    """c of c tanh(z / c), which some models end with."""
+    found: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return found
+
+
+def balance_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture of experts (arXiv 2101.03961), as transformers defines it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    loss: Tensor = load_balancing_loss_func(
+        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
+    return loss
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A parameter that FSDP2 has sharded, gathered; its gradient goes back to the shards."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -1,0 +1,65 @@
+"""What cannot work, found when a trainer is made and not at its thousandth step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from sgcd_kernels.integrations.trl.config import SGCDConfig
+from sgcd_kernels.integrations.trl.credit import idle
+
+
+def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None:
+    """Before anything is loaded. Raises ValueError or TypeError."""
+    if not isinstance(args, SGCDConfig):
+        raise TypeError(f"args is {type(args).__name__}, needs SGCDConfig, which is a GRPOConfig with gamma, clip, ...")
+    check_stage(args)
+    if reference_func is not None and not callable(reference_func):
+        raise TypeError(f"reference_func is {type(reference_func).__name__}, needs a function of Siblings")
+    if idle(args.credit()):
+        return
+    if reference_func is not None:
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        if rows % args.num_generations:
+            raise ValueError(
+                f"a process generates {rows} rollouts (per_device_train_batch_size x steps_per_generation), needs a "
+                f"multiple of num_generations {args.num_generations}: reference_func is shown whole groups"
+            )
+        return
+    column = args.reference_column
+    if args.remove_unused_columns:
+        raise ValueError(f"remove_unused_columns is True, needs False: column {column!r} would not reach the trainer")
+    columns = getattr(dataset, "column_names", None)  # None: a stream that does not know them
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"train_dataset has no column {column!r} (it has {', '.join(columns)}): give reference_func, or "
+            "reference_column, or rule='none' for plain GRPO"
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """As TRL has made it. Raises ValueError."""
+    check_processor(trainer.processing_class)
+    if idle(trainer.args.credit()):
+        return
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            raise ValueError(
+                f"{name} drops out with p = {module.p}: student and teacher would differ by chance; needs "
+                "disable_dropout=True (in SGCDConfig), or lora_dropout=0"
+            )
+
+
+def check_processor(processor: Any) -> None:
+    """Raises ValueError for one of more than text."""
+    if isinstance(processor, ProcessorMixin):
+        raise ValueError("a processor of images or sound is not supported: teacher prompts are text; give a tokenizer")
+
+
+def check_stage(args: Any) -> None:
+    """Raises ValueError for DeepSpeed ZeRO-3."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError("DeepSpeed ZeRO-3 is not supported: a backward pass finds the head's weight gone; use stage 2")
