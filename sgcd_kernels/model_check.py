@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -18,7 +17,7 @@ def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup |
     """Refuse a Hugging Face style causal LM whose head these ops cannot take, or that cannot be fed as is said.
 
     Call it where a loss is made, so that what cannot work fails there and not after a thousand steps. `packed` says
-    that several sequences will share one row of tokens, `group` that the head is sharded by vocabulary over these ranks.
+    that several sequences will share a row of tokens, `group` that the head is sharded by vocabulary over these ranks.
 
     Raises ValueError, with the reason, for
     - a model without output embeddings, or a head that is quantised: its gradient is that of no number it stores,
@@ -42,12 +41,12 @@ def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup |
     states = _recurrent_layers(model)
     if packed and states:
         raise ValueError(
-            f"packed is True, needs False for {type(model).__name__}: its {', '.join(states)} layers carry a state from "
-            "one packed sequence into the next; give it one sequence a row, [B, T]"
+            f"packed is True, needs False for {type(model).__name__}: its {', '.join(states)} layers carry a state "
+            "from one packed sequence into the next; give it one sequence a row, [B, T]"
         )
     if group is not None and _embedding_weight(model) is weight:
         raise ValueError(
-            f"group is given, needs untied embeddings: {type(model).__name__} uses one matrix as embedding and as head, "
+            f"group is given, needs untied embeddings: {type(model).__name__} has one matrix for embedding and head, "
             "and a rank that holds some rows of it cannot embed the other words"
         )
 
@@ -55,17 +54,20 @@ def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup |
 def _head_weight(model: nn.Module) -> Tensor:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor):
+    if head is None:
         raise ValueError(f"model is a {type(model).__name__}, needs get_output_embeddings() to give its head")
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):  # PyTorch's own quantised layers have a method of that name
+        raise ValueError(f"the head is a {type(head).__name__}, needs a plain weight tensor: keep the head unquantised")
     return weight
 
 
 def _check_stored_plainly(weight: Tensor) -> None:
-    """bitsandbytes, GPTQ and fp8 store odd dtypes; torchao wraps the numbers in a tensor class that claims a float one."""
-    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "placements")  # or a DTensor, a shard of plain ones
-    if not plain:
-        raise ValueError(f"the head's weight is a {type(weight).__name__}, needs a plain tensor: keep the head unquantised")
+    """bitsandbytes, GPTQ and fp8 store odd dtypes; torchao's tensor classes claim a float one."""
+    sharded = hasattr(weight, "placements")  # a DTensor, of plain tensors
+    if type(weight) not in (Tensor, nn.Parameter) and not sharded:
+        kind = type(weight).__name__
+        raise ValueError(f"the head's weight is a {kind}, needs a plain tensor: keep the head unquantised")
     check_dtype("the head's weight", weight)
 
 

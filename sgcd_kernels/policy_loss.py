@@ -68,7 +68,8 @@ def linear_policy_loss(
     Raises ValueError for shapes, dtypes, devices, targets or options that do not fit, and for grpo, gspo or dr_grpo on
     packed tokens without `cu_seqlens`.
     """
-    check_options(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
+    check_options(loss_type, epsilon, epsilon_high, beta)
+    check_batch(num_items_in_batch, beta, ref_logp)
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     leading = check_head(hidden, weight, bias, temperature, softcap)
@@ -106,20 +107,17 @@ def linear_policy_loss(
     return loss, dict(zip(names, metrics.unbind(), strict=True))
 
 
-def check_options(
-    loss_type: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    beta: float,
-    num_items_in_batch: float | Tensor | None,
-    ref_logp: Tensor | None,
-) -> None:
-    """Refuse options of the loss that do not fit."""
+def check_options(loss_type: str, epsilon: float, epsilon_high: float | None, beta: float) -> None:
+    """Refuse options of the loss that do not fit, whatever the batch."""
     check_choice("loss_type", loss_type, LOSS_TYPES)
     check_float("epsilon", epsilon, 0.0)
     check_float("beta", beta, 0.0)
     if epsilon_high is not None:
         check_float("epsilon_high", epsilon_high, 0.0)
+
+
+def check_batch(num_items_in_batch: float | Tensor | None, beta: float, ref_logp: Tensor | None) -> None:
+    """Refuse what a batch lacks, or says of its size."""
     one = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 1  # as TRL has it
     if num_items_in_batch is not None and not one:
         check_float("num_items_in_batch", num_items_in_batch, 0.0, open_low=True)

@@ -10,7 +10,7 @@ from sgcd_kernels.backends import IMPLS
 from sgcd_kernels.credit import USE_GAMMA, check_config, credit_weights
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
 from sgcd_kernels.divergence import linear_divergence
-from sgcd_kernels.policy_loss import check_options, check_sequences, linear_policy_loss
+from sgcd_kernels.policy_loss import check_batch, check_options, check_sequences, linear_policy_loss
 from sgcd_kernels.registered import sgcd as registered
 from sgcd_kernels.shard import name_of
 from sgcd_kernels.types import DivergenceStats
@@ -76,7 +76,8 @@ def sgcd_loss(
     """
     # Whatever can be refused is refused before the first product.
     check_config(config)
-    check_options(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
+    check_options(loss_type, epsilon, epsilon_high, beta)
+    check_batch(num_items_in_batch, beta, ref_logp)
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     leading = check_hidden("hidden", hidden)

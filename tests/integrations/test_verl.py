@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from sgcd_kernels import CreditConfig, credit_weights, reference
 from sgcd_kernels.integrations.verl import versions
@@ -17,20 +18,24 @@ from sgcd_kernels.integrations.verl import versions
 if importlib.util.find_spec("verl") is None:  # an importorskip would also skip what is installed and broken
     pytest.skip("verl is not installed", allow_module_level=True)
 
-from tensordict import TensorDict  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-from verl.trainer.ppo import core_algos  # noqa: E402
-from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
-from verl.workers.utils.losses import ppo_loss  # noqa: E402
+from hydra import compose, initialize_config_dir
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM
+from verl.trainer.ppo import core_algos
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import FSDPActorConfig
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
 
-from sgcd_kernels.integrations.verl import register  # noqa: E402
-from sgcd_kernels.integrations.verl.alignment import predicting_states, teacher_input_ids  # noqa: E402
-from sgcd_kernels.integrations.verl.credit import credit_config, response_credit  # noqa: E402
-from sgcd_kernels.integrations.verl.engine import SGCDEngine  # noqa: E402
-from sgcd_kernels.integrations.verl.policy_loss import TokenWeights, token_weights  # noqa: E402
-from tests.integrations import verl_host as host  # noqa: E402
+from sgcd_kernels.integrations.verl import register
+from sgcd_kernels.integrations.verl.alignment import predicting_states, teacher_input_ids
+from sgcd_kernels.integrations.verl.credit import credit_config, response_credit
+from sgcd_kernels.integrations.verl.engine import SGCDEngine
+from sgcd_kernels.integrations.verl.policy_loss import TokenWeights, token_weights
+from tests.integrations import verl_host as host
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "verl"
 TAU = 0.9  # the temperature of the batch
 
 
@@ -48,7 +53,7 @@ def with_reference(*, first: bool = True) -> torch.Tensor:
 
 
 def step(engine: Any, data: TensorDict, loss_mode: str) -> tuple[float, dict[str, float], list[torch.Tensor]]:
-    """(loss, metrics, gradients) of one update of the actor by verl's own loss function, before the optimiser's step."""
+    """(loss, metrics, gradients) of an update of the actor by verl's own loss function, before the optimiser's step."""
     engine.optimizer_zero_grad()
     with engine.train_mode():
         loss_function = partial(ppo_loss, config=host.actor_config(loss_mode))
@@ -70,9 +75,9 @@ def full_logits(path: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
 def test_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "nvidia")
-    for strategy in ("fsdp", "fsdp2"):
-        assert EngineRegistry.get_engine_cls("language_model", strategy) is SGCDEngine
-        assert not issubclass(EngineRegistry.get_engine_cls("value_model", strategy), SGCDEngine)
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp2") is SGCDEngine
+    for model_type, strategy in (("language_model", "fsdp"), ("value_model", "fsdp2")):  # these stay verl's own
+        assert not issubclass(EngineRegistry.get_engine_cls(model_type, strategy), SGCDEngine)
     assert {"sgcd", "sgcd_gspo", "sgcd_cispo"} <= set(register.POLICY_LOSSES)
     assert not any(name.startswith("sgcd_sgcd") for name in register.register_policy_losses())
 
@@ -121,9 +126,7 @@ def test_the_engine_weights_by_the_divergence(path: Path, packed: bool, rule: st
         )
         weights.append(credit.weights.float())
     by_hand = host.batch(packed=packed)
-    by_hand["advantages"] = host.jagged(
-        [a * w for a, w in zip(by_hand["advantages"].unbind(), weights)], torch.float32
-    )
+    by_hand["advantages"] = host.jagged([a * w for a, w in zip(by_hand["advantages"].unbind(), weights)], torch.float32)
     engine = host.engine_of(SGCDEngine, path, packed=packed, sgcd={"rule": rule})
     want = step(engine, by_hand, "vanilla")
     got = step(engine, host.batch(packed=packed, teacher=with_reference()), "sgcd")
@@ -145,7 +148,9 @@ def test_a_forward_only_pass_gives_the_divergence(path: Path) -> None:
     engine = host.engine_of(SGCDEngine, path, packed=True)
     options = {"packed": True, "teacher": with_reference()}
     with engine.eval_mode():
-        output = engine.forward_backward_batch(host.batch(**options, calculate_divergence=True), None, forward_only=True)
+        output = engine.forward_backward_batch(
+            host.batch(**options, calculate_divergence=True), None, forward_only=True
+        )
         silent = engine.forward_backward_batch(host.batch(**options), None, forward_only=True)
     assert set(silent["model_output"]) == {"log_probs", "entropy"}
     found = output["model_output"]
@@ -174,7 +179,9 @@ def loss_inputs() -> dict[str, Any]:
     return {"old_log_prob": old - 3, "log_prob": new - 3, "advantages": advantages, "response_mask": mask}
 
 
-@pytest.mark.parametrize("mode", sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode"}))
+@pytest.mark.parametrize(
+    "mode", sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode"})
+)
 def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
     """W = 1 gives verl's bits; other W what verl gives for weighted advantages."""
     own, twin = (core_algos.get_policy_loss_fn(x) for x in (mode, "sgcd" if mode == "vanilla" else f"sgcd_{mode}"))
@@ -194,7 +201,7 @@ def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
 
 def test_a_policy_loss_without_weights_refuses() -> None:
     loss, config = core_algos.get_policy_loss_fn("sgcd"), host.actor_config("sgcd")
-    with pytest.raises(ValueError, match=r"no token weights, needs an actor .* and teacher_input_ids in the batch"):
+    with pytest.raises(ValueError, match=r"no token weights, needs our engine .* and teacher_input_ids in the batch"):
         loss(**loss_inputs(), config=config)
     with (
         token_weights(TokenWeights(torch.ones(2, 4), {})),
@@ -232,9 +239,9 @@ def test_predicting_states() -> None:
 def test_refusals_when_the_engine_is_made(path: Path) -> None:
     with pytest.raises(ValueError, match="use_fused_kernels is False, needs True"):
         host.engine_of(SGCDEngine, path, packed=True, fused=False)
-    with pytest.raises(ValueError, match="sgcd is 'gama', needs one of .* did you mean 'gamma'"):
+    with pytest.raises(ValueError, match=r"sgcd is 'gama', needs one of .* did you mean 'gamma'"):
         host.engine_of(SGCDEngine, path, packed=True, sgcd={"gama": 1.0})
-    with pytest.raises(ValueError, match="clip is 0.5"):
+    with pytest.raises(ValueError, match=r"clip is 0\.5"):
         credit_config({"clip": 0.5})
     with pytest.raises(ValueError, match="packed is True, needs False for LlamaForCausalLM: its linear_attention"):
         host.engine_of(SGCDEngine, path, packed=True, hf={"layer_types": ["full_attention", "linear_attention"]})
@@ -250,6 +257,18 @@ def test_teacher_ids_must_hold_the_response(path: Path) -> None:
         teacher_input_ids(host.PROMPTS[:2], host.jagged(host.RESPONSES))
 
 
+def test_the_example_config_is_verls_with_credit(path: Path) -> None:
+    """It composes with verl's own files into verl's own dataclasses, and an engine and a loss come of it."""
+    with initialize_config_dir(str(EXAMPLES), version_base=None):
+        config = compose("sgcd", [f"actor_rollout_ref.model.path={path}"]).actor_rollout_ref
+    actor = omega_conf_to_dataclass(config.actor)
+    assert isinstance(actor, FSDPActorConfig) and actor.engine.strategy == "fsdp2"
+    assert actor.policy_loss.loss_mode in register.POLICY_LOSSES
+    assert config.model.external_lib == register.__name__ and config.model.use_fused_kernels
+    credit = credit_config(config.model.fused_kernel_options.sgcd)
+    assert credit == CreditConfig(gamma=1.0, clip=2.0)
+
+
 @pytest.mark.parametrize("found", ["0.8.0", None])
 def test_other_versions_are_refused(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
@@ -260,3 +279,27 @@ def test_other_versions_are_refused(found: str | None, monkeypatch: pytest.Monke
     monkeypatch.setattr(versions, "version", version)
     with pytest.raises(ImportError, match=r"verl is (0.8.0|not installed), needs 0.9.0 or 0.9.1"):
         versions.check_version()
+
+
+def shard_worker(rank: int, folder: str) -> None:
+    """Both ranks train on the same batch, so that their mean gradient is that of one process."""
+    path = Path(folder)
+    with host.cpu_process(path, rank, 2):
+        engine = host.engine_of(SGCDEngine, path / "model", packed=True)
+        loss, _, grads = step(engine, host.batch(packed=True, teacher=with_reference()), "sgcd")
+        assert all(len(p.to_local()) < len(p) for p in engine.module.parameters() if p.dim() == 2), "nothing is sharded"
+        if rank == 0:
+            torch.save((loss, grads), path / "sharded.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(path: Path) -> None:
+    engine = host.engine_of(SGCDEngine, path, packed=True)
+    loss, _, grads = step(engine, host.batch(packed=True, teacher=with_reference()), "sgcd")
+    folder = path.parent / "two"
+    folder.mkdir()
+    host.save_tiny(folder / "model")
+    mp.spawn(shard_worker, args=(str(folder),), nprocs=2)
+    got, found = torch.load(folder / "sharded.pt")
+    assert got == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(found, grads, rtol=1e-4, atol=1e-6)

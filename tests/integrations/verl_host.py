@@ -51,12 +51,12 @@ class PlatformCPU(PlatformCUDA):
 
 
 @contextmanager
-def cpu_process(folder: Path) -> Iterator[None]:
-    """One gloo process, and verl on its CPU."""
+def cpu_process(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """One of some gloo processes, and verl on its CPU."""
     platform_manager.set_platform(PlatformCPU())
     # Where TRL is installed verl patches a class that TRL 1.16 has no more; a value model is none of our business.
     monkey_patch.is_trl_available = lambda: False
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         yield
     finally:

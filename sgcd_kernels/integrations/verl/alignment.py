@@ -36,7 +36,9 @@ def predicting_states(
         row = int((lengths <= responses).nonzero()[0])
         got = f"{int(lengths[row])} tokens for a response of {int(responses[row])}"
         raise ValueError(f"sequence {row} has {got}, needs a prompt of at least one token before it")
-    starts = lengths.cumsum(0) - lengths if stride is None else torch.arange(len(lengths), device=lengths.device) * stride
+    starts = (
+        lengths.cumsum(0) - lengths if stride is None else torch.arange(len(lengths), device=lengths.device) * stride
+    )
     first = (starts + lengths - responses - 1).repeat_interleave(responses)
     within = torch.arange(int(responses.sum()), device=lengths.device)
     return first + within - (responses.cumsum(0) - responses).repeat_interleave(responses)

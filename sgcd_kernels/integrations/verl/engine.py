@@ -25,7 +25,7 @@ TEACHER = "teacher_input_ids"
 
 
 class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typed
-    """Registered for language models under the strategies fsdp and fsdp2.
+    """Registered for language models under the strategy fsdp2; FSDP1 could not be tried without a GPU.
 
     Credit is set by `actor_rollout_ref.model.fused_kernel_options.sgcd`, the fields of `CreditConfig`. Scoring happens
     when the policy is updated, and in a forward-only pass where the batch says `calculate_divergence`.
@@ -37,10 +37,14 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
 
     def __init__(self, model_config: Any, engine_config: Any, *others: Any, **named: Any) -> None:
         if not model_config.use_fused_kernels:
-            raise ValueError("use_fused_kernels is False, needs True: with logits in hand nothing measures a divergence")
+            raise ValueError(
+                "use_fused_kernels is False, needs True: with logits in hand nothing measures a divergence"
+            )
         if engine_config.ulysses_sequence_parallel_size > 1:
             size = engine_config.ulysses_sequence_parallel_size
-            raise ValueError(f"ulysses_sequence_parallel_size is {size}, needs 1: student and teacher would be cut apart")
+            raise ValueError(
+                f"ulysses_sequence_parallel_size is {size}, needs 1: student and teacher would be cut apart"
+            )
         self.credit_config = credit_config((model_config.fused_kernel_options or {}).get("sgcd"))
         super().__init__(model_config, engine_config, *others, **named)
 

@@ -54,8 +54,8 @@ def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
         given = _CURRENT.get()
         if given is None:
             raise ValueError(
-                "this micro-batch has no token weights, needs an actor by sgcd_kernels' engine (strategy fsdp or fsdp2, "
-                "external_lib sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch"
+                "this micro-batch has no token weights, needs our engine (strategy fsdp2, external_lib "
+                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch"
             )
         if given.weights.shape != advantages.shape:
             got, needs = list(given.weights.shape), list(advantages.shape)

@@ -1,7 +1,7 @@
 """Importing this registers the plug-ins with verl: the module to name as `external_lib`.
 
 - policy losses `sgcd`, `sgcd_gspo`, `sgcd_cispo`, ...: verl's own on weighted advantages
-- the engine of language models under fsdp and fsdp2, by the vendor's name: verl looks for that before its own
+- the engine of language models under fsdp2, by the vendor's name: verl looks for that before its own
 
 Raises ImportError for a verl that is not supported, naming those that are.
 """
@@ -17,5 +17,5 @@ from sgcd_kernels.integrations.verl.policy_loss import register_policy_losses  #
 
 POLICY_LOSSES = register_policy_losses()
 EngineRegistry.register(
-    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd"]
+    model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd"]
 )(SGCDEngine)
