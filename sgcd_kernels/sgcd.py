@@ -21,7 +21,7 @@ from sgcd_kernels.validation import (
     check_int,
     check_per_token,
     check_targets,
-    check_tensor,
+    check_weight,
 )
 
 
@@ -81,7 +81,7 @@ def sgcd_loss(
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     leading = check_hidden("hidden", hidden)
-    check_tensor("weight", weight)
+    check_weight("weight", weight, "hidden", hidden)
     check_targets(targets, leading, hidden.device, mask)
     given = {"credit_mask": credit_mask, "turn_ids": turn_ids, "old_logp": old_logp, "ref_logp": ref_logp}
     check_per_token(given | {"importance_weights": importance_weights}, leading, hidden.device)

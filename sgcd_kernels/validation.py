@@ -48,8 +48,14 @@ def check_jsd_beta(beta: float) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+    if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
+        raise ValueError(
+            f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
+            f"under vocab-parallelism give {name}.to_local() and group (docs/parallel.md)"
+        )
 
 
 def detached(value: Tensor | None) -> Tensor | None:
@@ -78,11 +84,6 @@ def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) ->
         needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
         raise ValueError(f"{name} has shape {list(weight.shape)}, needs {needs}")
     check_dtype(name, weight)
-    if hasattr(weight, "placements"):
-        raise ValueError(
-            f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
-            "under vocab-parallelism give weight.to_local() and group (docs/parallel.md)"
-        )
     check_device(name, weight, hidden_name, hidden)
 
 

@@ -16,6 +16,6 @@ from sgcd_kernels.integrations.verl.engine import SGCDEngine  # noqa: E402
 from sgcd_kernels.integrations.verl.policy_loss import register_policy_losses  # noqa: E402
 
 POLICY_LOSSES = register_policy_losses()
-EngineRegistry.register(
-    model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd"]
-)(SGCDEngine)
+EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor=["nvidia", "amd"])(
+    SGCDEngine
+)
