@@ -1,4 +1,4 @@
-"""docs/parallel.md by two gloo processes: a head sharded by FSDP2, and one sharded by vocabulary, give what one gives."""
+"""docs/parallel.md by two gloo processes: a head sharded by FSDP2, or by vocabulary, gives what one process gives."""
 
 from __future__ import annotations
 
