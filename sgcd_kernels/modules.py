@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
 from sgcd_kernels.backends import IMPLS, backend_status
 from sgcd_kernels.credit import check_config
@@ -14,9 +15,6 @@ from sgcd_kernels.credit_config import CreditConfig
 from sgcd_kernels.policy_loss import check_options
 from sgcd_kernels.sgcd import sgcd_loss
 from sgcd_kernels.validation import check_choice, check_float, check_int
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Hyperparameters(TypedDict, total=False):

@@ -34,6 +34,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
     """
 
+    beta: float
+    temperature: float
+    impl: str
+    use_ref_model: bool
+    loss_type: str
+    max_completion_length: int | None
+    epsilon: tuple[float, float]  # below and above 1
+
     def __init__(
         self,
         beta: float = 0.04,

@@ -16,6 +16,7 @@ from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import build_attention_mask_from_nested, no_padding_2_padding
 
+from sgcd_kernels.credit_config import CreditConfig
 from sgcd_kernels.integrations.verl.alignment import check_same_responses, predicting_states, response_lengths
 from sgcd_kernels.integrations.verl.credit import credit_config, credit_metrics, response_credit
 from sgcd_kernels.integrations.verl.lm_head import SIGNALS, patch_lm_head
@@ -45,7 +46,7 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
             raise ValueError(
                 f"ulysses_sequence_parallel_size is {size}, needs 1: student and teacher would be cut apart"
             )
-        self.credit_config = credit_config((model_config.fused_kernel_options or {}).get("sgcd"))
+        self.credit_config: CreditConfig = credit_config((model_config.fused_kernel_options or {}).get("sgcd"))
         super().__init__(model_config, engine_config, *others, **named)
 
     def _build_module(self) -> Any:
