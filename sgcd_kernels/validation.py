@@ -131,6 +131,7 @@ def check_head(
     check_weight(f"{prefix}weight", weight, hidden_name, hidden)
     if bias is not None:
         check_tensor(f"{prefix}bias", bias)
+        check_dtype(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{prefix}bias has shape {list(bias.shape)}, needs [{weight.shape[0]}], one value a word")
         check_device(f"{prefix}bias", bias, hidden_name, hidden)

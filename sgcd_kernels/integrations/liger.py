@@ -32,6 +32,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     Raises:
         ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
             than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
+
+    >>> criterion = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")
+    >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
+    >>> ids, mask, advantages = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), torch.tensor([1.0, -0.5])
+    >>> loss, metrics = criterion(hidden, weight, ids, mask, advantages)
+    >>> loss.item()  # on-policy: minus the mean advantage
+    -0.25
     """
 
     beta: float
