@@ -135,7 +135,7 @@ clean:
 
 # The C++ extension compiles against the torch that is installed, hence --no-build-isolation.
 # torch comes first and by an exact pin: a range would let pip take a newer build with gigabytes of CUDA packages.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt requirements-verl.txt setup.py $(wildcard csrc/*)
 	@python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
 	  then python=$$candidate; break; fi; done; \
@@ -145,8 +145,8 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	@echo "setting up $(VENV), once: everything else ..."
 	@$(PY) -m pip install --quiet 'setuptools>=77'
-	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev]'
-	@$(PY) -m pip install --quiet --no-deps $(BFCL)
+	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev,verl]'
+	@$(PY) -m pip install --quiet --no-deps $(BFCL) -r requirements-verl.txt
 	@touch $@
 
 $(READY_BENCH): $(READY)

@@ -9,6 +9,7 @@ from sgcd_kernels.credit_config import CreditConfig
 from sgcd_kernels.distill_loss import linear_distill_loss
 from sgcd_kernels.divergence import linear_divergence
 from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.model_check import check_model
 from sgcd_kernels.modules import FusedLinearSGCDLoss
 from sgcd_kernels.policy_loss import linear_policy_loss
 from sgcd_kernels.sgcd import sgcd_loss
@@ -21,6 +22,7 @@ __all__ = [
     "FusedLinearSGCDLoss",
     "LogprobStats",
     "backend_status",
+    "check_model",
     "credit_weights",
     "linear_distill_loss",
     "linear_divergence",

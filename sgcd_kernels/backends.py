@@ -55,7 +55,12 @@ IMPLS = ("auto", *_BACKENDS)
 
 
 def backend_status() -> dict[str, BackendStatus]:
-    """Say which backends are usable on this machine and, for each that is not, why."""
+    """Say which backends are usable on this machine and, for each that is not, why.
+
+    >>> status = backend_status()
+    >>> sorted(status), status["torch"].usable, all(s.reason for s in status.values())
+    (['cpp', 'torch', 'triton'], True, True)
+    """
     reasons = {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
     return {
         name: BackendStatus(reason is None, reason or _BACKENDS[name].description()) for name, reason in reasons.items()

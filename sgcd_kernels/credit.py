@@ -61,8 +61,18 @@ def credit_weights(
 
     Raises ValueError for shapes that do not fit, and for an input that the rule reads (`NEEDS`) and that is missing
     or holds a NaN or infinity at an eligible token. What it does not read may hold anything. On a GPU no value is
-    looked at, because that would wait for it: W is NaN at such a token, and cu_seqlens must indeed rise from 0 to
-    N.
+    looked at, because that would wait for it: W is NaN at such a token, and cu_seqlens must indeed rise from 0 to N.
+
+    Gradients: none
+    Backends: torch, its scan and quantiles by cpp and triton
+    Cost: 0 U forward, 0 U backward
+
+    >>> import torch
+    >>> d = torch.tensor([0.0, 0.9, 0.0, 0.0, 0.0, 0.0])  # two sequences; the teacher disagrees at one token
+    >>> entropy = torch.tensor([0.2, 0.2, 0.2, 0.9, 0.2, 0.2])  # and is unsure two tokens later
+    >>> credit = credit_weights(d, entropy, torch.tensor([0, 4, 6]))
+    >>> credit.weights.tolist(), credit.span_ids.tolist()
+    ([1.0, 2.0, 2.0, 1.0, 1.0, 1.0], [-1, 0, 0, -1, -1, -1])
     """
     check_config(config)
     check_bounds(cu_seqlens)

@@ -20,6 +20,12 @@ class CreditConfig:
     (P) is stated by SGCD, arXiv 2606.12634; (R) is our choice where it is silent, after GEAR, arXiv 2605.11853. Of
     `d_floor` METHOD.md's default is .01; a trial run found that a reference without content then still makes spikes
     (its mean KL is about .005), so it is .1 here (R).
+
+    >>> CreditConfig(gamma=0.5).clip
+    2.0
+    >>> CreditConfig(clip=0.5)
+    Traceback (most recent call last):
+    ValueError: clip is 0.5, needs a finite number in [1.0, inf]
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -70,7 +70,21 @@ def linear_divergence(
     `group`: both weights (and biases) are this rank's rows of vocab-sharded heads, targets are global ids; every rank
     gets the full result.
 
+    Gradients: none
+    Backends: triton (but top_k), cpp, torch
+    Cost: 2 U forward, 0 U backward; with features or top_k 4 U forward, 0 U backward
+
     Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
+
+    >>> import torch
+    >>> g = torch.Generator().manual_seed(0)
+    >>> student, teacher, weight = (torch.randn(n, 4, generator=g) for n in (3, 3, 10))
+    >>> targets = torch.tensor([1, 5, 9])
+    >>> stats = linear_divergence(student, weight, targets, teacher, features=("tv",))
+    >>> stats.reverse_kl.shape, bool((stats.reverse_kl > 0).all()), bool((stats.tv < 1).all()), stats.jsd
+    (torch.Size([3]), True, True, None)
+    >>> linear_divergence(student, weight, targets, student).reverse_kl.tolist()  # not merely small
+    [0.0, 0.0, 0.0]
     """
     if isinstance(features, str):
         raise ValueError(f"features is {features!r}, a string; needs a sequence of names, such as ({features!r},)")

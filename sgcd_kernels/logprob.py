@@ -35,7 +35,20 @@ def linear_logprob(
 
     A NaN or +inf logit makes that token's results NaN and no other's; a logit of -inf is a word of probability 0.
 
+    Gradients: hidden, weight, bias
+    Backends: triton, cpp, torch
+    Cost: 1 U forward, 3 U backward
+
     Raises ValueError for shapes, dtypes, devices, targets or temperatures that do not fit.
+
+    >>> import torch
+    >>> hidden, weight = torch.eye(2, 4, requires_grad=True), torch.zeros(8, 4)
+    >>> stats = linear_logprob(hidden, weight, torch.tensor([3, -100]))  # eight equal words; the second is ignored
+    >>> [round(x, 4) for x in stats.logp.tolist()], [round(x, 4) for x in stats.entropy.tolist()]
+    ([-2.0794, 0.0], [2.0794, 0.0])
+    >>> stats.logp.sum().backward()
+    >>> hidden.grad.shape
+    torch.Size([2, 4])
     """
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)

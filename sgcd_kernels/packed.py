@@ -11,19 +11,27 @@ from sgcd_kernels.cpp import extension
 class Packed:
     """Which sequence each of N packed tokens belongs to, and which tokens count."""
 
+    cu_seqlens: Tensor  # [B + 1] int64
+    eligible: Tensor  # [N] bool
+    lengths: Tensor  # [B]
+    sequence: Tensor  # [N], the number of a token's sequence
+    first: Tensor  # [B], eligible tokens before the sequence
+    tokens: Tensor  # [B], its eligible tokens
+    before: Tensor  # [N], eligible tokens before the token
+
     def __init__(
         self,
         cu_seqlens: Tensor,  # [B + 1] int64
         eligible: Tensor,  # [N] bool
     ) -> None:
         self.cu_seqlens, self.eligible = cu_seqlens, eligible
-        self.lengths = cu_seqlens.diff()  # [B]
+        self.lengths = cu_seqlens.diff()
         numbers = torch.arange(self.lengths.numel(), device=cu_seqlens.device)
-        self.sequence = numbers.repeat_interleave(self.lengths, output_size=eligible.numel())  # [N]
+        self.sequence = numbers.repeat_interleave(self.lengths, output_size=eligible.numel())
         seen = torch.nn.functional.pad(eligible.cumsum(0), (1, 0))
-        self.first = seen[cu_seqlens[:-1]]  # [B], eligible tokens before the sequence
-        self.tokens = seen[cu_seqlens[1:]] - self.first  # [B], its eligible tokens
-        self.before = seen[:-1]  # [N], eligible tokens before the token
+        self.first = seen[cu_seqlens[:-1]]
+        self.tokens = seen[cu_seqlens[1:]] - self.first
+        self.before = seen[:-1]
 
     def spread(self, x: Tensor) -> Tensor:  # [B] -> [N]
         return x.index_select(0, self.sequence)

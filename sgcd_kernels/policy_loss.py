@@ -39,7 +39,7 @@ def linear_policy_loss(
     beta: float = 0.0,
     ref_logp: Tensor | None = None,  # like targets
     importance_weights: Tensor | None = None,  # like targets
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,  # or one a token
     bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -63,12 +63,28 @@ def linear_policy_loss(
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
     - Tokens that are masked or ignored are not computed: what they hold, NaN or a target that is no word, has no
       influence. With none left the loss is 0 and so are the gradients. A NaN at a loss token makes the loss NaN.
+    - Metrics, over the loss tokens: `clip_ratio/low_mean`, `high_mean`, `region_mean` (share that the clip holds back:
+      below, above, either), `ratio/mean`, `min`, `max`, `num_tokens`, `kl` (with beta) and `entropy` (without `lse`).
     - `group`: `weight` and `bias` are this rank's rows of a vocab-sharded head, targets are global ids.
+
+    Gradients: hidden, weight, bias
+    Backends: triton, cpp, torch
+    Cost: 4 U forward, 0 U backward; with lse 3 U forward, 0 U backward
 
     Raises ValueError for shapes, dtypes, devices, targets or options that do not fit, and for grpo, gspo or dr_grpo on
     packed tokens without `cu_seqlens`.
+
+    >>> import torch
+    >>> g = torch.Generator().manual_seed(0)
+    >>> hidden, weight = (torch.randn(n, 4, generator=g).requires_grad_() for n in (5, 10))
+    >>> targets, cu_seqlens = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 3, 5])  # two sequences
+    >>> loss, metrics = linear_policy_loss(hidden, weight, targets, torch.tensor([1.0, -1.0]), cu_seqlens=cu_seqlens)
+    >>> loss.backward()
+    >>> metrics["num_tokens"].item(), metrics["ratio/mean"].item(), weight.grad.shape
+    (5.0, 1.0, torch.Size([10, 4]))
     """
-    check_options(loss_type, epsilon, epsilon_high, beta, num_items_in_batch, ref_logp)
+    check_options(loss_type, epsilon, epsilon_high, beta)
+    check_batch(num_items_in_batch, beta, ref_logp)
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     leading = check_head(hidden, weight, bias, temperature, softcap)
@@ -106,20 +122,17 @@ def linear_policy_loss(
     return loss, dict(zip(names, metrics.unbind(), strict=True))
 
 
-def check_options(
-    loss_type: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    beta: float,
-    num_items_in_batch: float | Tensor | None,
-    ref_logp: Tensor | None,
-) -> None:
-    """Refuse options of the loss that do not fit."""
+def check_options(loss_type: str, epsilon: float, epsilon_high: float | None, beta: float) -> None:
+    """Refuse options of the loss that do not fit, whatever the batch."""
     check_choice("loss_type", loss_type, LOSS_TYPES)
     check_float("epsilon", epsilon, 0.0)
     check_float("beta", beta, 0.0)
     if epsilon_high is not None:
         check_float("epsilon_high", epsilon_high, 0.0)
+
+
+def check_batch(num_items_in_batch: float | Tensor | None, beta: float, ref_logp: Tensor | None) -> None:
+    """Refuse what a batch lacks, or says of its size."""
     one = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() == 1  # as TRL has it
     if num_items_in_batch is not None and not one:
         check_float("num_items_in_batch", num_items_in_batch, 0.0, open_low=True)

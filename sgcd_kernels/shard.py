@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def name_of(group: ProcessGroup | None) -> str:
+def name_of(group: object) -> str:
     """How a group travels through an op, which takes no objects; the empty name is none."""
-    return "" if group is None else group.group_name
+    if group is None:
+        return ""
+    if not isinstance(group, ProcessGroup):
+        hint = "of a DeviceMesh that is mesh.get_group()"
+        raise ValueError(f"group is a {type(group).__name__}, needs a torch.distributed.ProcessGroup or None; {hint}")
+    name: str = group.group_name
+    return name
 
 
 def group_of(name: str) -> ProcessGroup | None:

@@ -20,11 +20,11 @@ class LogprobStats(NamedTuple):
 class DivergenceStats(NamedTuple):
     """Per token, shaped like `targets`; p is the student, q the teacher. Fields that were not asked for are None."""
 
-    student_logp: Tensor
-    teacher_logp: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_lse: Tensor
+    student_logp: Tensor  # log p(y)
+    teacher_logp: Tensor  # log q(y)
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor  # nats
+    student_lse: Tensor  # log-sum-exp of the logits after softcap and temperature
     teacher_lse: Tensor
     reverse_kl: Tensor  # KL(p || q)
     forward_kl: Tensor  # KL(q || p)

@@ -48,8 +48,14 @@ def check_jsd_beta(beta: float) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+    if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
+        raise ValueError(
+            f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
+            f"under vocab-parallelism give {name}.to_local() and group (docs/parallel.md)"
+        )
 
 
 def detached(value: Tensor | None) -> Tensor | None:
@@ -67,8 +73,7 @@ def check_hidden(name: str, hidden: Tensor) -> torch.Size:
     check_tensor(name, hidden)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {list(hidden.shape)}, needs [N, H] or [B, T, H]")
-    if hidden.dtype not in FLOATS:
-        raise ValueError(f"{name} is {hidden.dtype}, needs a float dtype (fp16, bf16, fp32, fp64)")
+    check_dtype(name, hidden)
     return hidden.shape[:-1]
 
 
@@ -78,9 +83,15 @@ def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) ->
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
         raise ValueError(f"{name} has shape {list(weight.shape)}, needs {needs}")
-    if weight.dtype not in FLOATS:
-        raise ValueError(f"{name} is {weight.dtype}, needs a float dtype (fp16, bf16, fp32, fp64)")
+    check_dtype(name, weight)
     check_device(name, weight, hidden_name, hidden)
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    """Accept what the ops compute with."""
+    if value.dtype not in FLOATS:
+        hint = "" if value.dtype.is_complex or value.dtype == torch.bool else "; what is quantised must be dequantised"
+        raise ValueError(f"{name} is {value.dtype}, needs a float dtype (fp16, bf16, fp32, fp64){hint}")
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -120,6 +131,7 @@ def check_head(
     check_weight(f"{prefix}weight", weight, hidden_name, hidden)
     if bias is not None:
         check_tensor(f"{prefix}bias", bias)
+        check_dtype(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{prefix}bias has shape {list(bias.shape)}, needs [{weight.shape[0]}], one value a word")
         check_device(f"{prefix}bias", bias, hidden_name, hidden)

@@ -32,7 +32,22 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     Raises:
         ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
             than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
+
+    >>> criterion = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")
+    >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
+    >>> ids, mask, advantages = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), torch.tensor([1.0, -0.5])
+    >>> loss, metrics = criterion(hidden, weight, ids, mask, advantages)
+    >>> loss.item()  # on-policy: minus the mean advantage
+    -0.25
     """
+
+    beta: float
+    temperature: float
+    impl: str
+    use_ref_model: bool
+    loss_type: str
+    max_completion_length: int | None
+    epsilon: tuple[float, float]  # below and above 1
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,5 +149,5 @@ def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others:
     return three_empty((hidden, weight, bias), dtypes, others[-1])
 
 
-op = register(linear_distill_loss, _fake, _setup, _backward)
-backward_op = register(linear_distill_loss_backward, _fake_backward)
+op: Callable[..., Any] = register(linear_distill_loss, _fake, _setup, _backward)
+backward_op: Callable[..., Any] = register(linear_distill_loss_backward, _fake_backward)

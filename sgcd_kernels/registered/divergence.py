@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -68,4 +69,4 @@ def _fake(
     return [targets.new_empty(targets.shape, dtype=dtype) for _ in asked_fields(jsd, tv, top_k)]
 
 
-op = register(linear_divergence, _fake)
+op: Callable[..., Any] = register(linear_divergence, _fake)

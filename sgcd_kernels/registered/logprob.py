@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,5 +113,5 @@ def _fake_backward(
     return three_empty((hidden, weight, bias), dtypes, others[-1])
 
 
-op = register(linear_logprob, _fake, _setup, _backward)
-backward_op = register(linear_logprob_backward, _fake_backward)
+op: Callable[..., Any] = register(linear_logprob, _fake, _setup, _backward)
+backward_op: Callable[..., Any] = register(linear_logprob_backward, _fake_backward)

@@ -5,6 +5,7 @@ They are computed there because their coefficients are known as soon as log p(y)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -162,4 +163,4 @@ def scale(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient if number == 1.0 else gradient.mul_(number)
 
 
-op = register(linear_policy_loss, _fake, _setup, _backward)
+op: Callable[..., Any] = register(linear_policy_loss, _fake, _setup, _backward)

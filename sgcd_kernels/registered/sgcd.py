@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,5 +115,5 @@ def _fake_weigh(
     return advantages.new_empty(advantages.shape, dtype=dtype), divergence.new_empty(len(METRICS))
 
 
-inputs_op = register(sgcd_inputs, _fake_inputs)
-weigh_op = register(weigh_advantages, _fake_weigh)
+inputs_op: Callable[..., Any] = register(sgcd_inputs, _fake_inputs)
+weigh_op: Callable[..., Any] = register(weigh_advantages, _fake_weigh)

@@ -20,6 +20,12 @@ Pair = tuple[Tensor, Tensor]  # student's, teacher's
 class PairStats:
     """Running statistics of t rows of both heads."""
 
+    p: RowStats
+    q: RowStats
+    a_p: Tensor  # [t], sum e^{z_p - m_p} (z_p - z_q)
+    a_q: Tensor  # [t]
+    overlap: Tensor  # [t]
+
     def __init__(self, tokens: int, like: Tensor) -> None:
         self.p, self.q = RowStats(tokens, like), RowStats(tokens, like)
         self.a_p, self.a_q, self.overlap = (like.new_zeros(tokens) for _ in range(3))

@@ -21,6 +21,11 @@ FLOOR = -1e4  # e^FLOOR is 0 in every dtype, and 0 * FLOOR is 0 where 0 * -inf w
 class RowStats:
     """Running (m, Z, S) and the target's logit of t rows."""
 
+    m: Tensor  # [t], the maximum so far
+    z: Tensor  # [t], sum e^{z - m}
+    s: Tensor  # [t], sum e^{z - m} (z - m)
+    target: Tensor  # [t], the target's logit
+
     def __init__(self, tokens: int, like: Tensor) -> None:
         self.m = like.new_full((tokens,), torch.finfo(like.dtype).min)  # not -inf: e^{-inf - m} must be 0, not NaN
         self.z = like.new_zeros(tokens)

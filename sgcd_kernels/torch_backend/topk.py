@@ -14,7 +14,8 @@ class TeacherTopK:
     """The teacher's best K logits of t rows so far, with the student's at the same words."""
 
     def __init__(self, k: int, targets: Tensor) -> None:
-        self.k, self.targets = k, targets
+        self.k: int = k
+        self.targets: Tensor = targets  # [t]
         self.q: Tensor | None = None  # [t, <= K]
         self.p: Tensor | None = None
         self.words: Tensor | None = None

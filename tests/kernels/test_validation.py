@@ -29,6 +29,8 @@ A, CU = torch.randn(6), torch.tensor([0, 2, 6])
         ("weight has shape [9, 3], needs [V, 4]", {"weight": W[:, :3]}),
         ("weight has shape [0, 4], needs [V, 4] with V > 0", {"weight": W[:0]}),
         ("bias has shape [8], needs [9]", {"bias": torch.zeros(8)}),
+        ("bias is torch.int64, needs a float dtype", {"bias": torch.zeros(9, dtype=torch.long)}),
+        ("group is a str, needs a torch.distributed.ProcessGroup or None; of a DeviceMesh", {"group": "tp"}),
         ("targets has shape [5], needs [6]", {"targets": Y[:5]}),
         ("targets is torch.float32, needs an integer dtype", {"targets": Y.float()}),
         ("targets holds 9, needs 0 <= y < 9", {"targets": torch.full((6,), 9)}),

@@ -27,6 +27,11 @@ def linear_cross_entropy(
     With `dist_process_group` the head is sharded by rows in the order of the ranks, and labels are global ids.
 
     Raises ValueError as `linear_logprob` does.
+
+    >>> import torch
+    >>> logp, entropy = linear_cross_entropy(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([3, 5]))
+    >>> [round(x, 4) for x in (*logp.tolist(), *entropy.tolist())]
+    [-2.0794, -2.0794, 2.0794, 2.0794]
     """
     check_choice("reduction", reduction, REDUCTIONS)
     stats = linear_logprob(hidden, weight, labels, temperature=temperature, group=dist_process_group)

@@ -1,0 +1,139 @@
+"""A language model whose forward gives log-probs, entropy and divergence from hidden states, in place of logits.
+
+What verl's fused forwards do (`verl.models.transformers.dense_common`), by our kernels, and with a teacher: the same
+weights on other ids, without a gradient. The ops run inside the head's own forward, because FSDP2 may shard the head as
+a unit of its own (verl does, where it is not tied), and then only there it is whole.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from verl.models.transformers.dense_common import CausalLMOutputForPPO
+
+from sgcd_kernels.divergence import linear_divergence
+from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.model_check import check_model
+from sgcd_kernels.types import DivergenceStats
+
+# Of the divergence, what credit rules read.
+SIGNALS = (
+    "reverse_kl",
+    "forward_kl",
+    "bhattacharyya",
+    "student_logp",
+    "teacher_logp",
+    "student_entropy",
+    "teacher_entropy",
+)
+
+
+@dataclass
+class ScoredOutput(CausalLMOutputForPPO):  # type: ignore[misc]  # verl is not typed
+    """verl's output of a fused forward, and with a teacher its `SIGNALS`: [b, t] each, 0 where nothing is compared."""
+
+    reverse_kl: Tensor | None = None
+    forward_kl: Tensor | None = None
+    bhattacharyya: Tensor | None = None
+    student_logp: Tensor | None = None
+    teacher_logp: Tensor | None = None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+
+
+def patch_lm_head(model: nn.Module, *, packed: bool = False) -> None:
+    """Replace the forward of this one model (not of its class) by one that gives a `ScoredOutput`.
+
+    It takes what verl's fused forwards take: `temperature`, and `shift_labels` [b, t], the token that each state
+    predicts; without them the input ids, rolled. `packed` as for `check_model`. A teacher comes as `teacher_input_ids`
+    [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and the flat places `student_rows` and
+    `teacher_rows` [R] of the states that are compared.
+
+    Raises ValueError as `check_model` does, and for a model that scales its logits or reads pictures: the ops know no
+    scale, and the teacher's prompt would come without the pictures.
+    """
+    check_model(model, packed=packed)
+    config: Any = model.config
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"{name} of {type(model).__name__} is {getattr(config, name)}, needs 1")
+    if hasattr(config, "vision_config"):
+        raise ValueError(f"{type(model).__name__} has a vision_config, needs a model of text alone")
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # check_model has seen that it is there
+    head.forward = types.MethodType(_score, head)
+    model.forward = types.MethodType(_forward, model)
+
+
+def _forward(
+    self: Any,
+    input_ids: Tensor,  # [b, t]
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,  # [b, t]
+    temperature: float = 1.0,
+    shift_labels: Tensor | None = None,  # [b, t]
+    teacher_input_ids: Tensor | None = None,  # [b', t']
+    teacher_attention_mask: Tensor | None = None,
+    teacher_position_ids: Tensor | None = None,
+    student_rows: Tensor | None = None,  # [R]
+    teacher_rows: Tensor | None = None,  # [R]
+    return_dict: bool = True,
+    logits_to_keep: int = 0,
+    **model_inputs: Any,
+) -> ScoredOutput:
+    decoder, head = self.get_decoder(), self.get_output_embeddings()
+    states: Tensor = decoder(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **model_inputs
+    ).last_hidden_state
+    if shift_labels is None:
+        shift_labels = (input_ids if labels is None else labels).roll(-1, dims=-1)
+    theirs = None
+    if teacher_input_ids is not None:
+        with torch.no_grad():
+            theirs = decoder(
+                input_ids=teacher_input_ids,
+                attention_mask=teacher_attention_mask,
+                position_ids=teacher_position_ids,
+                use_cache=False,
+            ).last_hidden_state
+    softcap = getattr(self.config, "final_logit_softcapping", None)
+    return ScoredOutput(**head(states, shift_labels, temperature, softcap, theirs, student_rows, teacher_rows))
+
+
+def _score(
+    self: nn.Linear,
+    states: Tensor,  # [b, t, H]
+    labels: Tensor | None = None,  # [b, t]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    theirs: Tensor | None = None,  # [b', t', H]
+    student_rows: Tensor | None = None,  # [R]
+    teacher_rows: Tensor | None = None,  # [R]
+) -> Tensor | dict[str, Tensor]:
+    """The fields of a `ScoredOutput`; without labels the logits, as any head gives them."""
+    if labels is None:
+        return nn.functional.linear(states, self.weight, self.bias)
+    options: dict[str, Any] = {"bias": self.bias, "temperature": temperature, "softcap": softcap}
+    stats = linear_logprob(states, self.weight, labels, **options)
+    found = {"log_probs": stats.logp, "entropy": stats.entropy}
+    if theirs is not None and student_rows is not None and teacher_rows is not None:
+        pair = (_rows(states, student_rows), self.weight, labels.reshape(-1)[student_rows], _rows(theirs, teacher_rows))
+        found |= _placed(linear_divergence(*pair, **options), student_rows, labels.shape)
+    return found
+
+
+def _rows(states: Tensor, rows: Tensor) -> Tensor:  # [b, t, H], [R] -> [R, H]
+    return states.reshape(-1, states.shape[-1]).index_select(0, rows)
+
+
+def _placed(stats: DivergenceStats, rows: Tensor, leading: torch.Size) -> dict[str, Tensor]:
+    """What was compared, back at its states."""
+
+    def place(values: Tensor) -> Tensor:
+        return values.new_zeros(leading.numel()).index_copy_(0, rows, values).reshape(leading)
+
+    return {name: place(getattr(stats, name)) for name in SIGNALS}

@@ -1,0 +1,79 @@
+"""verl's own policy losses on advantages A W: `loss_mode: sgcd` is its "vanilla", `sgcd_gspo` its "gspo", and so on.
+
+verl hands a policy loss five tensors and no place for a sixth, so the engine hands W over in a context variable. A
+loss that finds none refuses: a run that says sgcd in its config never trains without credit in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from verl.trainer.ppo import core_algos
+
+PREFIX = "sgcd"
+BASE = "vanilla"  # what plain "sgcd" weights
+
+
+class TokenWeights(NamedTuple):
+    """What multiplies the advantages of one micro-batch, and what is to be logged of it."""
+
+    weights: Tensor  # W [B, R]
+    metrics: dict[str, float]
+
+
+_CURRENT: ContextVar[TokenWeights | None] = ContextVar("sgcd_token_weights", default=None)
+
+
+@contextmanager
+def token_weights(given: TokenWeights) -> Iterator[None]:
+    """While this is open, policy losses by the names of `register_policy_losses` weight their advantages."""
+    token = _CURRENT.set(given)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A policy loss of verl's, on A W. Where W is 1 the result has the same bits."""
+
+    @wraps(loss)
+    def on_weighted_advantages(
+        old_log_prob: Tensor,  # [B, R]
+        log_prob: Tensor,  # [B, R]
+        advantages: Tensor,  # [B, R]
+        response_mask: Tensor,  # [B, R]
+        *others: Any,
+        **named: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        given = _CURRENT.get()
+        if given is None:
+            raise ValueError(
+                "this micro-batch has no token weights, needs our engine (strategy fsdp2, external_lib "
+                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch"
+            )
+        if given.weights.shape != advantages.shape:
+            got, needs = list(given.weights.shape), list(advantages.shape)
+            raise ValueError(f"the token weights have shape {got}, need {needs} as the advantages")
+        loss_value, metrics = loss(
+            old_log_prob, log_prob, advantages * given.weights.to(advantages.dtype), response_mask, *others, **named
+        )
+        return loss_value, metrics | given.metrics
+
+    return on_weighted_advantages
+
+
+def register_policy_losses() -> list[str]:
+    """Register the weighted twin of every policy loss that verl has now; give their names."""
+    made = []
+    for mode, loss in list(core_algos.POLICY_LOSS_REGISTRY.items()):
+        if not mode.startswith(PREFIX):
+            name = PREFIX if mode == BASE else f"{PREFIX}_{mode}"
+            core_algos.register_policy_loss(name)(weighted(loss))
+            made.append(name)
+    return made

@@ -1,0 +1,20 @@
+"""Which verl this fits: its plug-in points move between minor releases, so each one is tried before it is named."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ("0.9.0", "0.9.1")
+
+
+def check_version() -> None:
+    """Refuse a verl that these plug-ins were not tried with.
+
+    Raises ImportError, naming the versions that are supported.
+    """
+    try:
+        found = version("verl")
+    except PackageNotFoundError:
+        found = "not installed"
+    if found not in SUPPORTED:
+        raise ImportError(f"verl is {found}, needs {' or '.join(SUPPORTED)}: pip install verl=={SUPPORTED[-1]}")
