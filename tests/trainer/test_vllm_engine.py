@@ -398,4 +398,4 @@ def test_a_server_that_cannot_start_says_why(folder: Path, tmp_path: Path, monke
     made = config(folder, tmp_path, ["http://a"])
     made = made.model_copy(update={"engine": EngineConfig(name="vllm", python=sys.executable)})
     with pytest.raises(UserError, match=r"did not start \(.*No module named 'vllm.*vllm.log"):
-        vllm_launch.start(made, toy.model(), tmp_path / "weights")
+        vllm_launch.Launched(made, tmp_path / "weights").start()

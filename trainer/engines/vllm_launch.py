@@ -7,18 +7,21 @@ command is the same for both: what a person is told to run is what is run here.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from trainer.engines.vllm_server import GENERATE, NEEDS, write_weights
+from trainer.engines import guard
+from trainer.engines.vllm_server import GENERATE, NEEDS, SOON, write_weights
 from trainer.types import Engine, Renderer, UserError
 
 if TYPE_CHECKING:
@@ -54,9 +57,15 @@ def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
     from trainer.engines.vllm import VLLMEngine
 
     folder = config.output_dir / "engine_weights"
+    launched = None
+    if not config.engine.urls:
+        write_weights(model, folder)
+        launched = Launched(config, folder)
+        launched.start()
     return VLLMEngine(
         model,
-        urls=config.engine.urls or [start(config, model, folder)],
+        urls=config.engine.urls,
+        launched=launched,
         folder=folder,
         stop_ids=renderer.stop_ids,
         max_length=config.model.max_length,
@@ -70,48 +79,75 @@ def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
 def remedy(config: Config) -> str:
     """What a person does about servers that are not there."""
     if not config.engine.urls:
-        return f"Its log is {_log(config)}; the same command goes on from the newest checkpoint"
+        return f"The server's log is {_log(config)}; the same command goes on from the newest checkpoint"
     port = httpx.URL(config.engine.urls[0]).port or 8000
     return f"Start a server with: VLLM_SERVER_DEV_MODE=1 {shlex.join(command(config, port))}"
 
 
-def start(config: Config, model: Any, folder: Path) -> str:
-    """Serve `model`, written to `folder`, on a free port of this machine; give its URL. The server ends with us."""
-    check_python(config.engine.python)
-    write_weights(model, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = _log(config)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            command(config, port, str(folder)),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,  # vLLM has processes of its own; they end together
-        )
-    atexit.register(stop, server)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_WITHIN
-    while not _healthy(url):
-        if server.poll() is not None or time.monotonic() > end:
-            stop(server)
-            raise UserError(f"engine.python: the vLLM server did not start ({_last_error(log)}); its log is {log}")
-        time.sleep(0.5)
-    return url
+class Launched:
+    """A server that the run has started and owns: it ends with us, and can be started again.
 
+    Args:
+        config: of the run; the server's log is `output_dir`/vllm.log, which a further start continues.
+        folder: the model that it starts from, as `write_weights` leaves it.
+    """
 
-def stop(server: subprocess.Popen[Any]) -> None:
-    """End a server that `start` started, with all its processes."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.url = ""
+        self._process: subprocess.Popen[Any] | None = None
+        atexit.register(self.stop)
+
+    def start(self) -> str:
+        """Serve on a free port of this machine, in place of what was started before; give the URL.
+
+        Raises:
+            UserError: no Python, no vllm, or the server ends before it serves.
+        """
+        self.stop()
+        check_python(self.config.engine.python)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = _log(self.config)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            begun = out.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, str(os.getpid()), *command(self.config, port, str(self.folder))],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,  # vLLM has processes of its own; they end together
+            )
+        self.url, end = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_WITHIN
+        while not self.healthy():
+            if self._process is None or self._process.poll() is not None or time.monotonic() > end:
+                self.stop()
+                raise UserError(
+                    f"engine.python: the vLLM server did not start ({_last_error(log, begun)}); its log is {log}"
+                )
+            time.sleep(0.2)
+        return self.url
+
+    def healthy(self) -> bool:
+        """Whether the server says that it is well."""
+        if self._process is None or self._process.poll() is not None:
+            return False
         try:
-            os.killpg(server.pid, sign)
-            server.wait(STOPS_WITHIN)
-        except ProcessLookupError:
+            return httpx.get(f"{self.url}/health", timeout=SOON, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    def stop(self) -> None:
+        """End the server with all its processes, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
             return
-        except subprocess.TimeoutExpired:
-            continue
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, sign)
+                process.wait(STOPS_WITHIN)
 
 
 def check_python(python: str) -> str:
@@ -152,17 +188,12 @@ def inspect(config: Config) -> str:
     return f"vllm: {len(config.engine.urls)} servers answer, and take weights"
 
 
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
-
-
 def _log(config: Config) -> Path:
     return config.output_dir / "vllm.log"
 
 
-def _last_error(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+def _last_error(log: Path, begun: int) -> str:
+    """The last line of the log, from byte `begun` on, that names an error."""
+    said = log.read_bytes()[begun:].decode(errors="replace")
+    lines = [line for line in said.splitlines() if "Error" in line]
     return " ".join(lines[-1].split())[-300:] if lines else "it said nothing"
