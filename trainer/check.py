@@ -186,6 +186,8 @@ def engine(probe: Probe) -> str:
         return f"hf: in this process, {config.slots} slots"
     from trainer.engines import vllm_launch
 
+    if config.vllm_mode == "colocate":
+        return f"vllm {vllm_launch.check_here()}: in this process"
     if config.urls:
         return vllm_launch.inspect(probe.config)
     return f"vllm {vllm_launch.check_python(config.python)}: a server will be started with {config.python}"

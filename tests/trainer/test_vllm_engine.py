@@ -115,12 +115,12 @@ def draw(eng: VLLMEngine, n: int = 8) -> list[Completion]:
     return asyncio.run(eng.generate(PROMPT, n, DRAW))
 
 
-def drift(model: Any, completions: list[Completion]) -> float:
+def drift(model: Any, completions: list[Completion], prompt: list[int] = PROMPT) -> float:
     """How far the engine's log-probs are from the model's."""
     worst = 0.0
     for c in completions:
         with torch.no_grad():
-            logits = model(torch.tensor([PROMPT + c.ids])).logits[0, len(PROMPT) - 1 : -1]
+            logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
         own = logits.log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
         worst = max(worst, float((own - torch.tensor(c.logprobs)).abs().max()))
     return worst
