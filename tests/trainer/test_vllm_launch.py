@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import signal
 import subprocess
@@ -18,11 +19,12 @@ import pytest
 
 from tests.trainer import toy
 from tests.trainer.test_vllm_engine import DRAW, PROMPT, Process, config, drift, records
-from trainer import checkpoint, envs, loop
+from trainer import check, checkpoint, envs, loop
 from trainer.config import Config, EngineConfig
 from trainer.engines import guard, vllm_launch
 from trainer.engines.vllm import VLLMEngine
 from trainer.types import EngineLost, UserError
+from trainer.update import Learner
 
 ROOT = Path(__file__).parents[2]
 STUB = (
@@ -217,3 +219,65 @@ def test_a_start_that_fails_says_why(folder: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(vllm_launch, "command", lambda config, port, model, code=code: [sys.executable, "-c", code])
         with pytest.raises(UserError, match=rf"did not start \(ValueError: the {word} one\); its log is"):
             server.start()
+
+
+def test_a_cpu_server_gets_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cores of a small machine, an OpenMP that does not spin, and a bound on its cache; never what is set already."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    python = str(tmp_path / "bin" / "python")
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
+    space = {"VLLM_CPU_KVCACHE_SPACE": "4"}
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "1,3"}
+    assert vllm_launch.for_cpu(python) == {**space, **bound, "LD_PRELOAD": str(tmp_path / "lib" / "libiomp5.so")}
+    assert vllm_launch.for_cpu() == {**space, **bound}, "this process runs already"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert vllm_launch.for_cpu() == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert vllm_launch.for_cpu(python) == {}
+
+
+def test_arguments_follow_the_config(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = owning(folder, tmp_path)
+    plain = vllm_launch.arguments(made, "somewhere")
+    assert "--enable-sleep-mode" not in plain and plain[plain.index("--max-model-len") + 1] == "200"
+    own = made.engine.model_copy(update={"vllm_enable_sleep_mode": True, "server_args": ["--block-size", "64"]})
+    given = vllm_launch.arguments(made.model_copy(update={"engine": own}), "somewhere")
+    assert "--enable-sleep-mode" in given and given[-2:] == ["--block-size", "64"], "the config has the last word"
+
+
+def test_colocation_needs_vllm_here_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got colocate, which needs neither"):
+        EngineConfig(name="vllm", vllm_mode="colocate", python="x")
+    made = owning(folder, tmp_path)
+    own = EngineConfig(name="vllm", vllm_mode="colocate")
+    made = made.model_copy(update={"engine": own})
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(UserError, match=r"vllm_mode: colocate: .* has no package vllm; .*'sgcd-kernels\[trainer\]'"):
+            check.engine(check.Probe(made))
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_the_engine_sleeps_while_the_trainer_updates(
+    folder: Path, tmp_path: Path, sleeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to, and in this order: sleep, update, wake, new weights."""
+    steady = Process(folder)
+    steady.wait()
+    made = config(folder, tmp_path, [steady.url], eval_steps=0, max_steps=1)
+    own = made.engine.model_copy(update={"vllm_enable_sleep_mode": sleeps})
+    said: list[str] = []
+    for owner, name in ((VLLMEngine, "sleep"), (VLLMEngine, "wake"), (VLLMEngine, "load_weights"), (Learner, "update")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name: (said.append(name), real(*a))[1])
+    try:
+        loop.train(made.model_copy(update={"engine": own}))
+    finally:
+        steady.kill()
+    wanted = ["sleep", "update", "wake", "load_weights"] if sleeps else ["update", "load_weights"]
+    assert said[: len(wanted)] == wanted

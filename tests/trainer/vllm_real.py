@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 import torch
 
-from tests.trainer.vllm_world import TOOLS, Recorded, Suite, config, idle, play
-from trainer import checkpoint, envs, loop, real
+from tests.trainer.vllm_world import TOOLS, Recorded, Suite, config, idle, play, prepare
+from trainer import checkpoint, envs, loop
 from trainer import model as policy
 from trainer.config import Config
 from trainer.engines.vllm import VLLMEngine
@@ -124,9 +124,7 @@ def check_moved(made: Config, engine: Engine, model: Any, before: torch.Tensor, 
 
 def main(path: str, where: str) -> None:
     envs.SUITES["short"] = "tests.trainer.vllm_world"
-    if not Path(path).is_dir():
-        gguf = real.gguf_file()
-        real.cached(Path(path), {"gguf": real.digest(gguf), "format": 1}, lambda fresh: real.extract(gguf, fresh))
+    prepare(path)
     place: dict[str, Any] = {"vllm_mode": "colocate"} if where == "colocate" else {"python": where}
     with TemporaryDirectory() as folder:
         made = config(path, Path(folder) / "run", name="vllm", server_args=EXACT, **place)

