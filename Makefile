@@ -24,17 +24,18 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu
+.PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
 .PHONY: train-real warmstart selfcheck view clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow runs the long tests"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
-	@echo "make test-vllm   the trainer against a true vLLM server on the CPU   (.venv-vllm, 3 GB)"
+	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff and mypy"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
+	@echo "make bench-vllm  a step's rollouts through vLLM and through the hf engine"
 	@echo "make bench-gpu   the full matrix on a GPU                    (PY=python3 where PyTorch for CUDA is)"
 	@echo "make train-real  train SmolLM2-135M on BFCL multi-turn, on the CPU"
 	@echo "make tau3        install tau3-bench airline (env.name tau3_airline) into .venv"
@@ -61,8 +62,16 @@ test-gpu:
 	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py \
 	  tests/kernels/test_topk.py tests/kernels/test_waits.py $(ARGS)
 
+# The trainer beside vLLM's server, then inside vLLM's own environment.
+SMOLLM2_BASE := .cache/models/smollm2-135m-instruct
 test-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(PY_VLLM) .cache/models/smollm2-135m-instruct
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_real $(SMOLLM2_BASE) colocate
+	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/test_vllm_colocated.py $(ARGS)
+
+bench-vllm: $(READY_REAL) $(READY_VLLM)
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --eager --vllm $(PY_VLLM) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --eager $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
@@ -159,10 +168,12 @@ $(READY_REAL): $(READY)
 	@touch $@
 
 # An environment of its own: vLLM pins its torch and transformers. What it brings for pictures and sound is not needed.
+# With tenacity it has all that the trainer needs; our extension, built by .venv against the same torch, lies in the tree.
 $(READY_VLLM): $(READY)
 	@[ -x $(PY_VLLM) ] || $(PY) -m venv .venv-vllm
 	@echo "setting up .venv-vllm, once: $(VLLM) ..."
 	@$(PY_VLLM) -m pip install --quiet $(VLLM)
+	@$(PY_VLLM) -m pip install --quiet -c constraints.txt tenacity pytest
 	@$(PY_VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -266,7 +266,9 @@ def engine(probe: Probe) -> str:
     else:
         from trainer.engines import vllm_launch
 
-        if config.urls:
+        if config.vllm_mode == "colocate":
+            said = f"vllm {vllm_launch.check_here()}: in this process"
+        elif config.urls:
             said = vllm_launch.inspect(probe.config)
         else:
             found = vllm_launch.check_python(config.python)

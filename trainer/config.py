@@ -52,20 +52,28 @@ class EnvConfig(Section):
 
 
 class EngineConfig(Section):
-    """`hf` samples in this process; `vllm` on the servers at `urls`, or on one that is started with `python`."""
+    """`hf` samples in this process; `vllm` on the servers at `urls`, on one that is started with `python`, or here."""
 
     name: Literal["hf", "vllm"] = "hf"
     slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
+    vllm_mode: Literal["server", "colocate"] = "server"  # colocate: in the trainer's process, which then needs vllm
+    vllm_enable_sleep_mode: bool = False  # GPU: vLLM gives its memory back while the trainer updates
     urls: list[str] = []  # running vLLM servers, taken in turn; they see the same files as this machine
     python: str = ""  # the Python of an environment that has vllm
-    server_args: list[str] = []  # further arguments of the server that is started
+    server_args: list[str] = []  # further arguments of the vLLM that is started
     timeout: float = Field(600.0, gt=0)  # seconds of one request, or of loading the weights
     max_retries: int = Field(3, ge=0)  # of a request, each at the next server; then the run stops with a checkpoint
 
     @model_validator(mode="after")
     def _is_there(self) -> EngineConfig:
-        if self.name == "vllm" and bool(self.urls) == bool(self.python):
-            raise ValueError("vllm needs either urls of running servers or python, the interpreter that has vllm")
+        if self.vllm_mode == "colocate" and (self.urls or self.python):
+            raise ValueError(
+                "vllm_mode: got colocate, which needs neither urls nor python: vLLM runs in the trainer's own"
+            )
+        if self.name == "vllm" and self.vllm_mode == "server" and bool(self.urls) == bool(self.python):
+            raise ValueError(
+                "vllm needs urls of running servers, or python, the interpreter that has vllm, or vllm_mode: colocate"
+            )
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:

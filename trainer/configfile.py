@@ -44,6 +44,7 @@ FREE = frozenset(
         "engine.urls",
         "engine.python",
         "engine.timeout",
+        "engine.vllm_enable_sleep_mode",
         "engine.max_retries",
         "writer.base_url",
         "writer.api_key_env",

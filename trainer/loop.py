@@ -152,6 +152,8 @@ class Run:
         if config.arm != "grpo":
             with clock("reference"):
                 await self.writer.write(batch.train)
+        if sleeps := config.engine.vllm_enable_sleep_mode:
+            self.engine.sleep()
         found = {**metrics.rollout_metrics(batch.sampled), **batch.metrics(), "rollout/too_long": float(too_long)}
         scored: list[list[metrics.Scored]] = []
         if batch.train:
@@ -163,6 +165,8 @@ class Run:
         else:
             logger.say(f"step {step}: no group is mixed, nothing to learn from; raise max_resample_times or the tasks")
         self.step = step
+        if sleeps:
+            self.engine.wake()
         self.engine.load_weights(self.model)
         with clock("report"):
             if config.trace_steps and (step == 1 or _due(step, config.trace_steps, config.max_steps)):

@@ -115,12 +115,12 @@ def draw(eng: VLLMEngine, n: int = 8) -> list[Completion]:
     return asyncio.run(eng.generate(PROMPT, n, DRAW))
 
 
-def drift(model: Any, completions: list[Completion]) -> float:
+def drift(model: Any, completions: list[Completion], prompt: list[int] = PROMPT) -> float:
     """How far the engine's log-probs are from the model's."""
     worst = 0.0
     for c in completions:
         with torch.no_grad():
-            logits = model(torch.tensor([PROMPT + c.ids])).logits[0, len(PROMPT) - 1 : -1]
+            logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
         own = logits.log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
         worst = max(worst, float((own - torch.tensor(c.logprobs)).abs().max()))
     return worst
@@ -398,4 +398,4 @@ def test_a_server_that_cannot_start_says_why(folder: Path, tmp_path: Path, monke
     made = config(folder, tmp_path, ["http://a"])
     made = made.model_copy(update={"engine": EngineConfig(name="vllm", python=sys.executable)})
     with pytest.raises(UserError, match=r"did not start \(.*No module named 'vllm.*vllm.log"):
-        vllm_launch.start(made, toy.model(), tmp_path / "weights")
+        vllm_launch.Launched(made, tmp_path / "weights").start()

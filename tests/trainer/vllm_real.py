@@ -1,167 +1,59 @@
-"""`make test-vllm`: the trainer against a true vLLM server, and what it gains.
+"""`make test-vllm`: two SGCD steps of SmolLM2-135M through vLLM itself.
 
-    python -m tests.trainer.vllm_real PYTHON MODEL
+    python -m tests.trainer.vllm_real MODEL PYTHON      through a server that PYTHON, which has vllm, runs
+    python -m tests.trainer.vllm_real MODEL colocate    in this process, if this Python has vllm
 
-PYTHON has vllm; MODEL is a SmolLM2 folder. Two SGCD steps are trained through a server; then the log-probs that the
-server gives must have moved as the trainer's own model says. The same 16 rollouts are timed through both engines, and
-one environment is made slow, to see that the server goes on.
+MODEL is where the SmolLM2 folder is or goes. The log-probs that vLLM gives to a fixed text must move with training as
+the trainer's own model says. The server is killed (SIGKILL) in the second step; one environment is made slow, to see
+that vLLM goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 import torch
 
-from trainer import checkpoint, envs, loop, real
+from tests.trainer.vllm_world import TOOLS, Recorded, Suite, config, idle, play, prepare
+from trainer import checkpoint, envs, loop
 from trainer import model as policy
 from trainer.config import Config
-from trainer.engines import vllm_launch
-from trainer.rollout import run_episode, together
-from trainer.types import Completion, Engine, Message, Outcome, Sampling, Task, Tool
+from trainer.engines.vllm import VLLMEngine
+from trainer.types import Engine, Sampling
 
-TOOLS: list[Tool] = [{"type": "function", "function": {"name": "wait", "description": "", "parameters": {}}}]
-SLOW = 8.0  # seconds that the slow environment thinks
-TURNS = 3
+SAYS = "Good morning to you, and welcome to the house of words."
+EXACT = ["--dtype", "float32", "--enforce-eager"]
 
 
-class ShortAnswer:
-    """Solved by an answer with an even number of words, on the last of three turns: a base model is mixed at it."""
+def score(engine: Engine, prompt: list[int], text: list[int]) -> torch.Tensor:
+    """vLLM's own log-probs of a fixed text, from the weights that `engine` has."""
+    asyncio.run(engine.generate(prompt, 1, Sampling(max_tokens=1)))
+    if isinstance(engine, VLLMEngine):
+        params: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False}
+        body = {"token_ids": prompt + text, "sampling_params": params}
+        url = engine.servers[0].url + "/inference/v1/generate"
+        answer = httpx.post(url, json=body, timeout=120, trust_env=False).raise_for_status()
+        rows = answer.json()["prompt_logprobs"][len(prompt) :]
+        return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows, text)])
+    from vllm import SamplingParams
 
-    def __init__(self, slow: bool, log: list[tuple[float, float]]) -> None:
-        self.slow, self.log, self.turn, self.words = slow, log, 0, 1
-
-    async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
-        return [{"role": "user", "content": task.instruction}], TOOLS
-
-    async def step(self, message: Message) -> tuple[list[Message], bool]:
-        self.turn += 1
-        self.words = len((message.get("content") or "").split())
-        if self.slow and self.turn == 1:
-            start = time.monotonic()
-            await asyncio.sleep(SLOW)
-            self.log.append((start, time.monotonic()))
-        return [{"role": "user", "content": "Say it in other words."}], self.turn == TURNS
-
-    async def outcome(self) -> Outcome:
-        return Outcome(float(self.words % 2 == 0))
-
-    async def close(self) -> None: ...
-
-
-class Suite:
-    name = "short"
-    splits = {"train": 8, "dev": 2}
-
-    def __init__(self) -> None:
-        self.slow_ones = 0
-        self.log: list[tuple[float, float]] = []
-
-    def tasks(self, split: str) -> list[Task]:
-        what = ["greet me", "name a colour", "name an animal", "name a city"]
-        return [
-            Task(
-                f"{split}-{i}", "short", split, f"{split}-{i}", "information", f"In one short sentence, {what[i % 4]}."
-            )
-            for i in range(self.splits[split])
-        ]
-
-    def make(self) -> ShortAnswer:
-        self.slow_ones -= 1
-        return ShortAnswer(self.slow_ones >= 0, self.log)
-
-    def answer_literals(self, task: Task) -> list[str]:
-        return []
-
-    def refusal(self) -> Message:
-        return {"role": "assistant", "content": "No."}
-
-
-def suite() -> Suite:
-    return Suite()
-
-
-class Recorded:
-    """An engine, and when it had something to do."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.generator = engine, engine.generator
-        self.spans: list[tuple[float, float]] = []
-        self.tokens = 0
-
-    async def generate(self, prompt_ids: Any, n: int, sampling: Sampling) -> list[Completion]:
-        start = time.monotonic()
-        done = await self.engine.generate(prompt_ids, n, sampling)
-        self.spans.append((start, time.monotonic()))
-        self.tokens += sum(len(c.ids) for c in done)
-        return done
-
-    def load_weights(self, model: Any) -> None:
-        self.engine.load_weights(model)
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-
-def config(model: str, out: Path, **engine: Any) -> Config:
-    return Config.model_validate(
-        {
-            "output_dir": out,
-            "model": {"path": model, "renderer": "chatml", "max_length": 768, "autocast": "off"},
-            "env": {"name": "short", "max_turns": TURNS},
-            "engine": {"slots": 16, **engine},
-            "credit": {"d_floor": 1e-3},
-            "num_generations": 4,
-            "groups_per_step": 2,
-            "max_completion_length": 32,
-            "max_resample_times": 1,
-            "max_steps": 2,
-            "learning_rate": 1e-4,
-            "eval_on_start": False,
-            "eval_steps": 0,
-            "save_steps": 1,
-            "tokens_per_microbatch": 2048,
-        }
-    )
-
-
-async def play(engine: Engine, renderer: Any, made: Config, n: int, slow: int = 0) -> tuple[Recorded, Suite, float]:
-    """`n` episodes at once; the first `slow` environments think for long. Gives the seconds it took."""
-    recorded, world = Recorded(engine), Suite()
-    world.slow_ones = slow
-    task, draw = world.tasks("train")[0], Sampling(max_tokens=made.max_completion_length)
-    start = time.monotonic()
-    episodes = (run_episode(recorded, world, renderer, task, draw, made.env, 768) for _ in range(n))
-    done = await together(episodes)
-    assert all(r is not None for r in done)
-    return recorded, world, time.monotonic() - start
-
-
-def idle(busy: list[tuple[float, float]], start: float, end: float) -> float:
-    """Seconds of [start, end] in which no request was with the engine."""
-    free, reached = 0.0, start
-    for a, b in sorted((max(a, start), min(b, end)) for a, b in busy if b > start and a < end):
-        free += max(0.0, a - reached)
-        reached = max(reached, b)
-    return free + max(0.0, end - reached)
-
-
-def score(url: str, prompt: list[int], text: list[int]) -> torch.Tensor:
-    """The server's own log-probs of a fixed text."""
-    import httpx
-
-    params = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False}
-    body = {"token_ids": prompt + text, "sampling_params": params}
-    answer = httpx.post(f"{url}/inference/v1/generate", json=body, timeout=120, trust_env=False).raise_for_status()
-    rows = answer.json()["prompt_logprobs"][len(prompt) :]
-    return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows, text)])
+    vllm: Any = engine._vllm  # type: ignore[attr-defined]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    vllm.add_request("score", {"prompt_token_ids": prompt + text}, params)
+    done: list[Any] = []
+    while not done:
+        done = [output for output in vllm.step() if output.finished]
+    rows = done[0].prompt_logprobs[len(prompt) :]
+    return torch.tensor([row[token].logprob for row, token in zip(rows, text)])
 
 
 def own_score(model: Any, prompt: list[int], text: list[int]) -> torch.Tensor:
@@ -182,60 +74,83 @@ def print_trace(recorded: Recorded, world: Suite) -> None:
     origin = min(a for a, _ in recorded.spans)
     for a, b in sorted(recorded.spans)[::4]:
         print(f"  request      {a - origin:6.2f} - {b - origin:6.2f} s")
-    print(f"  environment  {start - origin:6.2f} - {end - origin:6.2f} s")
+    print(f"  environment  {start - origin:6.2f} - {end - origin:6.2f} s", flush=True)
+    assert meanwhile and free < 0.1
 
 
-def main(python: str, path: str) -> None:
-    envs.SUITES["short"] = __name__
-    base, gguf = Path(path), real.gguf_file()
-    real.cached(base, {"gguf": real.digest(gguf), "format": 1}, lambda fresh: real.extract(gguf, fresh))
+def kill_server_in_step(step: int, saves: int) -> None:
+    """Have the run's server killed when the sixth request of `step` is made; `saves` weights were given before it."""
+    generate, count = VLLMEngine.generate, 0
+
+    async def doomed(self: VLLMEngine, *args: Any) -> Any:
+        nonlocal count
+        count += self._saves == saves + step  # the weights of a step are one save
+        if count == 6 and (process := self.servers[0].process):
+            count += 1
+            pid = process._process.pid  # type: ignore[attr-defined]
+            server = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+            os.kill(server, signal.SIGKILL)
+            print(f"kill -9 {server}: the server, in step {step}", flush=True)
+        return await generate(self, *args)
+
+    VLLMEngine.generate = doomed  # type: ignore[method-assign]
+
+
+def check_steps(made: Config) -> None:
+    """Both steps were taken, vLLM and trainer agree, and no rollout was lost."""
+    lines = [json.loads(line) for line in (made.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        gap = line["sampling/sampling_logp_difference/max"]
+        print(
+            f"step {line['step']:.0f}: {line['by_group/trained']:.0f} mixed groups, gap at most {gap:.1e}", flush=True
+        )
+        assert gap < 1e-2 and line["rollout/errored"] == 0
+
+
+def check_moved(made: Config, engine: Engine, model: Any, before: torch.Tensor, own: torch.Tensor, asks: Any) -> None:
+    """From the weights of the start to those of step 2, vLLM's log-probs moved as the trainer's."""
+    newest = checkpoint.latest(made.output_dir)
+    assert newest is not None and newest.name == "step_2"
+    checkpoint.load(newest, model=model)
+    engine.load_weights(model)
+    moved, own_moved = score(engine, *asks) - before, own_score(model, *asks) - own
+    served, trainer = float(moved.abs().mean()), float(own_moved.abs().mean())
+    apart = float((moved - own_moved).abs().max())
+    print(f"log-probs of a fixed text moved by {served:.4f} (vLLM), {trainer:.4f} (trainer), {apart:.1e} apart")
+    assert served > 1e-3, "vLLM's weights did not change"
+    assert apart < 2e-3, "vLLM's weights are not the trainer's"
+
+
+def main(path: str, where: str) -> None:
+    envs.SUITES["short"] = "tests.trainer.vllm_world"
+    prepare(path)
+    place: dict[str, Any] = {"vllm_mode": "colocate"} if where == "colocate" else {"python": where}
     with TemporaryDirectory() as folder:
-        out = Path(folder)
-        args = ["--dtype", "float32", "--enforce-eager"]
-        launch = config(path, out / "server", name="vllm", python=python, server_args=args)
-        model, tokenizer, renderer = policy.load(launch.model)
-        begun = time.monotonic()
-        url = vllm_launch.start(launch, model, out / "server" / "engine_weights")
-        print(f"server: {url}, started in {time.monotonic() - begun:.0f} s", flush=True)
-        made = config(path, out / "run", name="vllm", urls=[url])
-
+        made = config(path, Path(folder) / "run", name="vllm", server_args=EXACT, **place)
+        model, tokenizer, renderer = policy.load(made.model)
         prompt = renderer.prompt([{"role": "user", "content": "In one short sentence, greet me."}], TOOLS)
-        text = tokenizer.encode("Good morning to you, and welcome to the house of words.")
-        before, own_before = score(url, prompt, text), own_score(model, prompt, text)
-        assert float((before - own_before).abs().max()) < 1e-3, "the server does not serve the model it was given"
-        loop.train(made)
-        lines = [json.loads(line) for line in (made.output_dir / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            gap = line["sampling/sampling_logp_difference/max"]
-            print(
-                f"step {line['step']:.0f}: {line['by_group/trained']:.0f} mixed groups, gap at most {gap:.1e}",
-                flush=True,
-            )
-            assert gap < 1e-2
-        newest = checkpoint.latest(made.output_dir)
-        assert newest is not None and newest.name == "step_2"
-        checkpoint.load(newest, model=model)
+        asks = (prompt, tokenizer.encode(SAYS))
+        begun = time.monotonic()
         engine = policy.engine(made, model, renderer)
-        asyncio.run(engine.generate(prompt, 1, Sampling(max_tokens=1)))  # which gives the server the weights of step 2
-        moved, own_moved = score(url, prompt, text) - before, own_score(model, prompt, text) - own_before
-        server, trainer = float(moved.abs().mean()), float(own_moved.abs().mean())
-        apart = float((moved - own_moved).abs().max())
-        print(f"log-probs of a fixed text moved by {server:.4f} (server), {trainer:.4f} (trainer), {apart:.1e} apart")
-        assert server > 1e-3, "the served weights did not change"
-        assert apart < 2e-3, "the served weights are not the trainer's"
-
-        local = policy.engine(config(path, out / "hf"), model, renderer)
-        rates = {}
-        for _ in range(2):  # interleaved; the first warms up
-            for name, each in (("vllm", engine), ("hf", local)):
-                each.load_weights(model)
-                recorded, _, seconds = asyncio.run(play(each, renderer, made, 16))
-                rates[name] = recorded.tokens / seconds
-                print(f"16 rollouts through {name}: {recorded.tokens} tokens in {seconds:.1f} s", flush=True)
-        print(f"vllm generates {rates['vllm'] / rates['hf']:.2f} x as fast as hf")
-
+        print(f"vLLM ({where}) started in {time.monotonic() - begun:.0f} s", flush=True)
+        before, own = score(engine, *asks), own_score(model, *asks)
+        assert float((before - own).abs().max()) < 1e-3, "vLLM does not have the weights that it was given"
+        train(made, engine)
+        check_steps(made)
+        check_moved(made, engine, model, before, own, asks)
         recorded, world, _ = asyncio.run(play(engine, renderer, made, 16, slow=1))
         print_trace(recorded, world)
+
+
+def train(made: Config, engine: Engine) -> None:
+    """The run, with the engine that is there already: a process has room for one vLLM, and so has this machine."""
+    if isinstance(engine, VLLMEngine):
+        kill_server_in_step(2, engine._saves)
+    policy.engine = lambda config, model, renderer: engine
+    run = loop.Run.open(made)
+    engine.load_weights(run.model)
+    asyncio.run(run.train())
 
 
 if __name__ == "__main__":

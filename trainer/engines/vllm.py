@@ -4,10 +4,10 @@ vLLM batches continuously, so every episode just awaits its own turn; servers ar
 as a Hugging Face folder that the servers can read, and each server reloads them, drops its prefix cache and says which
 weights it has; only then is it asked for tokens. Every completion names the weights that sampled it.
 
-What fails is never the policy's fault. A server that dies, errs, or hangs is left out and the request goes to the next
-one, with the same seed: it is the same draw, so trying again does not favour short answers. Once the retries are spent
-the run stops (`EngineLost`), with a checkpoint. A request that is merely slow, while its server answers others, drops
-its rollout after `timeout`, as a broken environment does.
+What fails is never the policy's fault. A server that dies, errs, or hangs is left out, or started again if it is our
+own, and the request goes to the next one, with the same seed: it is the same draw, so trying again does not favour
+short answers. Once the retries are spent the run stops (`EngineLost`), with a checkpoint. A request that is merely
+slow, while its server answers others, drops its rollout after `timeout`, as a broken environment does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
@@ -26,6 +26,9 @@ import torch
 from trainer.engines.vllm_server import Server, ServerFailed, write_weights
 from trainer.rollout import together
 from trainer.types import Completion, EngineLost, EnvironmentBroken, Sampling
+
+if TYPE_CHECKING:
+    from trainer.engines.vllm_launch import Launched
 
 log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -36,7 +39,8 @@ class VLLMEngine:
 
     Args:
         model: what is served: it is written to `folder` before the first request and after each `load_weights`.
-        urls: the servers, each started as `trainer.engines.vllm_launch.command` says.
+        urls: servers, each started as `trainer.engines.vllm_launch.command` says.
+        launched: a server of our own, which is started again when it dies or hangs.
         folder: where the weights go: a path at which the servers see the same files.
         stop_ids: tokens that end a turn.
         max_length: the most tokens of prompt and completion; a completion that reaches it finishes with "length".
@@ -50,7 +54,8 @@ class VLLMEngine:
         self,
         model: Any,
         *,
-        urls: Sequence[str],
+        urls: Sequence[str] = (),
+        launched: Launched | None = None,
         folder: Path,
         stop_ids: Iterable[int],
         max_length: int,
@@ -61,6 +66,8 @@ class VLLMEngine:
         remedy: str = "",
     ) -> None:
         self.servers = [Server(url.rstrip("/")) for url in urls]
+        if launched:
+            self.servers.append(Server(launched.url, process=launched, max_starts=max_retries))
         self.model, self.folder, self.max_length = model, folder.absolute(), max_length
         self.stop_ids = sorted(stop_ids)
         self.timeout, self.max_retries, self.pause = timeout, max_retries, pause
@@ -171,6 +178,8 @@ class VLLMEngine:
                         f"a turn took longer than engine.timeout = {self.timeout:g} s, {server.url} answers others"
                     ) from None
                 said[server.url] = f"no answer within engine.timeout = {self.timeout:g} s"
+                if server.process:
+                    await asyncio.to_thread(server.process.stop)
             except ServerFailed as error:
                 said[server.url] = str(error)
             server.version = ""

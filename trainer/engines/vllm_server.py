@@ -8,18 +8,20 @@ every completion, so a server that was restarted, or that somebody else has load
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
 from trainer.types import Completion, UserError
 
+log = logging.getLogger(__name__)
 NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
 GENERATE = "/inference/v1/generate"
 SOON = 10.0  # seconds for what a server that is well answers at once
@@ -30,6 +32,14 @@ class ServerFailed(Exception):
     """A server did not do what was asked; another one, or the same one later, may."""
 
 
+class Process(Protocol):
+    """What a server of our own runs in: `trainer.engines.vllm_launch.Launched`."""
+
+    def start(self) -> str: ...
+    def healthy(self) -> bool: ...
+    def stop(self) -> None: ...
+
+
 @dataclass(eq=False)
 class Server:
     """`version` is the label of the weights it acknowledged last; "" takes it out of turn until it has loaded them."""
@@ -38,6 +48,9 @@ class Server:
     version: str = ""
     answered: float = 0.0  # when it gave its last completion, on the monotonic clock
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    process: Process | None = None  # one that we started is started again when it has died
+    max_starts: int = 0  # so often, without a completion in between
+    starts: int = 0
 
     async def call(self, http: httpx.AsyncClient, method: str, path: str, seconds: float = SOON, **request: Any) -> Any:
         """The JSON that the server answers within `seconds` (None for an empty answer).
@@ -69,22 +82,40 @@ class Server:
         version = self.version
         answer = await self.call(http, "POST", GENERATE, seconds, json=request)
         completion = read_completion(answer, request["sampling_params"]["max_tokens"], stop_ids, version)
-        self.answered = time.monotonic()
+        self.answered, self.starts = time.monotonic(), 0
         return completion
 
     async def load(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
         """Have the server serve the weights in `folder` under the label `version`; the server says so itself.
 
         One that has them already (it failed a request, but did not restart) is left alone: it may be serving others.
+        One of our own that has died is started again first.
         """
         async with self.lock:
             self.version = ""
+            if self.process:
+                await self._revive(self.process)
             try:
                 if await self._label(http) != version:
                     await self._reload(http, folder, version, seconds)
             except asyncio.TimeoutError:
                 raise ServerFailed("loading the weights: no answer in time") from None
             self.version = version
+
+    async def _revive(self, process: Process) -> None:
+        if await asyncio.to_thread(process.healthy):
+            return
+        if self.starts == self.max_starts:
+            raise ServerFailed(f"died, and was started again {self.starts} times without one answer")
+        self.starts += 1
+        log.warning("%s has died and is started again", self.url)
+        try:
+            self.url = await asyncio.to_thread(process.start)
+        except UserError as error:
+            raise ServerFailed(str(error)) from None
+        except asyncio.CancelledError:
+            process.stop()  # so that nobody waits for a start that nobody wants
+            raise
 
     async def _reload(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
