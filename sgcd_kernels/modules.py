@@ -34,6 +34,7 @@ class Hyperparameters(TypedDict, total=False):
 
 
 HYPERPARAMETERS = tuple(Hyperparameters.__annotations__)
+DEFAULTS = {name: inspect.signature(sgcd_loss).parameters[name].default for name in HYPERPARAMETERS}
 
 
 class Inputs(TypedDict, total=False):
@@ -97,8 +98,7 @@ class FusedLinearSGCDLoss(nn.Module):
 
     def bound(self) -> dict[str, Any]:
         """Every hyperparameter by name, defaults included."""
-        defaults = inspect.signature(sgcd_loss).parameters
-        return {name: self.hyperparameters.get(name, defaults[name].default) for name in HYPERPARAMETERS}
+        return DEFAULTS | dict(self.hyperparameters)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.bound().items())

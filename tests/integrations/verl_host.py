@@ -101,8 +101,10 @@ def engine_of(
     optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=1)
     made = cls(model, config, optimizer, CheckpointConfig())
     stock = LlamaForCausalLM.forward
-    made.initialize()
-    LlamaForCausalLM.forward = stock  # verl's own fused kernels patch the class, and so every later model
+    try:
+        made.initialize()
+    finally:
+        LlamaForCausalLM.forward = stock  # verl's own fused kernels patch the class, and so every later model
     return made
 
 
