@@ -62,7 +62,7 @@ HALF: Table = {
     "logprob_grad": {
         8: (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3)),
         9: (Config(128, 256, 64, 8, 4), Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-        10: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4)),
+        10: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3)),
     },
     "distill_grad": {
         8: (Config(64, 64, 32, 4, 3, stacked=True),),
@@ -114,7 +114,7 @@ SINGLE: Table = {
     "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),)},
     "pair_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
     "own_pair_stats": {8: (_NARROW,), 9: (_NARROW,), 10: (_NARROWEST,)},
-    "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROW,)},
+    "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
     "logprob_grad": {8: (_WIDE,), 9: (_WIDE,), 10: (_WIDE,)},
     "distill_grad": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROW,)},
 }
