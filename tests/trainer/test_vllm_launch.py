@@ -222,7 +222,7 @@ def test_a_start_that_fails_says_why(folder: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_cpu_server_gets_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All cores of a small machine, an OpenMP that does not spin, and a bound on its cache; never what is set already."""
+    """All cores of a small machine, OpenMP that does not spin, and a bound on its cache; never what is set already."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libiomp5.so").touch()
@@ -258,7 +258,9 @@ def test_colocation_needs_vllm_here_and_nothing_else(folder: Path, tmp_path: Pat
     own = EngineConfig(name="vllm", vllm_mode="colocate")
     made = made.model_copy(update={"engine": own})
     if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(UserError, match=r"vllm_mode: colocate: .* has no package vllm; .*'sgcd-kernels\[trainer\]'"):
+        with pytest.raises(
+            UserError, match=r"vllm_mode: colocate: .* has no package vllm; .*'sgcd-kernels\[trainer\]'"
+        ):
             check.engine(check.Probe(made))
 
 
