@@ -71,7 +71,7 @@ def linear_divergence(
     gets the full result.
 
     Gradients: none
-    Backends: triton (but top_k), cpp, torch
+    Backends: triton, cpp, torch
     Cost: 2 U forward, 0 U backward; with features or top_k 4 U forward, 0 U backward
 
     Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
