@@ -248,6 +248,9 @@ def test_an_unreachable_model_is_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         loop.train(config(tmp_path / "empty", tmp_path / "run"))
     (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"has a config\.json and no weights"):
+        loop.train(config(tmp_path / "empty", tmp_path / "run"))
+    (tmp_path / "empty" / "model.safetensors").touch()
     with pytest.raises(UserError, match="cannot load"):
         loop.train(config(tmp_path / "empty", tmp_path / "run"))
 

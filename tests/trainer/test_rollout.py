@@ -12,8 +12,8 @@ import pytest
 from tests.trainer import toy
 from trainer.config import EnvConfig
 from trainer.engines.hf import HFEngine
-from trainer.rollout import PromptTooLong, run_episode, run_group
-from trainer.types import Completion, Group, Rollout, Sampling, Task
+from trainer.rollout import PromptTooLong, Pulse, run_episode, run_group
+from trainer.types import Completion, EnvironmentLost, Group, Rollout, Sampling, Task
 from trainer.update import check_mask
 
 RENDERER = toy.renderer()
@@ -44,6 +44,25 @@ def play(engine: Any, suite: toy.ParitySuite, max_length: int = 200, **env: Any)
 def group(engine: Any, suite: toy.ParitySuite, n: int = 4, **env: Any) -> tuple[Group, int]:
     settings = EnvConfig(**{"timeout": 5.0, **env})
     return asyncio.run(run_group(engine, suite, RENDERER, suite.tasks("train")[0], Sampling(), settings, 200, n))
+
+
+def results(*tries: tuple[int, int, int]) -> list[tuple[Group, int]]:
+    """Groups as (number of the task, whole rollouts, broken ones)."""
+    tasks = toy.ParitySuite().tasks("train")
+    return [(Group(tasks[i], [Rollout(tasks[i], [], [], [1])] * n, problem=f"why {i}"), bad) for i, n, bad in tries]
+
+
+def test_a_world_is_gone_when_two_tasks_in_a_row_have_no_whole_rollout() -> None:
+    pulse = Pulse(6)
+    pulse.feel(results((0, 0, 4)))
+    pulse.feel(results((0, 0, 4)))  # the same task again: it may be what is broken
+    pulse.feel(results((1, 0, 0)))  # too long to play, and not broken
+    pulse.feel(results((2, 3, 1), (3, 0, 4)))
+    pulse.feel(results((4, 0, 4)))
+    with pytest.raises(EnvironmentLost, match=r"every rollout broke, of 2 tasks.*: why \d\. Put that right"):
+        pulse.feel(results((5, 0, 4)))
+    with pytest.raises(EnvironmentLost, match="of 1 tasks"):
+        Pulse(1).feel(results((0, 0, 2)))
 
 
 class Counting(Script):

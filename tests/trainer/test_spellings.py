@@ -254,6 +254,13 @@ def test_what_only_looks_alike_stays(text: str) -> None:
     assert not cleaner.hits
 
 
+def test_what_is_packed_too_often_is_masked_unread() -> None:
+    text = "nothing to hide in here"
+    for depth in range(1, 7):
+        text = base64.b64encode(text.encode()).decode()
+        assert (Sanitiser().text(text) == "[masked secret]") == (depth > 3)
+
+
 def test_a_literal_inside_a_word_is_no_literal() -> None:
     assert Sanitiser(["paris"]).text("comparison") == "comparison"
     assert Sanitiser(["paris"]).text("com p a r i s on") == "com [masked answer] on"
