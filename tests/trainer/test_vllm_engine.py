@@ -6,6 +6,7 @@ The true server is met by `make test-vllm`; what it answers is what the stub imi
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import multiprocessing
 import socket
@@ -372,6 +373,14 @@ def test_check_names_what_is_missing(folder: Path, tmp_path: Path, options: dict
     made = config(folder, tmp_path, ["http://127.0.0.1:9"])
     made = made.model_copy(update={"engine": EngineConfig(name="vllm", **options)})
     with pytest.raises(UserError, match=wanted):
+        check.engine(check.Probe(made))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is here")
+def test_check_names_a_python_without_vllm_for_colocation(folder: Path, tmp_path: Path) -> None:
+    made = config(folder, tmp_path, ["http://a:1"])
+    made = made.model_copy(update={"engine": EngineConfig(name="vllm", vllm_mode="colocate")})
+    with pytest.raises(UserError, match=r"vllm_mode: colocate: .* has no package vllm; .*sgcd-kernels\[trainer\]"):
         check.engine(check.Probe(made))
 
 
