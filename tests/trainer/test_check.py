@@ -197,7 +197,7 @@ def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
         r"model +model.path: .*gone is not a folder; run: hf download Qwen/Qwen3.5-4B --local-dir models/Qwen3.5-4B",
         r"environment +env.name: appworld needs a Python of its own.*; run: make appworld",
         r"environment +env.name: appworld needs its data and APPWORLD_ROOT is not set; run: .* export APPWORLD_ROOT=.*",
-        r"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .*--generation-config vllm( --block-size 32)?",
+        r"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .* vllm( --block-size 32)?",
         r"writer +writer.base_url: http://127.0.0.1:9/v1 does not answer \(ConnectError\); start it, .*vllm serve .*",
     ]
     assert len(lines) == len(wanted)
