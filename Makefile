@@ -89,7 +89,7 @@ sanitize: $(READY)
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
 	$(PY) tests/kernels/fuzz_cpp.py 10000; \
 	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/kernels/test_cpp_values.py \
-	  tests/kernels/test_cpp_grads.py tests/kernels/test_packed.py tests/kernels/test_kernel_*.py
+	  tests/kernels/test_cpp_grads.py tests/kernels/test_cpp_kept.py tests/kernels/test_packed.py tests/kernels/test_kernel_*.py
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)

@@ -165,9 +165,9 @@ class GradWalk {
   void add_hidden_grad(int64_t share, int64_t tile, int64_t at, int64_t count, const Words& words, const char* dz) {
     const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
     float* sum = dx(share, first_ / kTile + tile);
-    if (in_place_) return multiply_transposed(math_, width, kTile, depth, words.data, words.ld, dz, kTile, sum, kTile, true);
     if (own_)
-      return multiply_transposed(math_, width, kTile, depth, weight_t(at), pairs_ld(), dz, kTile, sum, kTile, true);
+      return multiply_transposed(math_, width, kTile, depth, in_place_ ? words.data : weight_t(at),
+                                 in_place_ ? words.ld : pairs_ld(), dz, kTile, sum, kTile, true);
     for (int64_t h = 0; h < width; h += kTile)
       multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
                step_ + kPad, dz, kTile, sum + h * kTile, kTile, true);

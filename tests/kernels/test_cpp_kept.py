@@ -20,21 +20,22 @@ SHAPES = {
     "whole blocks": (130, 64, 256),
     "odd H": (100, 33, 130),
     "some do not fit": (640, 16, 30_000),
+    "more than are packed at one time": (13_000, 512, 150),
 }
 
 
 def gradients(
     c: Case, needs: list[bool], *, keep: bool, bias: torch.Tensor | None = None, temperature: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(those of sum weights logp that were asked for, what was kept)"""
+    """(those of sum weights logp that were asked for, what was kept: copies, because the gradient uses it up)"""
     ops: Any = torch.ops.sgcd_kernels
     arguments = (c.x, c.w, bias, None, c.y, temperature, 0.0)
     stats, kept = ops.head_stats_keep(*arguments, needs[1]) if keep else (ops.head_stats(*arguments), [])
     d = weights(c.x.shape[0])
     lse = stats[0] + stats[1].log()
-    shapes = [x.clone() for x in kept]
+    copies = [x.clone() for x in kept]
     grads = ops.logprob_grads(*arguments, lse, -d, d, None, None, needs, False, kept)
-    return [g for g, need in zip(grads, needs, strict=True) if need], shapes
+    return [g for g, need in zip(grads, needs, strict=True) if need], copies
 
 
 def exact(c: Case, bias: torch.Tensor | None, temperature: torch.Tensor | None) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen3_5TextConfig
 
 from tests.trainer import toy
@@ -191,13 +192,14 @@ def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
     monkeypatch.setenv("COLUMNS", "60")
     assert run.main(["check", str(PAPER / "appworld_sgcd.yaml"), *words]) == 2
     lines = [line[4:].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    served = "--generation-config vllm" + ("" if torch.cuda.is_available() else " --block-size 32")
     wanted = [
         r"config +command line: unknown key 'env.max_turn'; did you mean 'env.max_turns'\?",
         r"config +command line: max_steps: got 'ten', needs a valid integer",
         r"model +model.path: .*gone is not a folder; run: hf download Qwen/Qwen3.5-4B --local-dir models/Qwen3.5-4B",
         r"environment +env.name: appworld needs a Python of its own.*; run: make appworld",
         r"environment +env.name: appworld needs its data and APPWORLD_ROOT is not set; run: .* export APPWORLD_ROOT=.*",
-        r"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .* vllm( --block-size 32)?",
+        rf"engine +engine.urls: http://127.0.0.1:9 does not answer.*VLLM_SERVER_DEV_MODE=1 .*{served}",
         r"writer +writer.base_url: http://127.0.0.1:9/v1 does not answer \(ConnectError\); start it, .*vllm serve .*",
     ]
     assert len(lines) == len(wanted)

@@ -342,8 +342,8 @@ def test_retries_honour_retry_after(tmp_path: Path) -> None:
         ask(stub, tmp_path, made)
         waits = [later - earlier for earlier, later in zip(stub.times, stub.times[1:])]
     assert made.reference
-    assert waits[0] > 0.95, "the client alone would wait half a second"
-    assert waits[1] < waits[0]
+    assert 0.95 < waits[0] < 2.0
+    assert waits[1] < 0.5
 
 
 def test_an_endpoint_that_drips_is_cut_off(tmp_path: Path) -> None:
