@@ -51,8 +51,8 @@ def linear_policy_loss(
     """The loss (a scalar, differentiable in hidden, weight and bias) and detached metrics.
 
     Formulas and denominators: `sgcd_kernels.surrogate`. Gradients are computed in the forward pass (3 products of
-    hidden and weight; one more without `lse`, unless the C++ backend has room for the logits), so backward may run once and nothing of size N x V is ever held; a weight that
-    does not require a gradient costs none.
+    hidden and weight; one more without `lse`, unless the C++ backend has room for the logits), so backward may run once
+    and memory beyond the gradients is bounded at any N and V; a weight that does not require a gradient costs none.
 
     - `old_logp=None` means on-policy: ratio 1, the gradient that of the tokens' own log-probs.
     - `epsilon_high=None` means `epsilon`. For cispo the ratio is capped at 1 + epsilon_high and not from below; TRL's
