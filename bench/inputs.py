@@ -8,6 +8,7 @@ towards another word.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -21,6 +22,7 @@ TURN, OBSERVED = 40, 0.3  # tokens of a turn, about, and the share of them that 
 SPREAD = 2.0  # standard deviation of the logits of words that are not meant
 IGNORED = -100
 EPSILON, EPSILON_HIGH = 0.2, 0.28
+CLEAR = 0.1  # of log p(y) / p_old(y): how far from where clipping begins every token stays
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,16 @@ def _towards(embedding: Tensor, lean: Tensor, hidden: Tensor) -> Tensor:  # [N, 
 
 
 def with_history(i: Inputs, logp: Tensor, divergence: Tensor, teacher_entropy: Tensor) -> Inputs:
-    """Log-probs of a policy that was nearly this one, and the divergences that op credit starts from; all [n]."""
+    """Log-probs of a policy that was nearly this one, and the divergences that op credit starts from; all [n].
+
+    The gradient jumps where clipping begins, so that a token that is there says nothing of a provider: half-precision
+    logits, which peers have, put it on either side.
+    """
     g = torch.Generator(i.hidden.device).manual_seed(1)
     drift = 0.1 * torch.randn(i.kept, generator=g, device=i.hidden.device)
+    for begins in (-math.log(1 - EPSILON), -math.log(1 + EPSILON_HIGH)):
+        clear = torch.where(drift < begins, begins - CLEAR, begins + CLEAR)
+        drift = torch.where((drift - begins).abs() < CLEAR, clear, drift)
     found = {"old_logp": logp + drift, "divergence": divergence, "teacher_entropy": teacher_entropy}
     blank = torch.zeros_like(i.old_logp)
     return replace(i, **{name: blank.index_copy(0, i.rows, values.float()) for name, values in found.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -45,3 +46,12 @@ def test_every_token_count_of_the_selections_splits_into_equal_sequences() -> No
         tiny = dataclasses.replace(case, shape="tiny", device="cpu", dtype="fp32")
         lengths = inputs.make(tiny).cu_seqlens.diff()
         assert int(lengths.min()) == int(lengths.max()) >= 16
+
+
+def test_some_tokens_are_clipped_and_none_is_where_clipping_begins() -> None:
+    i, exact = truth.prepare(Case("policy_loss", "full", "tiny", 16_384, "fp32"))
+    log_ratio = exact.student_logp.double() - i.old_logp[i.rows].double()
+    for begins in (math.log(1 - inputs.EPSILON), math.log(1 + inputs.EPSILON_HIGH)):
+        assert float((log_ratio - begins).abs().min()) > inputs.CLEAR - 1e-3
+    beyond = (log_ratio < math.log(1 - inputs.EPSILON)) | (log_ratio > math.log(1 + inputs.EPSILON_HIGH))
+    assert 0.005 < float(beyond.double().mean()) < 0.05

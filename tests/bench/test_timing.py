@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -35,10 +36,28 @@ def test_variants_are_interleaved_and_rotate(monkeypatch: pytest.MonkeyPatch) ->
         return prepare
 
     monkeypatch.setattr(timing, "SHORTEST", {"cpu": 0.0})  # no repetition
+    monkeypatch.setattr(timing, "WARMED", 0.0)
     times, failed = timing.interleaved({"a": variant("a"), "b": variant("b")}, "cpu", samples=3)
     assert [name for name, _ in seen] == ["a", "b"] * 3
     assert len({k % 2 for name, k in seen if name == "a"}) == 2, "both copies of the inputs are used"
     assert not failed and times["a"].samples == 3
+
+
+def test_each_sample_of_a_cpu_follows_an_untimed_run_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def variant(name: str) -> timing.Prepare:
+        def run() -> None:
+            seen.append(name)
+            if name == "a" and seen[-2:-1] != ["a"]:  # as where its memory has to be fetched
+                time.sleep(0.05)
+
+        return lambda k: run
+
+    monkeypatch.setattr(timing, "SHORTEST", {"cpu": 0.0})
+    times, _ = timing.interleaved({"a": variant("a"), "b": variant("b")}, "cpu", samples=3)
+    assert seen == ["a", "b"] + ["a", "a", "b", "b"] * 3
+    assert times["a"].median < 40 and times["a"].samples == 3
 
 
 def test_percentiles() -> None:
