@@ -164,12 +164,13 @@ class GradWalk {
   // dX^T of a tile of tokens += W^T dZ of some words
   void add_hidden_grad(int64_t share, int64_t tile, int64_t at, int64_t count, const Words& words, const char* dz) {
     const int64_t width = head_.width(), depth = math_ == Math::kBf16 ? round_up(count, 2) : count;
+    const int64_t live = head_.columns(first_ + tile * kTile);
     float* sum = dx(share, first_ / kTile + tile);
     if (own_)
-      return multiply_transposed(math_, width, kTile, depth, in_place_ ? words.data : weight_t(at),
+      return multiply_transposed(math_, width, live, depth, in_place_ ? words.data : weight_t(at),
                                  in_place_ ? words.ld : pairs_ld(), dz, kTile, sum, kTile, true);
     for (int64_t h = 0; h < width; h += kTile)
-      multiply(math_, std::min<int64_t>(kTile, width - h), kTile, depth, weight_t(at) + h * (step_ + kPad) * size_,
+      multiply(math_, std::min<int64_t>(kTile, width - h), live, depth, weight_t(at) + h * (step_ + kPad) * size_,
                step_ + kPad, dz, kTile, sum + h * kTile, kTile, true);
   }
 
@@ -206,10 +207,10 @@ class GradWalk {
   }
 
   void make_logits(int64_t tile, int64_t word, int64_t count, const Words* words, int64_t skip, float* const* tiles) {
+    const int64_t token = first_ + tile * kTile;
     for (size_t h = 0; h < heads_.size(); h++) {
-      multiply(heads_[h].math(), count, kTile, heads_[h].depth(), words[h].at(skip, heads_[h].math()), words[h].ld,
-               packed(h, tile), kTile, tiles[h], kTile, false);
-      folds_.finish(tiles[h], static_cast<int>(count), inputs_.finish(heads_[h], first_ + tile * kTile, word));
+      heads_[h].multiply_tile(words[h], skip, count, token, packed(h, tile), tiles[h]);
+      folds_.finish(tiles[h], static_cast<int>(count), inputs_.finish(heads_[h], token, word));
     }
   }
 
@@ -232,9 +233,10 @@ class GradWalk {
         if (needs_[2]) add_bias_parts(at, count);
         if (!needs_[1]) continue;
         float* sum = own.defined() ? own.mutable_data_ptr<float>() : dw_sum_.mutable_data_ptr<float>() + at * columns_;
-        for (int64_t t = 0, depth; t < tokens_; t += depth) {
+        const int64_t live = std::min(tokens_, round_up(head_.tokens() - first_, 2));  // dZ of others is 0
+        for (int64_t t = 0, depth; t < live; t += depth) {
           const Kept::Rows rows = dz(at, t);
-          depth = std::min({kDepth, rows.tokens, tokens_ - t});
+          depth = std::min({kDepth, rows.tokens, live - t});
           for (int64_t c = 0; c < columns_; c += kTile)
             multiply(math_, count, kTile, depth, rows.data, rows.ld, data(rows_) + (c * group_ + t * kTile) * size_,
                      kTile, sum + c, columns_, first_ + t > 0);

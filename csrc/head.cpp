@@ -81,6 +81,13 @@ bool Head::same_weight(const Head& other) const {
          width_ == other.width_ && math_ == other.math_;
 }
 
+void Head::multiply_tile(const Words& words, int64_t skip, int64_t count, int64_t token, const void* packed,
+                         float* z) const {
+  const int64_t live = columns(token);
+  multiply(math_, count, live, depth_, words.at(skip, math_), words.ld, packed, kTile, z, kTile, false);
+  for (int64_t w = 0; w < count && live < kTile; w++) std::fill(z + w * kTile + live, z + (w + 1) * kTile, 0.0f);
+}
+
 void Head::pack_token_tile(int64_t token, void* out) const {
   std::memset(out, 0, token_tile_bytes());
   const int64_t count = std::min<int64_t>(kTile, tokens_ - token), pair = math_ == Math::kBf16 ? 2 : 1;

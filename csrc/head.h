@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "folds.h"
@@ -33,8 +34,14 @@ class Head {
   const float* bias() const { return bias_; }
   bool same_weight(const Head& other) const;
 
+  // Columns of the tile that starts at `token` that a product has to make: those of tokens, to whole 32; others are 0.
+  int64_t columns(int64_t token) const { return std::min<int64_t>(kTile, round_up(tokens_ - token, 32)); }
+
   int64_t token_tile_bytes() const { return depth_ * kTile * element_size(math_); }
   int64_t words_bytes(int64_t count) const { return count * scratch_ld() * element_size(math_); }
+
+  // Logits of some words and the tile of tokens that starts at `token`, [count, kTile], without what `Finish` adds.
+  void multiply_tile(const Words& words, int64_t skip, int64_t count, int64_t token, const void* packed, float* z) const;
 
   // hidden^T of the tile that starts at `token`, [depth, kTile] (in pairs for bf16); tokens beyond the end are 0.
   void pack_token_tile(int64_t token, void* out) const;

@@ -153,8 +153,7 @@ class Batch {
     float *z_p = z_.data(), *z_q = z_.data() + kTile * kTile, *z[2] = {z_p, z_q};
     for (size_t h = 0; h < 2; h++) {
       const Head& head = heads_[h];
-      multiply(head.math(), count, kTile, head.depth(), words[h].data, words[h].ld,
-               packed_[h].data() + tile * head.token_tile_bytes(), kTile, z[h], kTile, false);
+      head.multiply_tile(words[h], 0, count, first_ + at, packed_[h].data() + tile * head.token_tile_bytes(), z[h]);
       folds_.finish(z[h], count, inputs_.finish(head, first_ + at, word));
     }
     folds_.fold_pair(z_p, z_q, count, segment_.pair(at));

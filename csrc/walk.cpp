@@ -95,8 +95,7 @@ class Group {
     float* z[2] = {scratch.z.mutable_data_ptr<float>(), scratch.z.mutable_data_ptr<float>() + kTile * kTile};
     for (size_t h = 0; h < heads_.size(); h++) {
       const Head& head = heads_[h];
-      multiply(head.math(), count, kTile, head.depth(), words[h].at(skip, head.math()), words[h].ld, packed(h, tile),
-               kTile, z[h], kTile, false);
+      head.multiply_tile(words[h], skip, count, token, packed(h, tile), z[h]);
       cpu_isa().folds->finish(z[h], static_cast<int>(count), inputs_.finish(head, token, word));
     }
     if (!inputs_.target.empty()) pick(z, word, count, token);
