@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench import training_rows
+from bench import cpp_table, training_rows
 from bench.cases import OPS
+from bench.cells import by_device, dates, legend, mark, ms, number, ratio, versions
 from bench.rows import OK, RESULTS, Row, by_case, read
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.S)
 OURS = ("triton", "cpp", "torch", "ours")
 FLOOR = "gemm"
-BUSY = 0.25  # cores that other programs used, above which a row's times are marked
 
 
 def main(check: bool, root: Path = ROOT, results: Path = RESULTS) -> int:
@@ -52,18 +52,25 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def summary(results: Path) -> str:
-    """A row a case: our fastest backend, plain PyTorch, and the fastest of everybody else."""
+    """Of the newest CPU and GPU a row a case: our fastest backend, plain PyTorch, and the fastest of everybody else."""
     blocks = []
-    for device, rows in _by_device(read(results)).items():
+    for device, rows in _newest(by_device(read(results))).items():
         lines = [
-            f"**{device}**, torch {rows[0].torch}, {_dates(rows)}",
+            f"**{device}**, torch {rows[0].torch}, {dates(rows)}",
             "",
             "| op | head, tokens | ms | / floor | eager / ours | best other / ours | peak MB, ours / eager |",
             "|---|---|---|---|---|---|---|",
         ]
         lines += [line for case in by_case(rows).values() if (line := _summary_line(case))]
-        blocks.append("\n".join([*lines, *_legend(rows)]))
+        blocks.append("\n".join([*lines, *legend(rows)]))
     return "\n\n".join(blocks) or "No results yet."
+
+
+def _newest(devices: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """The GPU and the CPU that were measured last."""
+    order = sorted(devices, key=lambda device: max(r.date for r in devices[device]))
+    last = {bool(devices[device][0].threads): device for device in order}
+    return {last[kind]: devices[last[kind]] for kind in sorted(last)}
 
 
 def _summary_line(case: Sequence[Row]) -> str:
@@ -71,18 +78,18 @@ def _summary_line(case: Sequence[Row]) -> str:
     mine = [r for r in timed if _ours(r.provider)]
     if not mine or case[0].op == "credit":
         return ""
-    best = min(mine, key=_ms)
+    best = min(mine, key=ms)
     eager = next((r for r in case if r.provider == "eager"), None)
     others = [r for r in timed if not _ours(r.provider) and r.provider not in (FLOOR, "walk", "eager", "eager-all")]
-    other = min(others, key=_ms, default=None)
+    other = min(others, key=ms, default=None)
     cells = [
         f"{best.op} {best.mode}",
         f"{best.shape} {best.dtype}, {best.N:,}",
-        f"{_number(_ms(best))}{_mark(best)} ({best.provider})",
-        _number(best.floor_ratio),
-        _ratio(eager, best) if eager else "",
-        f"{_ratio(other, best)} ({other.provider})" if other else "",
-        f"{_number(best.peak_mb)} / {_number(eager.peak_mb) if eager else ''}",
+        f"{number(ms(best))}{mark(best)} ({best.provider})",
+        number(best.floor_ratio),
+        ratio(eager, best) if eager else "",
+        f"{ratio(other, best)} ({other.provider})" if other else "",
+        f"{number(best.peak_mb)} / {number(eager.peak_mb) if eager else ''}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -90,8 +97,8 @@ def _summary_line(case: Sequence[Row]) -> str:
 def full(results: Path) -> str:
     """Every row, losers and those that did not run among them."""
     blocks = []
-    for device, rows in _by_device(read(results)).items():
-        lines = [f"### {device}", "", f"{_versions(rows)}; {_dates(rows)}."]
+    for device, rows in by_device(read(results)).items():
+        lines = [f"### {device}", "", f"{versions(rows)}; {dates(rows)}."]
         for case in by_case(rows).values():
             r = case[0]
             lines += [
@@ -103,16 +110,16 @@ def full(results: Path) -> str:
                 "|---|---|---|---|---|---|---|---|",
             ]
             lines += [_full_line(row) for row in sorted(case, key=lambda x: (x.median_ms is None, x.median_ms or 0.0))]
-        blocks.append("\n".join([*lines, *_legend(rows)]))
+        blocks.append("\n".join([*lines, *legend(rows)]))
     return "\n\n".join(blocks) or "No results yet."
 
 
 def _full_line(r: Row) -> str:
     if r.status != OK:
         return f"| {r.provider} | {r.status} |" + " |" * 6
-    spread = f"{_number(r.p20_ms)} - {_number(r.p80_ms)}" if r.samples > 1 else "one sample"
-    cells = [r.provider, f"{_number(r.median_ms)}{_mark(r)}", spread if r.median_ms else "", _number(r.floor_ratio)]
-    cells += [_number(r.tflops), _number(r.peak_mb)]
+    spread = f"{number(r.p20_ms)} - {number(r.p80_ms)}" if r.samples > 1 else "one sample"
+    cells = [r.provider, f"{number(r.median_ms)}{mark(r)}", spread if r.median_ms else "", number(r.floor_ratio)]
+    cells += [number(r.tflops), number(r.peak_mb)]
     cells += ["" if x is None else f"{x:.0e}" for x in (r.error, r.grad_error)]
     return f"| {' | '.join(cells)} |"
 
@@ -121,57 +128,9 @@ def _ours(provider: str) -> bool:
     return provider.removesuffix("-lse") in OURS
 
 
-def _ms(r: Row) -> float:
-    return r.median_ms or 0.0
-
-
-def _ratio(other: Row, best: Row) -> str:
-    if other.status != OK or not other.median_ms:
-        return other.status if other.status == "out of memory" else ""
-    return f"{_number(other.median_ms / _ms(best))} x"
-
-
-def _number(value: float | None) -> str:
-    """Three digits; thousands with commas."""
-    if value is None:
-        return ""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _mark(r: Row) -> str:
-    return "~" if (r.others or 0.0) > BUSY else ""
-
-
-def _legend(rows: Sequence[Row]) -> list[str]:
-    if not any(_mark(r) for r in rows):
-        return []
-    return ["", f"~ other programs used more than {BUSY:g} cores meanwhile: read ratios, not milliseconds."]
-
-
-def _by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    devices: dict[str, list[Row]] = {}
-    order = list(OPS)
-    for row in sorted(rows, key=lambda r: (r.device, order.index(r.op), r.mode, r.dtype, r.V, r.N)):
-        devices.setdefault(row.device, []).append(row)
-    return devices
-
-
-def _dates(rows: Sequence[Row]) -> str:
-    shas = sorted({f"{r.date[:10]} at {r.sha}" for r in rows})
-    return ", ".join(shas)
-
-
-def _versions(rows: Sequence[Row]) -> str:
-    r = rows[0]
-    parts = [f"torch {r.torch}", f"triton {r.triton}" if r.triton else "", f"Python {r.python}"]
-    parts.append(f"{r.threads} threads" if r.threads else "")
-    return ", ".join(part for part in parts if part)
-
-
 TABLES: dict[str, Callable[[Path], str]] = {
     "summary": summary,
     "full": full,
+    "cpp": cpp_table.table,
     "training": training_rows.table,
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import rows, tables, training_rows
+from bench import cpp_table, rows, tables, training_rows
 from bench.rows import Row
 
 BASE = Row(
@@ -78,6 +78,39 @@ def test_the_summary_names_the_fastest_on_either_side(results: Path) -> None:
     ]
 
 
+def test_the_summary_is_of_the_newest_processor_and_the_newest_gpu(results: Path) -> None:
+    newer = [row("cpp", 9.0, device="a newer machine", date="2026-01-05T00:00:00Z")]
+    gpu = [row("triton", 1.0, device="a GPU", threads=0, date="2026-01-01T00:00:00Z")]
+    for found in (newer, gpu):
+        rows.append(rows.path_of(found[0], results), found)
+    text = tables.summary(results)
+    assert text.index("**a GPU**") < text.index("**a newer machine**") and "**a machine**" not in text
+    assert "### a machine" in tables.full(results), "of which the full table has every row"
+
+
+def test_the_table_of_the_cpu_kernels(results: Path) -> None:
+    more = [
+        row("walk", 8.0),
+        row("eager-all", 80.0, peak_mb=400.0, error=2e-5),
+        row("compile", 15.0),
+        row("liger-chunked", None, status="out of memory"),
+    ]
+    rows.append(rows.path_of(more[0], results), more)
+    line = next(x for x in cpp_table.table(results).splitlines() if x.startswith("| score"))
+    assert [c.strip() for c in line.strip("|").split("|")] == [
+        "score, fp32",
+        "256, 576, 49,152",
+        "10.0",
+        "1.25",
+        "1.25",
+        "8.00 x",
+        "1.50 x",
+        "out of memory",
+        "3e-07 / 2e-05",
+        "2 / 400",
+    ]
+
+
 def test_the_full_table_keeps_losers_and_reasons(results: Path) -> None:
     lines = tables.full(results).splitlines()
     order = [x.split("|")[1].strip() for x in lines if x.startswith("| ") and "provider" not in x]
@@ -98,6 +131,7 @@ def documents(root: Path) -> None:
     (root / "README.md").write_text("a\n<!-- bench:summary -->\nold\n<!-- /bench -->\nz\n", encoding="utf-8")
     text = "<!-- bench:full -->\n<!-- /bench -->\n<!-- bench:training -->\n<!-- /bench -->\n"
     (root / "docs" / "benchmarks.md").write_text(text, encoding="utf-8")
+    (root / "docs" / "kernels.md").write_text("<!-- bench:cpp -->\n<!-- /bench -->\n", encoding="utf-8")
 
 
 def test_stale_tables_are_noticed_and_made_fresh(
