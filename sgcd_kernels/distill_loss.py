@@ -42,7 +42,7 @@ def linear_distill_loss(
 
     Gradients: student_hidden, weight, bias
     Backends: triton, cpp, torch
-    Cost: 2 U forward, 4 U backward; for kind "jsd" 4 U forward, 6 U backward
+    Cost: 2 U forward, 4 U backward; for kind "jsd" 4 U forward, 4 U backward
 
     `group`: both weights (and biases) are this rank's rows of vocab-sharded heads; every rank gets the full loss, and
     the hidden gradient is summed over the ranks.

@@ -46,13 +46,7 @@ def normalisers(stats: PairStats) -> Tensor:  # [4, n]
     return torch.stack([stats.p.m, stats.p.z.log(), stats.q.m, stats.q.z.log()])
 
 
-def normalisers_from_lse(student_lse: Tensor, teacher_lse: Tensor) -> Tensor:  # [4, n]
-    """The same, where only the log-sum-exps were kept."""
-    zeros = torch.zeros_like(student_lse)
-    return torch.stack([values(student_lse), zeros, values(teacher_lse), zeros])
-
-
-def mixture_fields(features: Sequence[str], jsd: Tensor, tv: Tensor) -> dict[str, Tensor]:
+def mixture_fields(features: Sequence[str], jsd: Tensor, tv: Tensor, mixture_kl: Tensor) -> dict[str, Tensor]:
     """The asked-for results of the second pass, within their bounds."""
-    bounded = {"jsd": jsd.clamp(0, math.log(2)), "tv": tv.clamp(0, 1)}
+    bounded = {"jsd": jsd.clamp(0, math.log(2)), "tv": tv.clamp(0, 1), "mixture_kl": mixture_kl}
     return {name: bounded[name] for name in features}

@@ -13,7 +13,6 @@ from sgcd_kernels.kernel_inputs import (
     local_targets,
     mixture_fields,
     normalisers,
-    normalisers_from_lse,
     part_of,
     temperatures,
     values,
@@ -110,8 +109,7 @@ def divergence_forward(
     fields = stats.results() | best
     if features:
         asked = "jsd" in features, "tv" in features
-        jsd, tv, _ = _mixture_sums(student, teacher, normalisers(stats), beta, *asked)
-        fields |= mixture_fields(features, jsd, tv)
+        fields |= mixture_fields(features, *_mixture_sums(student, teacher, normalisers(stats), beta, *asked))
     return fields
 
 
@@ -121,14 +119,11 @@ def distill_backward(
     kind: str,
     beta: float,
     lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
-    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    centre: Tensor,  # [n], KL(p || q) for kind "reverse_kl", KL(p || m) for "jsd"
     d_loss: Tensor,  # [n]
     needs: Needs,
 ) -> ProjectionGrads:
     """Gradients of sum(d_loss divergence)."""
-    centre = divergence
-    if kind == "jsd":
-        centre = _mixture_sums(student, teacher, normalisers_from_lse(*lse), beta, True, False)[2]
     grads = torch.ops.sgcd_kernels.distill_grads(
         *_pair(student, teacher),
         *_shared(student),

@@ -35,20 +35,21 @@ def linear_distill_loss(
     impl: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, and for the backward pass each token's divergence, the student's lse and the teacher's)"""
+    """(loss, and of each token for the backward pass: the gradient's centre, the student's lse and the teacher's)"""
     heads = _heads(
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperatures, temperature, softcap
     )
     rows = heads[0].rows
-    features, ranks = ("jsd",) if kind == "jsd" else (), group_of(group)
+    features, ranks = ("jsd", "mixture_kl") if kind == "jsd" else (), group_of(group)
     unused = torch.zeros(heads[0].num_rows, dtype=torch.long, device=hidden.device)
     with no_autocast(hidden.device):
         forward = resolve("sharded_divergence_forward" if ranks and features else "divergence_forward", impl, *heads)
         fields = forward(*heads, unused, features, beta, None, ranks)
     values: Tensor = fields[kind]
-    per_token = [place(x, rows, hidden.shape[:-1]) for x in (values, fields["student_lse"], fields["teacher_lse"])]
+    centre = fields["mixture_kl" if kind == "jsd" else kind]
+    per_token = [place(x, rows, hidden.shape[:-1]) for x in (centre, fields["student_lse"], fields["teacher_lse"])]
     if reduction == "none":
-        return (per_token[0].clone(), *per_token)  # type: ignore[return-value]
+        return (place(values, rows, hidden.shape[:-1]).clone(), *per_token)  # type: ignore[return-value]
     total = values.sum()
     return (total if reduction == "sum" else total / max(values.numel(), 1), *per_token)  # type: ignore[return-value]
 
@@ -112,7 +113,7 @@ def linear_distill_loss_backward(
     teacher_bias: Tensor | None,
     mask: Tensor | None,
     temperatures: Tensor | None,
-    values: Tensor,
+    centre: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
     d_loss: Tensor,
@@ -130,13 +131,13 @@ def linear_distill_loss_backward(
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperatures, temperature, softcap
     )
     rows, n = heads[0].rows, heads[0].num_rows
-    value, *lse = (take(x.reshape(-1), rows) for x in (values, student_lse, teacher_lse))
+    at, *lse = (take(x.reshape(-1), rows) for x in (centre, student_lse, teacher_lse))
     if reduction == "none":
         d_value = take(d_loss.reshape(-1), rows)
     else:
         d_value = (d_loss if reduction == "sum" else d_loss / max(n, 1)).expand(n)
     with no_autocast(hidden.device):
-        given = (*heads, kind, beta, tuple(lse), value, d_value, tuple(needs))
+        given = (*heads, kind, beta, tuple(lse), at, d_value, tuple(needs))
         if ranks := group_of(group):
             grads = resolve("sharded_distill_backward", impl, *heads)(*given, ranks)
         else:

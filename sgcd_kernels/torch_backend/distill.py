@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.shard import sum_over
 from sgcd_kernels.torch_backend.blocks import block_logits, load_rows, load_words
-from sgcd_kernels.torch_backend.divergence import log_mixture_ratios, pair_dtype, pair_logits, pair_plan
+from sgcd_kernels.torch_backend.divergence import log_mixture_ratios, pair_plan
 from sgcd_kernels.torch_backend.grads import Needs, walk_gradients
 from sgcd_kernels.torch_backend.logprob import FLOOR
 from sgcd_kernels.types import Projection, ProjectionGrads
@@ -20,7 +19,7 @@ def distill_backward(
     kind: str,
     beta: float,
     lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
-    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    centre: Tensor,  # [n], KL(p || q) for kind "reverse_kl", KL(p || m) for "jsd"
     d_loss: Tensor,  # [n]
     needs: Needs,
     group: ProcessGroup | None = None,
@@ -30,7 +29,6 @@ def distill_backward(
     reverse_kl: p (ln p - ln q - KL)     forward_kl: p - q     jsd: (1 - beta) p (r - sum p r)
     """
     blocks = pair_plan(student, teacher)
-    centre = sum_over(_mixture_centre(student, teacher, beta, lse), group) if kind == "jsd" else divergence
 
     def logit_grad(tokens: tuple[int, int], words: tuple[int, int], z: Tensor) -> Tensor:
         at = slice(*tokens)
@@ -49,17 +47,3 @@ def distill_backward(
         return dz.mul_(d_loss[at].unsqueeze(1)).to(z.dtype)
 
     return walk_gradients(student, blocks, needs, logit_grad, group)
-
-
-def _mixture_centre(student: Projection, teacher: Projection, beta: float, lse: tuple[Tensor, Tensor]) -> Tensor:  # [n]
-    """sum p ln(p / m)"""
-    blocks = pair_plan(student, teacher)
-    out = torch.zeros(blocks.num_tokens, dtype=pair_dtype(student, teacher), device=student.hidden.device)
-    for t0, t1 in blocks.token_ranges():
-        rows = load_rows(student, t0, t1), load_rows(teacher, t0, t1)
-        for start, stop in blocks.word_ranges():
-            z_p, z_q = pair_logits(student, teacher, rows, start, stop)
-            log_p, log_q = z_p.sub_(lse[0][t0:t1].unsqueeze(1)), z_q.sub_(lse[1][t0:t1].unsqueeze(1))
-            ratio, _ = log_mixture_ratios(log_p, log_q, beta)
-            out[t0:t1] += ratio.mul_(log_p.exp_()).sum(1)
-    return out

@@ -146,7 +146,10 @@ class _SecondPass:
             self.sums["tv"] += (log_p.exp() - log_q.exp()).abs_().sum(1).mul_(0.5)
         if "jsd" in self.sums:
             to_p, to_q = log_mixture_ratios(log_p, log_q, self.beta)
-            self.sums["jsd"] += log_p.exp_().mul_(to_p).mul_(1 - self.beta).sum(1)
+            of_p = log_p.exp_().mul_(to_p).sum(1)
+            self.sums["jsd"] += (1 - self.beta) * of_p
+            if "mixture_kl" in self.sums:
+                self.sums["mixture_kl"] += of_p
             self.sums["jsd"] += log_q.exp_().mul_(to_q).mul_(self.beta).sum(1)
 
     def merge(self, group: ProcessGroup | None) -> None:
@@ -155,7 +158,7 @@ class _SecondPass:
 
     def results(self) -> dict[str, Tensor]:
         limits = {"tv": 1.0, "jsd": math.log(2)}
-        out = {name: value.clamp(0, limits[name]) for name, value in self.sums.items()}
+        out = {name: value.clamp(0, limits[name]) if name in limits else value for name, value in self.sums.items()}
         return (
             out if self.best is None else out | self.best.results(self.stats.p, self.stats.q, self.tail_p, self.tail_q)
         )

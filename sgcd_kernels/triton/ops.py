@@ -13,7 +13,6 @@ from sgcd_kernels.kernel_inputs import (
     local_targets,
     mixture_fields,
     normalisers,
-    normalisers_from_lse,
     values,
 )
 from sgcd_kernels.shard import sum_over
@@ -88,8 +87,8 @@ def divergence_forward(
         fields = stats.results() | buckets
     if features:
         sums = launch.mixture_stats(student, teacher, normalisers(stats), beta, "jsd" in features).sum(0)
-        tv, jsd, _ = sum_over(sums, group)
-        fields |= mixture_fields(features, jsd, tv)
+        tv, jsd, mixture_kl = sum_over(sums, group)
+        fields |= mixture_fields(features, jsd, tv, mixture_kl)
     return fields
 
 
@@ -99,16 +98,12 @@ def distill_backward(
     kind: str,
     beta: float,
     lse: tuple[Tensor, Tensor],  # student's and teacher's, [n]
-    divergence: Tensor,  # [n], the value of KL(p || q) for kind "reverse_kl"
+    centre: Tensor,  # [n], KL(p || q) for kind "reverse_kl", KL(p || m) for "jsd"
     d_loss: Tensor,  # [n]
     needs: Needs,
     group: ProcessGroup | None = None,
 ) -> ProjectionGrads:
     """Gradients of sum(d_loss divergence)."""
-    centre = divergence
-    if kind == "jsd":
-        sums = launch.mixture_stats(student, teacher, normalisers_from_lse(*lse), beta, True)
-        centre = sum_over(sums[:, 2].sum(0), group)
     lift = lift_of(student, [values(d_loss)])
     d_loss = values(d_loss) if lift is None else values(d_loss) * lift
     grad = launch.DistillGrad(teacher, kind, beta, values(lse[0]), values(lse[1]), values(centre), d_loss)
