@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.cases import OPS
 from bench.rows import OK, Row
@@ -45,6 +45,13 @@ def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in sorted(rows, key=lambda r: (r.device, order.index(r.op), r.mode, r.dtype, r.V, r.N)):
         devices.setdefault(row.device, []).append(row)
     return devices
+
+
+def newest(devices: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """The GPU and the CPU that were measured last."""
+    order = sorted(devices, key=lambda device: max(r.date for r in devices[device]))
+    last = {bool(devices[device][0].threads): device for device in order}
+    return {last[kind]: devices[last[kind]] for kind in sorted(last)}
 
 
 def dates(rows: Sequence[Row]) -> str:

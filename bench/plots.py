@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import OPS
+from bench.cells import by_device, newest
 from bench.errors import UserError
 from bench.rows import OK, Row, read, slug
 
@@ -40,7 +41,7 @@ COLOURS = {
 
 
 def main(results: Path, out: Path | None = None) -> int:
-    """Draw every picture that the rows allow; say where they are."""
+    """Draw every picture that the rows of the newest CPU and GPU allow; say where they are."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -51,7 +52,8 @@ def main(results: Path, out: Path | None = None) -> int:
     if not rows:
         raise UserError(f"no results in {results}; run: python -m bench run")
     folder = out or results / "plots"
-    written = [path for group in _groups(rows).values() for path in draw(group, folder)]
+    shown = [row for device in newest(by_device(rows)).values() for row in device]
+    written = [path for group in _groups(shown).values() for path in draw(group, folder)]
     print("\n".join(str(path) for path in written))
     return 0
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import cpp_table, training_rows
 from bench.cases import OPS
-from bench.cells import by_device, dates, legend, mark, ms, number, ratio, versions
+from bench.cells import by_device, dates, legend, mark, ms, newest, number, ratio, versions
 from bench.rows import OK, RESULTS, Row, by_case, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def summary(results: Path) -> str:
     """Of the newest CPU and GPU a row a case: our fastest backend, plain PyTorch, and the fastest of everybody else."""
     blocks = []
-    for device, rows in _newest(by_device(read(results))).items():
+    for device, rows in newest(by_device(read(results))).items():
         lines = [
             f"**{device}**, torch {rows[0].torch}, {dates(rows)}",
             "",
@@ -64,13 +64,6 @@ def summary(results: Path) -> str:
         lines += [line for case in by_case(rows).values() if (line := _summary_line(case))]
         blocks.append("\n".join([*lines, *legend(rows)]))
     return "\n\n".join(blocks) or "No results yet."
-
-
-def _newest(devices: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """The GPU and the CPU that were measured last."""
-    order = sorted(devices, key=lambda device: max(r.date for r in devices[device]))
-    last = {bool(devices[device][0].threads): device for device in order}
-    return {last[kind]: devices[last[kind]] for kind in sorted(last)}
 
 
 def _summary_line(case: Sequence[Row]) -> str:
