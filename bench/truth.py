@@ -153,6 +153,7 @@ class Truth:
         for output, upstream in ((0, self.i.upstream[self.i.rows[at]]), (3, torch.ones_like(self.jsd[at]).float())):
             *values, x = self._plain(at)
             values[output].backward(upstream)  # type: ignore[no-untyped-call]
+            assert x.grad is not None
             grads.append(x.grad)
         one = Expected({}, torch.ones_like(self.jsd), of_divergence=True)
         given = Expected({}, self.i.upstream[self.i.rows].double())

@@ -13,6 +13,8 @@ namespace sgcd {
 namespace {
 
 constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
+constexpr int64_t kLeastPacked = 4 << 20;
+constexpr int64_t kSumsBytes = 40 << 20;  // hidden states packed, and the sums of their gradient beyond its own size
 constexpr int64_t kTransposedBytes = 3 << 20;  // weight^T of a slab; tall slabs mean few places where threads wait
 constexpr int64_t kStepBytes = 256 << 10;   // words, and as much of weight^T, that stay in L2 while tokens pass by
 constexpr int64_t kBatch = 2;                // tiles of tokens that pass by them
@@ -27,8 +29,9 @@ char* data(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()
 
 class GradWalk {
  public:
+  // `grad_bytes` are those of an element of hidden's gradient.
   GradWalk(const std::vector<Head>& heads, const TokenInputs& inputs, const GradFormula& formula,
-           const at::Tensor& weight, std::array<bool, 3> needs, const Kept& kept)
+           const at::Tensor& weight, std::array<bool, 3> needs, const Kept& kept, int64_t grad_bytes)
       : heads_(heads),
         head_(heads[0]),
         inputs_(inputs),
@@ -44,7 +47,9 @@ class GradWalk {
     const int64_t padded = round_up(head_.tokens(), kTile);
     int64_t per_tile = needs[1] ? columns_ * kTile * size_ : 0;
     for (const Head& head : heads) per_tile += head.token_tile_bytes();
-    group_ = std::min(padded, std::max<int64_t>(1, kPackedBytes / per_tile) * kTile);
+    const int64_t beyond = needs[0] ? head_.width() * (4 * padded - grad_bytes * head_.tokens()) : 0;
+    const int64_t packed = std::clamp(kSumsBytes - beyond, kLeastPacked, kPackedBytes);
+    group_ = std::min(padded, std::max<int64_t>(1, packed / per_tile) * kTile);
     const bool one_group = group_ == padded;
     const int64_t transposed = needs[0] && !in_place_ ? kTransposedBytes / (size_ * head_.width()) : INT64_MAX;
     const int64_t loose = one_group ? padded - kept.tokens() : group_;  // tokens whose dZ has no room of its own
@@ -86,6 +91,8 @@ class GradWalk {
         by_words(first_ + group_ >= padded);
       }
     }
+    packed_.clear();  // the result of hidden_grad takes their place
+    for (at::Tensor* used : {&wt_, &dz_, &rows_, &dw_sum_, &db_part_}) used->reset();
     return {needs_[0] ? hidden_grad(hidden_type) : at::Tensor(), dw_, db_};
   }
 
@@ -324,7 +331,7 @@ Grads grad_walk(const std::vector<Head>& heads, const TokenInputs& inputs, const
             zeros(needs[1], weight.sizes(), grad_type(weight)),
             zeros(needs[2], {heads[0].vocab()}, at::kFloat)};
   }
-  return GradWalk(heads, inputs, formula, weight, needs, kept).run(hidden_type);
+  return GradWalk(heads, inputs, formula, weight, needs, kept, at::elementSize(hidden_type)).run(hidden_type);
 }
 
 }  // namespace sgcd

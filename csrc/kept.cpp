@@ -20,18 +20,16 @@ Kept::Kept(const Head& head, const at::Tensor& weight, bool weight_grad, float s
   if (head.tokens() == 0 || (half && softcap != 0)) return;
   const int64_t padded = round_up(head.tokens(), kTile), blocks = (head.vocab() + kTile - 1) / kTile;
   const int64_t size = element_size(head.math()), of_maxima = half ? 4 * blocks : 0;  // bytes a token
-  int64_t in_grad = 0;
-  at::Tensor grad = at::empty({0}, weight.options());
-  if (weight_grad) {
-    grad = fresh(weight.sizes(), weight.options().dtype(grad_type(weight)));
-    const int64_t row = head.width() * grad.element_size();
-    in_grad = row % size ? 0 : std::min(padded, whole_tiles(row / size));
-    if (half) in_grad = std::min(in_grad, whole_tiles(kKeptBytes / 2 / of_maxima));
-  }
+  const int64_t row = weight_grad ? head.width() * at::elementSize(grad_type(weight)) : 0;
+  int64_t in_grad = row % size ? 0 : std::min(padded, whole_tiles(row / size));
+  if (half) in_grad = std::min(in_grad, whole_tiles(kKeptBytes / 2 / of_maxima));
   int64_t beyond = padded - in_grad;
   const int64_t a_token = blocks * kTile * size + of_maxima, room = kKeptBytes - in_grad * of_maxima;
   if (beyond * a_token > room) beyond = whole_tiles((room - kSlabBytes) / a_token);
   if (beyond < padded / 8 && in_grad + beyond < padded) beyond = 0;  // not worth its memory
+  if (in_grad + beyond < padded / 8) return;
+  const at::Tensor grad = weight_grad ? fresh(weight.sizes(), weight.options().dtype(grad_type(weight)))
+                                      : at::empty({0}, weight.options());
   const auto like = weight.options().dtype(kept_type(head.math()));
   const int64_t tokens = in_grad + beyond;
   tensors_ = {grad,

@@ -1,7 +1,8 @@
 """High-credit spans: where they start, what ends them. The one sequential part of the credit rules.
 
 A span's end depends on its onset, so each sequence is read from left to right: by the C++ operator on CPU tensors, by
-a Triton kernel on CUDA tensors, and by the loop below where neither is there, at about 0.5 microseconds a token.
+a Triton kernel on CUDA tensors (on their copies where there is no Triton), and by the loop below where there is no
+extension either, at about 0.5 microseconds a token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sgcd_kernels.cpp import extension
 from sgcd_kernels.credit_config import CreditConfig
+from sgcd_kernels.triton import availability
 
 
 def find_spans(
@@ -32,13 +34,13 @@ def find_spans(
     (u < reset) in a row, and where the turn or the sequence ends. The token that ends a span may start the next.
     Ineligible tokens are skipped: they end no span and get -1. Thresholds are compared in fp64.
     """
-    scan: Callable[..., Tensor] = find_spans_in_python
-    if u.is_cuda:
+    if u.is_cuda and availability.unavailable_reason() is None:
         # Imported here: triton is no dependency of the package.
-        scan = importlib.import_module("sgcd_kernels.triton.spans").find_spans
-    elif u.device.type == "cpu" and extension.unavailable_reason() is None:
-        scan = find_spans_in_cpp
-    return scan(u, entropy, turns, eligible, cu_seqlens, config)
+        scan: Callable[..., Tensor] = importlib.import_module("sgcd_kernels.triton.spans").find_spans
+        return scan(u, entropy, turns, eligible, cu_seqlens, config)
+    scan = find_spans_in_python if extension.unavailable_reason() else find_spans_in_cpp
+    on_host = (None if x is None else x.cpu() for x in (u, entropy, turns, eligible, cu_seqlens))
+    return scan(*on_host, config).to(u.device)
 
 
 def find_spans_in_cpp(

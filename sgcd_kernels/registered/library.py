@@ -32,12 +32,26 @@ def register(
     name = body.__name__
     schema = torch.library.infer_schema(body, mutates_args=())
     torch.library.define(f"sgcd::{name}", schema, lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"sgcd::{name}", "CompositeExplicitAutograd", _untraced(body), lib=_LIBRARY)
+    torch.library.impl(f"sgcd::{name}", "CompositeExplicitAutograd", on_its_device(_untraced(body)), lib=_LIBRARY)
     torch.library.register_fake(f"sgcd::{name}", fake, lib=_LIBRARY)
     if setup is not None and backward is not None:
         torch.library.register_autograd(f"sgcd::{name}", backward, setup_context=setup, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.sgcd, name).default
     return op
+
+
+def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
+    """With the GPU current where the tensors lie: Triton launches on the current one, whatever it is given."""
+
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        device = next((x.device for x in args if isinstance(x, Tensor) and x.is_cuda), None)
+        if device is None:
+            return body(*args)
+        with torch.cuda.device(device):
+            return body(*args)
+
+    return run
 
 
 def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,31 +81,41 @@ def weigh_advantages(
 
     Both in one op: the compiler drops what nobody reads, metrics and warnings too, but not the advantages.
     """
-    d, w, s, spans, entropy = (x[eligible] for x in (divergence, weights, saliency, span_ids, teacher_entropy))
-    no_divergence, no_weight = bool((d == 0).all()), bool((w == 1).all())
-    inert = d.numel() > 0 and (no_divergence or no_weight)
-    if inert and not idle:
+    # Sums under a mask: to select by one, the host would have to wait for how many there are.
+    none = ~eligible
+    no_divergence, no_weight = ((divergence == 0) | none).all(), ((weights == 1) | none).all()
+    inert = eligible.any() & (no_divergence | no_weight)
+    if not idle and bool(inert):
         what = "all divergences are 0" if no_divergence else "all weights are 1"
         so = ", so this is plain GRPO" if no_weight else ""
-        warnings.warn(f"credit is inert: {what} over {d.numel()} eligible tokens{so}", RuntimeWarning, stacklevel=2)
-    in_spans = (spans >= 0).sum()
-    count = torch.unique(spans[spans >= 0]).numel()
+        warnings.warn(
+            f"credit is inert: {what} over {eligible.sum()} eligible tokens{so}", RuntimeWarning, stacklevel=2
+        )
+    in_spans = eligible & (span_ids >= 0)
+    count = _distinct(span_ids, in_spans)
     values = (
-        _mean(student_entropy[loss_tokens]),
-        _mean(d),
-        _mean(w) if w.numel() else w.new_ones(()),
-        _mean((s > 0).float()),
-        _mean((w >= clip).float()),
-        w.new_tensor(float(count)),
-        in_spans / max(count, 1),
-        _mean(entropy),
-        w.new_tensor(float(inert)),
+        _mean(student_entropy, loss_tokens),
+        _mean(divergence, eligible),
+        torch.where(eligible.any(), _mean(weights, eligible), 1.0),
+        _mean((saliency > 0).float(), eligible),
+        _mean((weights >= clip).float(), eligible),
+        count,
+        in_spans.sum() / count.clamp(min=1),
+        _mean(teacher_entropy, eligible),
+        inert,
     )
     return advantages * weights, torch.stack([value.to(divergence.dtype) for value in values])
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.sum() / max(x.numel(), 1)
+def _mean(x: Tensor, over: Tensor) -> Tensor:
+    """Of the tokens `over`; 0 of none."""
+    return torch.where(over, x, 0.0).sum() / over.sum().clamp(min=1)
+
+
+def _distinct(ids: Tensor, over: Tensor) -> Tensor:
+    """How many of the ids, indices of tokens, occur among the tokens `over`."""
+    seen = ids.new_zeros(ids.numel() + 1).scatter_(0, torch.where(over, ids, ids.numel()), 1)
+    return seen[:-1].sum()
 
 
 def _fake_weigh(

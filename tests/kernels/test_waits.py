@@ -13,14 +13,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
-from sgcd_kernels.registered import distill_loss, divergence, logprob, policy_loss
+from sgcd_kernels import (
+    CreditConfig,
+    linear_distill_loss,
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    sgcd_loss,
+)
+from sgcd_kernels.registered import distill_loss, divergence, logprob, policy_loss, sgcd
 from sgcd_kernels.validation import kept_rows
 from tests.kernels.cases import DEVICES, case
 
 pytest.importorskip("triton")
 MODULES = (distill_loss, divergence, logprob, policy_loss)
 BODIES = {name: body for module in MODULES for name, body in vars(module).items() if name.startswith("linear_")}
+BODIES |= {"sgcd_inputs": sgcd.sgcd_inputs, "weigh_advantages": sgcd.weigh_advantages}
 # Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
 LOOKS = (
     "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "bincount", "repeat_interleave", "_unique2",
@@ -34,12 +42,14 @@ class Looks(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sgcd":
-            with self:
-                return BODIES[func.overloadpacket.__name__](*args)
         name = func.overloadpacket.__name__
+        if func.namespace == "sgcd" and name != "credit_weights":  # which has a test of its own
+            with self:
+                return BODIES[name](*args)
         sized = (kwargs or {}).get("output_size") is not None or func._overloadname == "self_int"
-        if name in LOOKS and not sized:
+        if name == "index":
+            sized = not any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in (*LOOKS, "index") and not sized:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -76,6 +86,24 @@ def test_looks(masked: bool) -> None:
         call = lambda options=options: linear_policy_loss(*leaves, y, a, **options)[0]  # noqa: E731
         # Four more at the bounds, which lie on the host; in backward the loss scale, for a factor of 1 writes nothing.
         assert forward_and_backward(call) == (2 + 4, 2), loss_type
+
+
+def test_looks_of_the_whole_step() -> None:
+    """As the scoring pass and the loss by themselves, at the targets once more, and for the warning of inert credit."""
+    c, device = case(20, 8, 70, torch.float32), DEVICES["triton"]
+    y = c.y.clone()
+    y[::3] = -100
+    x, w, y, t = (a.to(device) for a in (c.x, c.w, y, c.t))
+    leaves = x.requires_grad_(), w.requires_grad_()
+    a, cu = torch.tensor([0.5, -0.5], device=device), torch.tensor([0, 12, 20])
+    with Looks() as parts:
+        linear_divergence(*leaves, y, t, impl="triton")
+        linear_policy_loss(*leaves, y, a, cu_seqlens=cu, loss_type="dapo", impl="triton")
+    at_bounds = 4  # more than the loss itself, which lie on the host
+    for config, warning in ((CreditConfig(d_floor=0.01), 1), (CreditConfig(gamma=0.0), 0)):
+        with Looks() as step:
+            sgcd_loss(*leaves, y, t, a, cu, config=config, loss_type="dapo", impl="triton")
+        assert len(step.found) == len(parts.found) + 1 + at_bounds + warning, config
 
 
 @pytest.mark.parametrize("seed", range(5))
