@@ -226,7 +226,7 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
         return loss, self._metrics(metrics)
 
     if TYPE_CHECKING:
-        __call__ = forward
+        __call__ = forward  # nn.Module's takes and gives anything
 
 
 class LigerFusedLinearSGCDLoss(_LigerLoss):
