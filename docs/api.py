@@ -35,6 +35,7 @@ OTHERS = {
     "integrations.cut_cross_entropy.linear_cross_entropy": cut_cross_entropy.linear_cross_entropy,
     "integrations.verl.linear_cross_entropy": verl.linear_cross_entropy,
     "integrations.liger.LigerFusedLinearGRPOLoss": liger.LigerFusedLinearGRPOLoss.forward,
+    "integrations.liger.LigerFusedLinearSGCDLoss": liger.LigerFusedLinearSGCDLoss.forward,
 }
 RESULTS = ("LogprobStats", "DivergenceStats", "Credit")
 

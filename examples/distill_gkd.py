@@ -11,7 +11,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import linear_distill_loss
+from sgcd_kernels import check_model, linear_distill_loss
+from sgcd_kernels.logit_transform import logit_transform
 
 
 def tiny(width, layers):
@@ -25,19 +26,42 @@ torch.manual_seed(0)
 names = sys.argv[1:]
 student = AutoModelForCausalLM.from_pretrained(names[0], dtype=torch.float32) if names else tiny(32, 1)
 teacher = AutoModelForCausalLM.from_pretrained(names[-1], dtype=torch.float32) if names else tiny(64, 2)
+for model in (student, teacher):
+    check_model(model)  # refuses what would be wrong without a word: quantised heads, adapters on them, scaled logits
+softcap = logit_transform(student).softcap
+if softcap != logit_transform(teacher).softcap:
+    sys.exit(
+        f"the student's softcap is {softcap}, the teacher's {logit_transform(teacher).softcap}; needs one for both"
+    )
 teacher.requires_grad_(False)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5 if names else 1e-2)
+PAD = 0
 prompts = torch.arange(8 * 4).view(8, 4)  # yours, padded on the left
+prompts[::2, :2] = PAD
 start = prompts.shape[1] - 1  # the state before a token predicts it
 
 for step in range(10):
-    ids = student.generate(prompts, max_new_tokens=16, min_new_tokens=16, do_sample=True, pad_token_id=0)
-    states = student.get_decoder()(input_ids=ids).last_hidden_state[:, start:-1]
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": True, "pad_token_id": PAD}
+    ids = student.generate(prompts, attention_mask=(prompts != PAD).long(), **options)
+    seen = torch.cat([prompts != PAD, torch.ones_like(ids[:, start + 1 :], dtype=torch.bool)], dim=1).long()
+    inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
+    states = student.get_decoder()(**inputs).last_hidden_state[:, start:-1]
     with torch.no_grad():
-        taught = teacher.get_decoder()(input_ids=ids).last_hidden_state[:, start:-1]
-    heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+        taught = teacher.get_decoder()(**inputs).last_hidden_state[:, start:-1]
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
     # [B, T], one divergence a token: mask, clip or weigh them as you like before the mean
-    divergence = linear_distill_loss(states, heads[0], taught, heads[1], kind="jsd", beta=0.5, reduction="none")
+    divergence = linear_distill_loss(
+        states,
+        heads[0].weight,
+        taught,
+        heads[1].weight,
+        bias=heads[0].bias,
+        teacher_bias=heads[1].bias,
+        softcap=softcap,
+        kind="jsd",
+        beta=0.5,
+        reduction="none",
+    )
     loss = divergence.mean()
     loss.backward()
     optimizer.step()

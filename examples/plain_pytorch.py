@@ -1,4 +1,4 @@
-"""SGCD in a loop of your own: one update of a Hugging Face model on one group of rollouts, packed, no logits.
+"""SGCD in a loop of your own: updates of a Hugging Face model on one group of rollouts, packed, no logits.
 
 python examples/plain_pytorch.py [folder or name of a causal LM]
 """
@@ -6,19 +6,17 @@ python examples/plain_pytorch.py [folder or name of a causal LM]
 import sys
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model
+from sgcd_kernels.logit_transform import logit_transform
 
 
-def states(model, prompt, answers):
-    """Hidden states [N, H] that predict the answers' tokens, packed; rows do not see each other."""
-    found = []
-    for answer in answers:
-        ids = torch.tensor([prompt + answer])
-        hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]
-        found.append(hidden[len(prompt) - 1 : -1])  # the state before a token predicts it
-    return torch.cat(found)
+def states(prompt, answers):  # packed [N, H]: those that predict the answers' tokens
+    rows = [torch.tensor(prompt + answer) for answer in answers]  # padded on the right, where no token looks
+    hidden = model.get_decoder()(input_ids=pad_sequence(rows, batch_first=True)).last_hidden_state
+    return torch.cat([h[len(prompt) - 1 : len(row) - 1] for h, row in zip(hidden, rows)])
 
 
 torch.manual_seed(0)
@@ -26,30 +24,26 @@ if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-credit = (
-    CreditConfig(gamma=1.0, clip=2.0) if len(sys.argv) > 1 else CreditConfig(d_floor=1e-3)
-)  # random ones hardly differ
-criterion = FusedLinearSGCDLoss(config=credit, loss_type="dapo", epsilon_high=0.28)
-
+    model.get_output_embeddings().weight.data.mul_(24)  # random ones hardly prefer a word to another
+check_model(model)  # refuses what would be wrong without a word: quantised heads, adapters on them, scaled logits
+head, optimizer = model.get_output_embeddings(), torch.optim.AdamW(model.parameters(), lr=1e-4)
+config, softcap = CreditConfig(gamma=1.0, clip=2.0), logit_transform(model).softcap
+criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, softcap=softcap)
 # Your engine and your verifier give these: a task's prompt, what siblings answered, who succeeded, what they learned.
 prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
 answers = [[20, 21, 22, 2], [20, 31, 2], [30, 31, 32, 33, 2], [20, 21, 23, 2]]
 reward = torch.tensor([1.0, 0.0, 0.0, 1.0])
-
 advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
-lengths = torch.tensor([len(answer) for answer in answers])
-cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+cu_seqlens = torch.tensor([0, *map(len, answers)]).cumsum(0)
 targets = torch.tensor([token for answer in answers for token in answer])
 turn_ids = torch.zeros_like(targets)  # the turn of each token; here every answer is one
 for step in range(3):
     with torch.no_grad():
-        teacher = states(model, reference + prompt, answers)  # the same policy, shown the reference
-    hidden = states(model, prompt, answers)
-    weight = model.get_output_embeddings().weight
-    loss, metrics = criterion(hidden, weight, targets, teacher, advantages, cu_seqlens, turn_ids=turn_ids)
+        teacher = states(reference + prompt, answers)  # the same policy, shown the reference
+    batch = (states(prompt, answers), head.weight, targets, teacher, advantages, cu_seqlens)
+    loss, metrics = criterion(*batch, turn_ids=turn_ids, bias=head.bias)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}  loss {loss:.4f}  mean KL {metrics['credit/mean_divergence']:.2g}  "
-          f"mean W {metrics['credit/mean_weight']:.3f}")  # fmt: skip
+    kl, weight = metrics["credit/mean_divergence"], metrics["credit/mean_weight"]
+    print(f"step {step}  loss {loss:.4f}  mean KL {kl:.4g}  mean W {weight:.3f}")

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgcd_kernels import CreditConfig, credit_weights, linear_divergence
+from sgcd_kernels import CreditConfig, check_model, credit_weights, linear_divergence
+from sgcd_kernels.logit_transform import logit_transform
 
 TINY = Path(__file__).resolve().parents[1] / "trainer" / "assets" / "workday-tiny"
 REFERENCE = (
@@ -67,6 +68,10 @@ def main() -> None:
     args = arguments()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    try:
+        check_model(model)
+    except ValueError as error:
+        sys.exit(str(error))
     student, teacher, *parts = (
         tokenizer(text, add_special_tokens=False).input_ids for text in (args.student, args.teacher, *args.response)
     )
@@ -77,9 +82,8 @@ def main() -> None:
     own = part_of % 2 == 0  # every other part was observed
 
     weight, bias = model.get_output_embeddings().weight, model.get_output_embeddings().bias
-    softcap = getattr(model.config, "final_logit_softcapping", None)
     pair = [states(model, prompt, ids.tolist()) for prompt in (student, teacher)]
-    stats = linear_divergence(pair[0], weight, ids, pair[1], bias=bias, softcap=softcap)
+    stats = linear_divergence(pair[0], weight, ids, pair[1], bias=bias, softcap=logit_transform(model).softcap)
     config = CreditConfig(gamma=args.gamma, clip=args.clip)
     bounds = torch.tensor([0, len(ids)])
     credit = credit_weights(

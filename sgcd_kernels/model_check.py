@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sgcd_kernels.logit_transform import check_unscaled
 from sgcd_kernels.validation import check_dtype
 
 # transformers' names of layers that see earlier tokens through a running state, or a convolution, and not by attention.
@@ -38,6 +39,7 @@ def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup |
     """
     weight = _head_weight(model)
     _check_stored_plainly(weight)
+    check_unscaled(model)
     states = _recurrent_layers(model)
     if packed and states:
         raise ValueError(
@@ -56,6 +58,11 @@ def _head_weight(model: nn.Module) -> Tensor:
     head = find() if callable(find) else None
     if head is None:
         raise ValueError(f"model is a {type(model).__name__}, needs get_output_embeddings() to give its head")
+    if hasattr(head, "base_layer"):  # peft's name of what an adapter is put on, whatever its kind
+        raise ValueError(
+            "the head has an adapter on it, needs none: its weight is the frozen one alone; leave the head out of "
+            "target_modules, or train it whole (modules_to_save)"
+        )
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):  # PyTorch's own quantised layers have a method of that name
         raise ValueError(f"the head is a {type(head).__name__}, needs a plain weight tensor: keep the head unquantised")

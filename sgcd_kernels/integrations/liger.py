@@ -1,45 +1,56 @@
-"""`LigerFusedLinearGRPOLoss` by our kernels: the arguments of liger-kernel 0.8, and advantages that may be per token.
+"""Liger's GRPO loss by our kernels: its argument names, advantages that may be per token, and the same with credit.
 
-from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss, LigerFusedLinearSGCDLoss
+
+Names, order and meaning of the arguments are those of liger-kernel 0.8.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
+from sgcd_kernels.credit import check_config
+from sgcd_kernels.credit_config import DEFAULT, CreditConfig
 from sgcd_kernels.logprob import linear_logprob
 from sgcd_kernels.policy_loss import linear_policy_loss
-from sgcd_kernels.validation import check_choice
+from sgcd_kernels.sgcd import sgcd_loss
+from sgcd_kernels.validation import check_choice, check_tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
 
 
-class LigerFusedLinearGRPOLoss(nn.Module):
-    """GRPO-family loss of hidden states, called as liger-kernel's class of that name is.
+class LigerOptions(TypedDict, total=False):
+    """What both losses are made with; defaults and meaning as in `LigerFusedLinearGRPOLoss`."""
 
-    Args:
-        beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level, temperature,
-            use_ref_model: as there (for "cispo" epsilon_high is the cap of the ratio itself).
-        compiled, chunk_size: accepted and not used; there are neither graphs nor chunks to choose.
-        impl: the backend.
-        others: what the "sapo", "vespo" and "luspo" losses take, accepted at any value as those losses are refused.
+    beta: float
+    compiled: bool
+    use_ref_model: bool
+    chunk_size: int
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    max_completion_length: int | None
+    importance_sampling_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    temperature: float
+    delta: float | None
+    use_bias_correction_kl: bool
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    impl: str
 
-    Raises:
-        ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
-            than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
 
-    >>> criterion = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")
-    >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
-    >>> ids, mask, advantages = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), torch.tensor([1.0, -0.5])
-    >>> loss, metrics = criterion(hidden, weight, ids, mask, advantages)
-    >>> loss.item()  # on-policy: minus the mean advantage
-    -0.25
-    """
+class _LigerLoss(nn.Module):
+    """What the two losses share: Liger's hyperparameters, and its arguments told to our ops."""
 
     beta: float
     temperature: float
@@ -60,11 +71,16 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         loss_type: str = "dapo",
         max_completion_length: int | None = None,
         importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
         temperature: float = 1.0,
         delta: float | None = None,
         use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
         impl: str = "auto",
-        **others: Any,
     ) -> None:
         super().__init__()
         check_choice("loss_type", loss_type, LOSS_TYPES)
@@ -78,59 +94,54 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         for name, value in {"delta": delta, "use_bias_correction_kl": use_bias_correction_kl}.items():
             if value:
                 raise ValueError(f"{name} is {value}, needs to be off: the policy loss has no such term")
-        for name in others:
-            if not name.startswith(("sapo_", "vespo_")):
-                raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
         self.beta, self.temperature, self.impl, self.use_ref_model = beta, temperature, impl, use_ref_model
         self.loss_type = "gspo" if importance_sampling_level == "sequence" else loss_type
         self.max_completion_length = max_completion_length
         self.epsilon = epsilon_low, epsilon_high - 1 if loss_type == "cispo" else epsilon_high
 
-    def forward(
+    def _arguments(
         self,
-        _input: Tensor,  # [B, T, H]
-        lin_weight: Tensor,  # [V, H]
-        selected_token_ids: Tensor,  # [B, T]
-        attention_mask: Tensor,  # [B, T]; true where a token has a loss
-        advantages: Tensor,  # [B], or [B, T] for one a token
-        bias: Tensor | None = None,  # [V]
-        ref_per_token_logps: Tensor | None = None,  # [B, T]
-        old_per_token_logps: Tensor | None = None,  # [B, T]
-        ref_input: Tensor | None = None,  # [B, T, H']
-        ref_weight: Tensor | None = None,  # [V, H']
-        ref_bias: Tensor | None = None,  # [V]
-        vllm_is_ratio: Tensor | None = None,  # [B, T] or [B, 1]
-        num_items_in_batch: float | Tensor | None = None,  # tokens
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the share of clipped tokens."""
-        shape = selected_token_ids.shape
-        if self.beta != 0 and self.use_ref_model and ref_per_token_logps is None:
-            if ref_input is None or ref_weight is None:
-                raise ValueError("ref_input or ref_weight is None, and ref_per_token_logps too: beta needs a reference")
-            with torch.no_grad():
-                options = {"bias": ref_bias, "temperature": self.temperature, "impl": self.impl}
-                states = ref_input.reshape(*shape, -1)
-                ref_per_token_logps = linear_logprob(states, ref_weight, selected_token_ids, **options).logp  # type: ignore[arg-type]
-        loss, metrics = linear_policy_loss(
-            _input.reshape(*shape, -1),
-            lin_weight,
-            selected_token_ids,
-            advantages,
-            old_logp=old_per_token_logps,
-            mask=attention_mask,
-            loss_type=self.loss_type,
-            epsilon=self.epsilon[0],
-            epsilon_high=self.epsilon[1],
-            beta=self.beta if ref_per_token_logps is not None else 0.0,
-            ref_logp=ref_per_token_logps,
-            importance_weights=None if vllm_is_ratio is None else vllm_is_ratio.expand(shape),
-            temperature=self.temperature,
-            bias=bias,
-            num_items_in_batch=self._divisor(attention_mask, num_items_in_batch),
-            impl=self.impl,
-        )
-        clipped = [metrics["clip_ratio/region_mean"]]
-        return loss, [metrics.get("kl", torch.zeros_like(loss)), *clipped] if self.beta != 0 else clipped
+        ids: Tensor,  # [B, T]
+        mask: Tensor,  # [B, T]
+        bias: Tensor | None,
+        ref_logp: Tensor | None,
+        old_logp: Tensor | None,
+        ref_input: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        vllm_is_ratio: Tensor | None,
+        num_items_in_batch: float | Tensor | None,
+    ) -> dict[str, Any]:
+        """What `linear_policy_loss` and `sgcd_loss` call by one name."""
+        if not self.use_ref_model:
+            ref_logp = None  # as Liger has it, also where one is given
+        elif self.beta != 0 and ref_logp is None:
+            ref_logp = self._reference(ids, ref_input, ref_weight, ref_bias)
+        return {
+            "old_logp": old_logp,
+            "mask": mask,
+            "loss_type": self.loss_type,
+            "epsilon": self.epsilon[0],
+            "epsilon_high": self.epsilon[1],
+            "beta": self.beta if ref_logp is not None else 0.0,
+            "ref_logp": ref_logp,
+            "importance_weights": None if vllm_is_ratio is None else _per_token(vllm_is_ratio, ids.shape),
+            "temperature": self.temperature,
+            "bias": bias,
+            "num_items_in_batch": self._divisor(mask, num_items_in_batch),
+            "impl": self.impl,
+        }
+
+    @torch.no_grad()
+    def _reference(self, ids: Tensor, states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if states is None or weight is None:
+            raise ValueError("ref_input or ref_weight is None, and ref_per_token_logps too: beta needs a reference")
+        states = states.reshape(*ids.shape, -1)
+        return linear_logprob(states, weight, ids, bias=bias, temperature=self.temperature, impl=self.impl).logp
+
+    def _metrics(self, metrics: dict[str, Tensor]) -> list[Tensor]:
+        clipped = metrics["clip_ratio/region_mean"]
+        return [clipped] if self.beta == 0 else [metrics.get("kl", torch.zeros_like(clipped)), clipped]
 
     def _divisor(self, mask: Tensor, num_items_in_batch: float | Tensor | None) -> float | Tensor | None:
         """dapo and cispo divide by the mean number of tokens of the processes; dr_grpo by a constant."""
@@ -145,3 +156,152 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             num_items_in_batch = mask.sum()
             dist.all_reduce(num_items_in_batch)
         return (torch.as_tensor(num_items_in_batch, device=mask.device).float() / processes).clamp(min=1.0)
+
+
+def _per_token(ratio: Tensor, shape: torch.Size) -> Tensor:
+    """[B] and [B, 1] are one a sequence, also where B = T."""
+    check_tensor("vllm_is_ratio", ratio)
+    batch, tokens = shape
+    if ratio.shape not in ((batch,), (batch, 1), (batch, tokens)):
+        raise ValueError(
+            f"vllm_is_ratio has shape {list(ratio.shape)}, needs [{batch}] or [{batch}, 1] (a sequence) or "
+            f"[{batch}, {tokens}] (a token)"
+        )
+    return (ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio).expand(shape)
+
+
+class LigerFusedLinearGRPOLoss(_LigerLoss):
+    """GRPO-family loss of hidden states, called as liger-kernel's class of that name is.
+
+    Args:
+        beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level, temperature,
+            use_ref_model: as there (for "cispo" epsilon_high is the cap of the ratio itself).
+        compiled, chunk_size: accepted and not used; there are neither graphs nor chunks to choose.
+        impl: the backend.
+        sapo_*, vespo_*: accepted at any value, as the losses that read them are refused.
+
+    Raises:
+        ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
+            than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
+
+    >>> criterion = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")
+    >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
+    >>> ids, mask, advantages = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), torch.tensor([1.0, -0.5])
+    >>> loss, metrics = criterion(hidden, weight, ids, mask, advantages)
+    >>> loss.item()  # on-policy: minus the mean advantage
+    -0.25
+    """
+
+    def forward(
+        self,
+        _input: Tensor,  # [B, T, H]
+        lin_weight: Tensor,  # [V, H]
+        selected_token_ids: Tensor,  # [B, T]
+        attention_mask: Tensor,  # [B, T]; true where a token has a loss
+        advantages: Tensor,  # [B], or [B, T] for one a token
+        bias: Tensor | None = None,  # [V]
+        ref_per_token_logps: Tensor | None = None,  # [B, T]; not read without use_ref_model
+        old_per_token_logps: Tensor | None = None,  # [B, T]
+        ref_input: Tensor | None = None,  # [B, T, H']
+        ref_weight: Tensor | None = None,  # [V, H']
+        ref_bias: Tensor | None = None,  # [V]
+        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] for one a sequence
+        num_items_in_batch: float | Tensor | None = None,  # tokens
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the share of clipped tokens."""
+        more = self._arguments(
+            selected_token_ids,
+            attention_mask,
+            bias,
+            ref_per_token_logps,
+            old_per_token_logps,
+            ref_input,
+            ref_weight,
+            ref_bias,
+            vllm_is_ratio,
+            num_items_in_batch,
+        )
+        states = _input.reshape(*selected_token_ids.shape, -1)
+        loss, metrics = linear_policy_loss(states, lin_weight, selected_token_ids, advantages, **more)
+        return loss, self._metrics(metrics)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's takes and gives anything
+
+
+class LigerFusedLinearSGCDLoss(_LigerLoss):
+    """`FusedLinearSGCDLoss` called as liger-kernel's GRPO loss is, with the teacher's states as further arguments.
+
+    Made with `config`, a `CreditConfig`, and what `LigerFusedLinearGRPOLoss` is made with; raises what that raises.
+    With gamma 0 its results are bitwise those of `LigerFusedLinearGRPOLoss`. Its metrics are Liger's two; those of the
+    credit come from `FusedLinearSGCDLoss`.
+
+    >>> criterion = LigerFusedLinearSGCDLoss(beta=0.0, loss_type="dapo")
+    >>> g = torch.Generator().manual_seed(0)
+    >>> hidden, teacher, weight = (torch.randn(*n, 4, generator=g) for n in ((2, 3), (2, 3), (8,)))
+    >>> ids, mask, advantages = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), torch.tensor([1.0, -0.5])
+    >>> loss, metrics = criterion(hidden, weight, ids, mask, advantages, teacher_input=teacher)
+    >>> plain, _ = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")(hidden, weight, ids, mask, advantages)
+    >>> bool(loss != plain), len(metrics)
+    (True, 1)
+    """
+
+    config: CreditConfig
+
+    def __init__(self, *, config: CreditConfig = DEFAULT, **options: Unpack[LigerOptions]) -> None:
+        super().__init__(**options)
+        check_config(config)
+        self.config = config
+
+    def forward(
+        self,
+        _input: Tensor,  # [B, T, H]
+        lin_weight: Tensor,  # [V, H]
+        selected_token_ids: Tensor,  # [B, T]
+        attention_mask: Tensor,  # [B, T]; true where a token has a loss
+        advantages: Tensor,  # [B], or [B, T] for one a token
+        bias: Tensor | None = None,  # [V]
+        ref_per_token_logps: Tensor | None = None,  # [B, T]; not read without use_ref_model
+        old_per_token_logps: Tensor | None = None,  # [B, T]
+        ref_input: Tensor | None = None,  # [B, T, H']
+        ref_weight: Tensor | None = None,  # [V, H']
+        ref_bias: Tensor | None = None,  # [V]
+        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] for one a sequence
+        num_items_in_batch: float | Tensor | None = None,  # tokens
+        *,
+        teacher_input: Tensor,  # [B, T, H']; of the same tokens, under the reference
+        teacher_weight: Tensor | None = None,  # [V, H']; None is the student's
+        teacher_bias: Tensor | None = None,  # [V]
+        turn_ids: Tensor | None = None,  # [B, T]
+        credit_mask: Tensor | None = None,  # [B, T]; true where a loss token may carry credit
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the share of clipped tokens."""
+        more = self._arguments(
+            selected_token_ids,
+            attention_mask,
+            bias,
+            ref_per_token_logps,
+            old_per_token_logps,
+            ref_input,
+            ref_weight,
+            ref_bias,
+            vllm_is_ratio,
+            num_items_in_batch,
+        )
+        loss, metrics = sgcd_loss(
+            _input.reshape(*selected_token_ids.shape, -1),
+            lin_weight,
+            selected_token_ids,
+            teacher_input.reshape(*selected_token_ids.shape, -1),
+            advantages,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            turn_ids=turn_ids,
+            credit_mask=credit_mask,
+            config=self.config,
+            **more,
+        )
+        return loss, self._metrics(metrics)
+
+    if TYPE_CHECKING:
+        __call__ = forward

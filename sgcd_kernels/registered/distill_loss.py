@@ -41,6 +41,8 @@ def linear_distill_loss(
     )
     rows = heads[0].rows
     features, ranks = ("jsd", "mixture_kl") if kind == "jsd" else (), group_of(group)
+    if ranks:
+        resolve("sharded_distill_backward", impl, *heads)  # what backward cannot do is refused here already
     unused = torch.zeros(heads[0].num_rows, dtype=torch.long, device=hidden.device)
     with no_autocast(hidden.device):
         forward = resolve("sharded_divergence_forward" if ranks and features else "divergence_forward", impl, *heads)

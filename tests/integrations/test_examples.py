@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,69 @@ def numbers(after: str, text: str) -> list[float]:
     return [float(x) for x in re.findall(rf"{after} ([0-9.e-]+)", text)]
 
 
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "RecurrentGemma": {"logits_soft_cap": 3.0, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+    "Phi": {},  # whose head has a bias
+    "Granite": {"logits_scaling": 8.0},
+}
+
+
+def saved(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A small model with a head that prefers some words, where `from_pretrained` finds it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**SIZES | HEADS | MODELS[name] | changes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    head = model.get_output_embeddings()
+    head.weight.data.normal_(std=0.3)
+    if head.bias is not None:
+        head.bias.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_in_here(monkeypatch: pytest.MonkeyPatch, example: str, *arguments: str | Path) -> dict[str, Any]:
+    """The example's variables when it is done."""
+    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+    return runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+
+
 def test_plain_pytorch() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    weights = numbers("mean W", output_of("plain_pytorch.py"))
-    assert len(weights) == 3 and all(w > 1 for w in weights)
+    said = output_of("plain_pytorch.py")
+    weights, losses = numbers("mean W", said), numbers("loss", said)
+    assert len(weights) == 3 and all(1.1 < w < 1.9 for w in weights), "credit is absent, or everywhere the same"
+    assert all(abs(loss) > 0.01 for loss in losses), "0: on the first step that is one W for all tokens"
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "RecurrentGemma", "Phi"])
+def test_plain_pytorch_scores_the_model_that_it_is_given(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first divergence is that of the model's own logits, one answer at a time: softcap, bias, and no leak."""
+    from transformers import AutoModelForCausalLM
+
+    saved(name, tmp_path)
+    used = run_in_here(monkeypatch, "plain_pytorch.py", tmp_path)
+    model, d = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), []
+    for answer in used["answers"]:
+        prompts = (used["prompt"], used["reference"] + used["prompt"])
+        with torch.no_grad():
+            p, q = (model(torch.tensor([x + answer])).logits[0, len(x) - 1 : -1].double() for x in prompts)
+        d.append(reference.kl(p, q))
+    found = numbers("mean KL", capsys.readouterr().out)[0]
+    assert found > 1e-3 and found == pytest.approx(torch.cat(d).mean().item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("example", ["plain_pytorch.py", "distill_gkd.py"])
+def test_a_model_that_scales_its_logits_is_refused(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"GraniteForCausalLM multiplies its logits by 0\.125, needs 1"):
+        run_in_here(monkeypatch, example, saved("Granite", tmp_path))
 
 
 def test_trl_sgcd(tmp_path: Path) -> None:
@@ -52,6 +112,39 @@ def test_distill_gkd() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     divergences = numbers("JSD", output_of("distill_gkd.py"))
     assert len(divergences) == 10 and divergences[-1] < 0.7 * divergences[0]
+
+
+def test_distill_gkd_lets_no_token_see_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states that it compares are those of the rows without their padding."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    used = run_in_here(monkeypatch, "distill_gkd.py")
+    padded = (used["prompts"] == used["PAD"]).sum(1)
+    assert padded[0] == 2 and padded[1] == 0
+    for row, pads in enumerate(padded):
+        ids = used["ids"][row : row + 1, pads:]
+        with torch.no_grad():
+            alone = used["teacher"].get_decoder()(input_ids=ids).last_hidden_state[0, used["start"] - pads : -1]
+        torch.testing.assert_close(used["taught"][row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Phi"])
+def test_distill_gkd_compares_the_models_that_it_is_given(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last divergences are those of both models' own logits, but for the student's last small step."""
+    student, teacher = (saved(name, tmp_path / str(seed), seed) for seed in (0, 1))
+    used = run_in_here(monkeypatch, "distill_gkd.py", student, teacher)
+    with torch.no_grad():
+        p, q = (used[who](**used["inputs"]).logits[:, used["start"] : -1].double() for who in ("student", "teacher"))
+    want = reference.jsd(p, q)
+    assert want.mean() > 0.01
+    torch.testing.assert_close(used["divergence"].double(), want, rtol=1e-2, atol=1e-4)
+
+
+def test_distill_gkd_refuses_two_softcaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = (saved("Gemma2", tmp_path / str(cap), final_logit_softcapping=cap) for cap in (3.0, 5.0))
+    with pytest.raises(SystemExit, match=r"the student's softcap is 3\.0, the teacher's 5\.0; needs one for both"):
+        run_in_here(monkeypatch, "distill_gkd.py", *pair)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +193,16 @@ def test_score_rollouts_without_a_reference_is_white(
     runpy.run_path(str(EXAMPLES / "score_rollouts.py"), run_name="__main__")
     found = capsys.readouterr().out
     assert "\x1b" not in found and "mean W 1.000 over 21 tokens" in found
+
+
+def test_score_rollouts_refuses_what_it_cannot_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(runpy.run_path(str(EXAMPLES / "score_rollouts.py"))["TINY"])
+    saved("Granite", tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"^GraniteForCausalLM multiplies its logits by 0\.125, needs 1"):
+        run_in_here(monkeypatch, "score_rollouts.py", "--model", tmp_path)
 
 
 def test_verl_policy_loss() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from sgcd_kernels import linear_policy_loss
-from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, linear_policy_loss
+from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss, LigerFusedLinearSGCDLoss, LigerOptions
 
 theirs = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
 
@@ -53,7 +55,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"ref_input": torch.linspace(-1, 1, B * T * H).view(B, T, H), "ref_weight": torch.eye(V, H)},
     ),
     "no reference model": ({"use_ref_model": False}, {}),
+    "a reference that is not to be read": (
+        {"beta": 0.5, "use_ref_model": False},
+        {"ref_per_token_logps": -4 + torch.linspace(-1, 1, B * T).view(B, T)},
+    ),
     "importance weights": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([[0.5], [1.0], [2.0]])}),
+    "importance weights [B]": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([0.5, 1.0, 2.0])}),
+    "importance weights [B, T]": (NO_REFERENCE, {"vllm_is_ratio": torch.linspace(0.5, 2, B * T).view(B, T)}),
     "items": (NO_REFERENCE, {"num_items_in_batch": 40}),
 }
 
@@ -66,6 +74,97 @@ def test_the_import_may_be_changed(name: str) -> None:
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(list(metrics), list(their_metrics), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ratio_a_sequence_where_there_are_as_many_tokens() -> None:
+    """[B] and [T] look alike."""
+    square = {k: v[:, :B] if v.dim() > 1 and v.shape[1] == T else v for k, v in inputs().items()}
+    more = square | {"vllm_is_ratio": torch.tensor([0.5, 1.0, 2.0])}
+    loss, _, grads = run(LigerFusedLinearGRPOLoss, NO_REFERENCE, more)
+    want, _, their_grads = run(theirs.LigerFusedLinearGRPOLoss, NO_REFERENCE | {"compiled": False}, more)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ratio_of_another_shape_is_refused() -> None:
+    message = r"vllm_is_ratio has shape \[7\], needs \[3\] or \[3, 1\] \(a sequence\) or \[3, 7\] \(a token\)"
+    with pytest.raises(ValueError, match=message):
+        LigerFusedLinearGRPOLoss(**NO_REFERENCE)(**inputs(), vllm_is_ratio=torch.ones(T))
+
+
+def test_both_take_what_theirs_takes() -> None:
+    """Every argument, in the same place, with the same default."""
+
+    def known(function: Any) -> dict[str, Any]:
+        return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+    made, called = (
+        known(f) for f in (theirs.LigerFusedLinearGRPOLoss.__init__, theirs.LigerFusedLinearGRPOLoss.forward)
+    )
+    assert list((made | {"impl": "auto"}).items()) == list(known(LigerFusedLinearGRPOLoss.__init__).items())
+    assert list(called.items()) == list(known(LigerFusedLinearGRPOLoss.forward).items())
+    assert list(called.items()) == list(known(LigerFusedLinearSGCDLoss.forward).items())[: len(called)]
+    assert list(LigerOptions.__annotations__) == list(known(LigerFusedLinearGRPOLoss.__init__))[1:]
+
+
+def credit() -> dict[str, Any]:
+    g = torch.Generator().manual_seed(2)
+    return {
+        "teacher_input": torch.randn(B, T, H, generator=g),
+        "turn_ids": torch.arange(T).expand(B, T) // 3,
+        "credit_mask": torch.rand(B, T, generator=g) > 0.2,
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_credit_sgcd_is_their_loss(name: str) -> None:
+    options, more = CASES[name]
+    made = partial(LigerFusedLinearSGCDLoss, config=CreditConfig(gamma=0.0))
+    loss, metrics, grads = run(made, options, more | credit())
+    want, their_metrics, their_grads = run(theirs.LigerFusedLinearGRPOLoss, options | {"compiled": False}, more)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(metrics), list(their_metrics), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "kl", "importance weights [B]", "items"])
+@pytest.mark.parametrize("own_head", [False, True])
+def test_with_credit_it_is_our_loss(name: str, own_head: bool) -> None:
+    """The same numbers as `FusedLinearSGCDLoss`, which is tested against the reference; and not those of plain GRPO."""
+    options, more = CASES[name]
+    g = torch.Generator().manual_seed(3)
+    head = {"teacher_weight": torch.randn(V, H, generator=g), "teacher_bias": torch.randn(V, generator=g)}
+    given, config = credit() | (head if own_head else {}), CreditConfig(clip=1.7, d_floor=0.5)
+    loss, _, grads = run(partial(LigerFusedLinearSGCDLoss, config=config), options, more | given)
+
+    def ours(_input: torch.Tensor, lin_weight: torch.Tensor, bias: torch.Tensor, **batch: Any) -> Any:
+        ratio = batch.get("vllm_is_ratio")
+        loss_type = "gspo" if name == "gspo" else "dapo"
+        criterion = FusedLinearSGCDLoss(config=config, loss_type=loss_type, beta=options["beta"])
+        return criterion(
+            _input,
+            lin_weight,
+            batch["selected_token_ids"],
+            batch["teacher_input"],
+            batch["advantages"],
+            mask=batch["attention_mask"],
+            bias=bias,
+            old_logp=batch["old_per_token_logps"],
+            ref_logp=batch.get("ref_per_token_logps"),
+            importance_weights=None if ratio is None else ratio[:, None].expand(B, T),
+            num_items_in_batch=batch.get("num_items_in_batch"),
+            **{k: batch[k] for k in given if k != "teacher_input"},
+        )
+
+    want, _, want_grads = run(lambda: ours, {}, more | given)
+    assert torch.equal(loss, want) and all(map(torch.equal, grads, want_grads))
+    plain, _, _ = run(LigerFusedLinearGRPOLoss, options, more)
+    assert abs(loss - plain) > 1e-3
+
+
+def test_credit_that_is_no_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a CreditConfig"):
+        LigerFusedLinearSGCDLoss(config={"gamma": 1.0})  # type: ignore[arg-type]
 
 
 def test_advantages_of_one_a_token() -> None:

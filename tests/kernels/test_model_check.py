@@ -46,6 +46,49 @@ def test_tied_embeddings_under_vocab_parallel() -> None:
         check_model(model, group=GROUP)
 
 
+def with_adapter(**options: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(causal_lm("Llama", tie_word_embeddings=False), peft.LoraConfig(r=4, **options))
+
+
+def test_an_adapter_on_the_head_would_be_left_out() -> None:
+    with pytest.raises(
+        ValueError, match="the head has an adapter on it, needs none: its weight is the frozen one alone"
+    ):
+        check_model(with_adapter(target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [1, 2]}}]
+)
+def test_adapters_that_the_heads_weight_shows(options: dict[str, Any]) -> None:
+    """Log-probs of the weight that passes are the model's own, after the adapter was moved."""
+    model = with_adapter(target_modules=["q_proj"], init_lora_weights=False, **options)
+    check_model(model)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    ids = torch.arange(8)[None]
+    states, head = model.get_decoder()(ids).last_hidden_state, model.get_output_embeddings()
+    found = linear_logprob(states, head.weight, ids.roll(-1)).logp
+    want = model(ids).logits.log_softmax(-1).gather(-1, ids.roll(-1).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scale"),
+    [("Cohere", {"logit_scale": 0.0625}, "0.0625"), ("Granite", {"logits_scaling": 8.0}, "0.125")],
+)
+def test_scaled_logits(name: str, changes: dict[str, Any], scale: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}ForCausalLM multiplies its logits by {scale}, needs 1"):
+        check_model(causal_lm(name, **changes))
+
+
+def test_a_softcap_passes() -> None:
+    check_model(causal_lm("Gemma2", final_logit_softcapping=3.0), packed=True)
+
+
 class Int8Params(nn.Parameter):
     """How bitsandbytes keeps a weight: a Parameter class of its own."""
 

@@ -18,6 +18,8 @@ from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, linear_policy_loss
 
 B, T, H, V = 4, 6, 8, 40
 CREDIT = {"config": CreditConfig(d_floor=0.01), "loss_type": "dapo"}
+FP64, FP32 = torch.float64, torch.float32  # by the torch backend, and by the C++ kernels where they are built
+TOLERANCE = {FP64: {"rtol": 1e-12, "atol": 1e-14}, FP32: {"rtol": 2e-5, "atol": 1e-7}}
 
 
 class Policy(nn.Module):
@@ -47,17 +49,17 @@ class Head(nn.Module):
         return self.criterion(hidden, self.weight, targets, teacher, advantages, **options)[0]
 
 
-def policy() -> Policy:
+def policy(dtype: torch.dtype = FP64) -> Policy:
     torch.manual_seed(0)
-    return Policy().double()
+    return Policy().to(dtype)
 
 
-def data() -> tuple[Tensor, ...]:
+def data(dtype: torch.dtype = FP64) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(1)
-    x, reference = (torch.randn(B, T, H, generator=g, dtype=torch.float64) for _ in range(2))
+    x, reference = (torch.randn(B, T, H, generator=g, dtype=FP64).to(dtype) for _ in range(2))
     targets = torch.randint(V, (B, T), generator=g)
     targets[0, 4:] = -100  # sequences of different length, so that ranks have different numbers of tokens
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.7], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.7], dtype=dtype)
     return x, reference, targets, advantages, (targets != -100).sum()
 
 
@@ -66,25 +68,25 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items() if g is not None}
 
 
-def single_process() -> tuple[Tensor, dict[str, Tensor]]:
-    model = policy()
-    loss = model(*data())
+def single_process(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    model = policy(dtype)
+    loss = model(*data(dtype))
     loss.backward()
     return loss.detach(), grads(model)
 
 
-def fsdp(rank: int, own_unit: bool) -> None:
+def fsdp(rank: int, own_unit: bool, dtype: torch.dtype) -> None:
     """Each rank has half of the sequences; `num_items_in_batch` is of all, times what averaging divides by."""
-    want_loss, want = single_process()
-    model = policy()
+    want_loss, want = single_process(dtype)
+    model = policy(dtype)
     mesh = init_device_mesh("cpu", (2,))
     if own_unit:
         fully_shard(model.head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert isinstance(model.head.weight, DTensor) and len(model.head.weight.to_local()) == V // 2
-    x, reference, targets, advantages, items = data()
+    x, reference, targets, advantages, items = data(dtype)
     mine = slice(0, 2) if rank == 0 else slice(2, 4)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=dtype)
     for micro in range(2):  # gradients accumulate over micro-batches
         rows = slice(mine.start + micro, mine.start + micro + 1)
         model.set_requires_gradient_sync(micro == 1)
@@ -92,15 +94,15 @@ def fsdp(rank: int, own_unit: bool) -> None:
         loss.backward()
         total += loss.detach()
     dist.all_reduce(total, dist.ReduceOp.SUM)
-    torch.testing.assert_close(total / 2, want_loss, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(grads(model), want, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(total / 2, want_loss, **TOLERANCE[dtype])
+    torch.testing.assert_close(grads(model), want, **TOLERANCE[dtype])
 
 
-def vocab(rank: int) -> None:
+def vocab(rank: int, dtype: torch.dtype) -> None:
     """Each rank has half of the words and every token; a DTensor head is its local part and its mesh's group."""
-    want_loss, want = single_process()
-    x, reference, targets, advantages, items = data()
-    model, mesh = policy(), init_device_mesh("cpu", (2,))
+    want_loss, want = single_process(dtype)
+    x, reference, targets, advantages, items = data(dtype)
+    model, mesh = policy(dtype), init_device_mesh("cpu", (2,))
     weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
     bias = nn.Parameter(distribute_tensor(model.head.bias.detach(), mesh, [Shard(0)]))
     criterion = FusedLinearSGCDLoss(**CREDIT, group=mesh.get_group())
@@ -109,9 +111,9 @@ def vocab(rank: int) -> None:
     options = {"bias": bias.to_local(), "num_items_in_batch": items}
     loss, _ = criterion(model.decoder(x), weight.to_local(), targets, teacher, advantages, **options)
     loss.backward()
-    torch.testing.assert_close(loss.detach(), want_loss, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(loss.detach(), want_loss, **TOLERANCE[dtype])
     found = grads(model) | {"head.weight": weight.grad.full_tensor(), "head.bias": bias.grad.full_tensor()}
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, want, **TOLERANCE[dtype])
     with pytest.raises(ValueError, match=re.escape("weight is a DTensor, needs a plain tensor: under FSDP2 call from")):
         criterion(model.decoder(x), weight, targets, teacher, advantages, **options)
     with pytest.raises(ValueError, match="bias is a DTensor, needs a plain tensor"):
@@ -120,9 +122,10 @@ def vocab(rank: int) -> None:
 
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    fsdp(rank, own_unit=False)
-    fsdp(rank, own_unit=True)
-    vocab(rank)
+    for dtype in (FP64, FP32):
+        fsdp(rank, own_unit=False, dtype=dtype)
+        fsdp(rank, own_unit=True, dtype=dtype)
+        vocab(rank, dtype)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Vocab-sharded heads: two gloo processes give what one gives, for every op, on the torch and the Triton backend."""
+"""Vocab-sharded heads: two gloo processes give what one gives, for every op, on the torch, C++ and Triton backends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sgcd_kernels.surrogate import LOSS_TYPES
 
 N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
 CU = torch.tensor([0, 5, N])
-TOLERANCE = {"auto": 1e-11, "triton": 2e-5}  # "auto" takes the torch backend for fp64
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 Group = dist.ProcessGroup | None
 Results = dict[str, list[torch.Tensor]]
 
@@ -33,9 +33,8 @@ Results = dict[str, list[torch.Tensor]]
 class Inputs:
     """Both heads on one rank's words, or on all."""
 
-    def __init__(self, impl: str, words: slice, group: Group) -> None:
+    def __init__(self, impl: str, dtype: torch.dtype, words: slice, group: Group) -> None:
         g = torch.Generator().manual_seed(0)
-        dtype = torch.float32 if impl == "triton" else torch.float64
         self.x, self.t = ((torch.randn(N, H, generator=g) * 2).to(dtype) for _ in range(2))
         self.w, self.v = (torch.randn(V, H, generator=g).to(dtype)[words] for _ in range(2))
         self.b = torch.randn(V, generator=g).to(dtype)[words]
@@ -90,14 +89,14 @@ def everything(i: Inputs) -> Results:
     return out
 
 
-def worker(rank: int, folder: str, impl: str) -> None:
+def worker(rank: int, folder: str, impl: str, dtype: torch.dtype) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
     words = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
-    i = Inputs(impl, words, group)
-    sharded, whole = everything(i), everything(Inputs(impl, slice(0, V), None))
-    tolerance = TOLERANCE[impl]
+    i = Inputs(impl, dtype, words, group)
+    sharded, whole = everything(i), everything(Inputs(impl, dtype, slice(0, V), None))
+    tolerance = TOLERANCE[dtype]
     for name, results in whole.items():
         for at, (got, want) in enumerate(zip(sharded[name], results, strict=True)):
             want = want[words] if got.shape != want.shape else want
@@ -111,18 +110,61 @@ def worker(rank: int, folder: str, impl: str) -> None:
         linear_logprob(i.x, i.w, torch.full((N,), V), **i.options)
     with pytest.raises(ValueError, match=r"top_k is 71, needs an integer in \[1, 70\]"):
         linear_divergence(i.x, i.w, i.y, i.t, top_k=V + 1, **i.options)
-    if backend_status()["cpp"].usable:  # "auto" takes another, and a name is not taken for another
-        x = i.x.float().requires_grad_()
-        loss = linear_distill_loss(x, i.w.float(), i.t.float(), impl="cpp", group=group)
-        with pytest.raises(ValueError, match="cannot run sharded_distill_backward here: it has none for vocab-sharded"):
-            loss.backward()
+    what_travels(i)
+    if dtype == torch.float32 and backend_status()["cpp"].usable:
+        the_cpp_kernels(i, group)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_two_shards_equal_one(impl: str, tmp_path: Path) -> None:
+def what_travels(i: Inputs) -> None:
+    """The numbers that are reduced over the ranks, as docs/parallel.md counts them."""
+    x, w, _ = i.leaves()
+    scored = int((i.y != -100).sum())
+    sgcd = {"config": CreditConfig(d_floor=0.01), **i.options}
+    teacher = (i.y, i.t, i.a, CU)
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "a head": (4, lambda: linear_logprob(i.x, i.w, i.y, **i.options)),
+        "a scoring pass": (11, lambda: linear_divergence(i.x, i.w, i.y, i.t, i.v, **i.options)),
+        "sgcd": (15, lambda: sgcd_loss(x, w, *teacher, **sgcd)),
+        "reuse_lse": (12, lambda: sgcd_loss(x, w, *teacher, reuse_lse=True, **sgcd)),
+    }
+    reduced = []
+    with pytest.MonkeyPatch.context() as patch:
+        all_reduce = dist.all_reduce
+        patch.setattr(
+            dist, "all_reduce", lambda t, *args, **kw: (reduced.append(t.numel()), all_reduce(t, *args, **kw))
+        )
+        for name, (numbers, call) in calls.items():
+            reduced.clear()
+            call()
+            gradient = 0 if numbers in (4, 11) else reduced.pop()
+            assert gradient in (0, scored * H, N * H), name
+            assert sum(reduced) == numbers * scored, (name, reduced)
+
+
+def the_cpp_kernels(i: Inputs, group: Group) -> None:
+    """They are what "auto" takes here; and what they cannot do over ranks they refuse before the first product."""
+    if i.options["impl"] == "auto":
+        by_name = i.options | {"impl": "cpp"}
+        for call in (
+            lambda o: linear_logprob(i.x, i.w, i.y, **o),
+            lambda o: linear_divergence(i.x, i.w, i.y, i.t, i.v, **o),
+            lambda o: linear_policy_loss(*i.leaves()[:2], i.y, i.a, loss_type="dapo", **o)[:1],
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(call(i.options), call(by_name)) if a is not None)
+    for kind in ("reverse_kl", "jsd"):
+        with pytest.raises(ValueError, match="cannot run sharded_distill_backward here: it has none for vocab-sharded"):
+            linear_distill_loss(i.x, i.w, i.t, kind=kind, impl="cpp", group=group)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("auto", torch.float64), ("auto", torch.float32), ("triton", torch.float32)],
+    ids=["torch", "cpp", "triton"],  # which of them "auto" takes
+)
+def test_two_shards_equal_one(impl: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("gloo: two processes on the CPU")
-    mp.spawn(worker, args=(str(tmp_path), impl), nprocs=2)
+    mp.spawn(worker, args=(str(tmp_path), impl, dtype), nprocs=2)
