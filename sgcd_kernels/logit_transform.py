@@ -6,6 +6,7 @@ fields of every causal LM of transformers 5.23 (tests/integrations/test_logit_tr
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -33,16 +34,11 @@ def logit_transform(model: nn.Module) -> LogitTransform:
     with more rows than the model has words.
     """
     config = _text_config(model)
-    given = {name: getattr(config, name, None) for name in (*_FACTORS, _DIVISOR, *_CAPS)}
     _check_all_read(type(model).__name__, config)
-    factors = [float(given[name]) for name in _FACTORS if given[name] is not None]
-    if given[_DIVISOR] is not None:
-        divisor = float(given[_DIVISOR])
-        factors.append(divisor if config.model_type == _MULTIPLIES else 1 / divisor)
-    scale = 1.0
-    for factor in factors:
-        scale *= factor
-    return LogitTransform(scale, next((float(given[name]) for name in _CAPS if given[name] is not None), None))
+    scale = math.prod(_numbers(config, *_FACTORS))
+    for divisor in _numbers(config, _DIVISOR):
+        scale *= divisor if config.model_type == _MULTIPLIES else 1 / divisor
+    return LogitTransform(scale, next(iter(_numbers(config, *_CAPS)), None))
 
 
 def check_unscaled(model: nn.Module) -> None:
@@ -60,6 +56,11 @@ def check_unscaled(model: nn.Module) -> None:
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _numbers(config: Any, *names: str) -> list[float]:
+    values = (getattr(config, name, None) for name in names)
+    return [float(value) for value in values if value is not None]
 
 
 def _check_all_read(kind: str, config: Any) -> None:

@@ -20,7 +20,13 @@ if importlib.util.find_spec("verl") is None:  # an importorskip would also skip 
 
 from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 from verl.trainer.ppo import core_algos
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPActorConfig
@@ -32,6 +38,7 @@ from sgcd_kernels.integrations.verl import register
 from sgcd_kernels.integrations.verl.alignment import predicting_states, teacher_input_ids
 from sgcd_kernels.integrations.verl.credit import credit_config, response_credit
 from sgcd_kernels.integrations.verl.engine import SGCDEngine
+from sgcd_kernels.integrations.verl.lm_head import patch_lm_head
 from sgcd_kernels.integrations.verl.policy_loss import TokenWeights, token_weights
 from tests.integrations import verl_host as host
 
@@ -245,6 +252,23 @@ def test_refusals_when_the_engine_is_made(path: Path) -> None:
         credit_config({"clip": 0.5})
     with pytest.raises(ValueError, match="packed is True, needs False for LlamaForCausalLM: its linear_attention"):
         host.engine_of(SGCDEngine, path, packed=True, hf={"layer_types": ["full_attention", "linear_attention"]})
+
+
+def test_the_head_knows_a_models_own_softcap_and_refuses_a_scale() -> None:
+    """RecurrentGemma caps its logits under a name of its own; FalconH1 scales them under another."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, logits_soft_cap=0.5)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids = torch.arange(1, 9)[None]
+    want = model(ids, use_cache=False).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    patch_lm_head(model)
+    torch.testing.assert_close(model(ids, use_cache=False).log_probs[0, :-1], want, rtol=1e-4, atol=1e-5)
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+    with torch.device("meta"):
+        scaled = FalconH1ForCausalLM(FalconH1Config(**sizes, **mamba, num_key_value_heads=2, lm_head_multiplier=0.05))
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM multiplies its logits by 0.05, needs 1"):
+        patch_lm_head(scaled)
 
 
 def test_teacher_ids_must_hold_the_response(path: Path) -> None:
