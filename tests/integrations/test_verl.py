@@ -186,9 +186,10 @@ def loss_inputs() -> dict[str, Any]:
     return {"old_log_prob": old - 3, "log_prob": new - 3, "advantages": advantages, "response_mask": mask}
 
 
-@pytest.mark.parametrize(
-    "mode", sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode"})
-)
+OWN_LOSSES = sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode", "geo_mean"})
+
+
+@pytest.mark.parametrize("mode", OWN_LOSSES)
 def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
     """W = 1 gives verl's bits; other W what verl gives for weighted advantages."""
     own, twin = (core_algos.get_policy_loss_fn(x) for x in (mode, "sgcd" if mode == "vanilla" else f"sgcd_{mode}"))
@@ -204,6 +205,30 @@ def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
         assert more == metrics | {"credit/mean_weight": 1.5}
     plain, _ = own(**inputs, config=config)
     assert not torch.equal(plain, want) or mode == "gpg"
+
+
+@pytest.mark.parametrize("name", sorted(set(register.POLICY_LOSSES) - {"sgcd_bypass_mode"}))
+def test_it_matters_which_token_has_the_weight(name: str) -> None:
+    """Of every registered twin: the same weights on other tokens give another gradient."""
+    advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 5)
+    inputs = loss_inputs() | {"advantages": advantages, "response_mask": torch.ones(2, 5)}
+    weights = torch.tensor([[2.0, 1, 1, 1, 1], [1, 1, 2.0, 1, 1]])
+    gradients = []
+    for w in (weights, weights.roll(1, 1)):
+        log_prob = inputs["log_prob"].clone().requires_grad_()
+        torch.manual_seed(0)  # clip_cov draws which tokens it clips
+        with token_weights(TokenWeights(w, {})):
+            loss, _ = core_algos.get_policy_loss_fn(name)(
+                **inputs | {"log_prob": log_prob}, config=host.actor_config(name)
+            )
+        gradients.append(torch.autograd.grad(loss, log_prob)[0])
+    assert (gradients[0] - gradients[1]).abs().max() > 0.05
+
+
+def test_a_loss_of_the_mean_advantage_has_no_twin() -> None:
+    assert "geo_mean" in core_algos.POLICY_LOSS_REGISTRY
+    with pytest.raises(ValueError, match="Unsupported loss mode: sgcd_geo_mean"):
+        core_algos.get_policy_loss_fn("sgcd_geo_mean")
 
 
 def test_a_policy_loss_without_weights_refuses() -> None:
@@ -267,7 +292,7 @@ def test_the_head_knows_a_models_own_softcap_and_refuses_a_scale() -> None:
     mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
     with torch.device("meta"):
         scaled = FalconH1ForCausalLM(FalconH1Config(**sizes, **mamba, num_key_value_heads=2, lm_head_multiplier=0.05))
-    with pytest.raises(ValueError, match="FalconH1ForCausalLM multiplies its logits by 0.05, needs 1"):
+    with pytest.raises(ValueError, match=r"FalconH1ForCausalLM multiplies its logits by 0\.05, needs 1"):
         patch_lm_head(scaled)
 
 

@@ -54,8 +54,8 @@ def patch_lm_head(model: nn.Module, *, packed: bool = False) -> None:
     [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and the flat places `student_rows` and
     `teacher_rows` [R] of the states that are compared.
 
-    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads pictures: the teacher's prompt
-    would come without them.
+    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads pictures: the teacher's
+    prompt would come without them.
     """
     check_model(model, packed=packed)
     config: Any = model.config
