@@ -1,7 +1,7 @@
 """What the teacher reads: `trainer.v1.sgcd_sync.reference_func` names this function (docs/verl.md).
 
-It sees one task with all its rollouts. Your own may ask a language model (`async def`: all groups are asked at once), or
-look into `siblings.rows` for what the data set has on the task.
+It sees one task with all its rollouts. Your own may ask a language model (`async def`: all groups are asked at once)
+or look into `siblings.rows` for what the data set has on the task.
 """
 
 from sgcd_kernels.integrations.trl.references import Siblings

@@ -151,6 +151,25 @@ def test_a_sequence_without_a_reference_keeps_its_advantage(path: Path) -> None:
     assert 1 < but_one[1]["credit/mean_weight"] < everything[1]["credit/mean_weight"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_of_one_give_what_one_of_all_gives(
+    path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As examples/verl/sgcd.yaml cuts them."""
+    engine = host.engine_of(SGCDEngine, path, packed=packed)
+    options = {"packed": packed, "teacher": with_reference()}
+    whole = step(engine, host.batch(**options), "sgcd")
+    steps: list[int] = []
+    taken = engine.forward_step
+    monkeypatch.setattr(
+        engine, "forward_step", lambda part, *rest, **named: steps.append(len(part)) or taken(part, *rest, **named)
+    )
+    cut = step(engine, host.batch(**options, micro_batch_size_per_gpu=1), "sgcd")
+    assert steps == [1, 1, 1]
+    torch.testing.assert_close(cut[2], whole[2], rtol=1e-4, atol=1e-6)
+    assert whole[1]["credit/mean_weight"] > 1
+
+
 def test_a_forward_only_pass_gives_the_divergence(path: Path) -> None:
     engine = host.engine_of(SGCDEngine, path, packed=True)
     options = {"packed": True, "teacher": with_reference()}

@@ -57,7 +57,7 @@ def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
         if given is None:
             raise ValueError(
                 "this micro-batch has no token weights, needs our engine (strategy fsdp2, external_lib "
-                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch"
+                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch (trainer_mode sgcd_sync)"
             )
         if given.weights.shape != advantages.shape:
             got, needs = list(given.weights.shape), list(advantages.shape)
