@@ -41,12 +41,13 @@ def test_cut_cross_entropy_shifts_by_more_than_one_and_takes_a_bias() -> None:
         cut_cross_entropy.linear_cross_entropy(e, c, targets, reduction="avg")
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_verl(reduction: str) -> None:
-    """verl's kernel needs a GPU; its definition is log-softmax(hidden weight^T / temperature)."""
+def test_verl(reduction: str, shape: tuple[int, ...]) -> None:
+    """verl's kernel needs a GPU; its definition is log-softmax(hidden weight^T / temperature), of [B, T] flattened."""
     torch.manual_seed(0)
-    x, w, y = torch.randn(5, 8), torch.randn(40, 8), torch.randint(40, (5,))
-    logp, entropy = verl.linear_cross_entropy(x, w, y, 0.7, reduction)
+    x, w, y = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
+    logp, entropy = verl.linear_cross_entropy(x.view(*shape, 8), w, y.view(shape), 0.7, reduction)
     table = ((x @ w.T) / 0.7).log_softmax(-1)
     chosen = table.gather(1, y[:, None])[:, 0]
     want = {"none": chosen, "sum": chosen.sum(), "mean": chosen.mean()}[reduction]

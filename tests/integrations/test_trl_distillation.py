@@ -204,7 +204,15 @@ def test_other_trainers_are_refused_by_name(tmp_path: Path) -> None:
 def test_heads_that_differ_are_refused(tmp_path: Path) -> None:
     trainer = built("GKD", tmp_path)
     trainer.teacher_model = world.model(Gemma2Config, head_dim=8, final_logit_softcapping=3.0)
-    with pytest.raises(ValueError, match="softcapping is None, the teacher's 3"), linear_distillation(trainer):
+    with pytest.raises(ValueError, match="softcap None, the teacher's 3"), linear_distillation(trainer):
+        pass
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
+    """It is no part of the head's own weight: the loss would be of a head without it."""
+    trainer = built("SDFT", tmp_path, peft_config=LoraConfig(target_modules=["lm_head"]))
+    adapter = r"output head has an adapter \(LoRA\), needs none"
+    with pytest.raises(ValueError, match=adapter), linear_distillation(trainer):
         pass
 
 

@@ -180,6 +180,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"peft_config": LoraConfig(lora_dropout=0.1, target_modules="all-linear")},
         r"lora_dropout.*drops out with p = 0.1.*disable_dropout=True",
     ),
+    "dropout of attention": (
+        {"policy": lambda: world.model(attention_dropout=0.2), "disable_dropout": True},
+        r"layers.0.self_attn drops out with attention_dropout = 0.2.*whose config says 0.0",
+    ),
+    "one ratio a sequence": (
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        "importance_sampling_level is 'sequence', needs 'token'",
+    ),
     "quantised head": ({"policy": quantised}, r"LlamaForCausalLM's output head is quantised .*torch.uint8"),
 }
 

@@ -184,6 +184,24 @@ def test_credit_is_as_calculated_by_hand(loss_type: str, fields: dict[str, Any],
     assert trainer.seen[0][2] != pytest.approx(plain.seen[0][2], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"loss_type": name} for name in LOSSES] + [{"loss_type": "cispo", "importance_sampling_level": "sequence"}],
+    ids=lambda fields: " ".join(fields.values()),
+)
+def test_it_matters_which_token_has_the_weight(fields: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights on other tokens, as rule "permuted" has them, are another update."""
+    config = {"d_floor": 1e-3, "start": 0.5, "reset": 0.4, "patience": 1, "max_steps": 1} | fields
+    ours, moved = (run(SGCDTrainer, SGCDConfig, tmp_path, rule=rule, **config) for rule in ("sgcd", "permuted"))
+    logs = [t.state.log_history[0]["credit/mean_weight"] for t in (ours, moved)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and 1 < logs[0] < 2
+    before = world.model().state_dict()
+    after, other = ours.model.state_dict(), moved.model.state_dict()
+    update = sum((after[n] - w).square().sum() for n, w in before.items()).sqrt()
+    difference = sum((after[n] - other[n]).square().sum() for n in before).sqrt()
+    assert difference > 0.05 * update
+
+
 def test_signs_stay_and_weights_are_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 

@@ -20,7 +20,13 @@ if importlib.util.find_spec("verl") is None:  # an importorskip would also skip 
 
 from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 from verl.trainer.ppo import core_algos
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPActorConfig
@@ -32,6 +38,7 @@ from sgcd_kernels.integrations.verl import register
 from sgcd_kernels.integrations.verl.alignment import predicting_states, teacher_input_ids
 from sgcd_kernels.integrations.verl.credit import credit_config, response_credit
 from sgcd_kernels.integrations.verl.engine import SGCDEngine
+from sgcd_kernels.integrations.verl.lm_head import patch_lm_head
 from sgcd_kernels.integrations.verl.policy_loss import TokenWeights, token_weights
 from tests.integrations import verl_host as host
 
@@ -144,6 +151,25 @@ def test_a_sequence_without_a_reference_keeps_its_advantage(path: Path) -> None:
     assert 1 < but_one[1]["credit/mean_weight"] < everything[1]["credit/mean_weight"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_of_one_give_what_one_of_all_gives(
+    path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As examples/verl/sgcd.yaml cuts them."""
+    engine = host.engine_of(SGCDEngine, path, packed=packed)
+    options = {"packed": packed, "teacher": with_reference()}
+    whole = step(engine, host.batch(**options), "sgcd")
+    steps: list[int] = []
+    taken = engine.forward_step
+    monkeypatch.setattr(
+        engine, "forward_step", lambda part, *rest, **named: steps.append(len(part)) or taken(part, *rest, **named)
+    )
+    cut = step(engine, host.batch(**options, micro_batch_size_per_gpu=1), "sgcd")
+    assert steps == [1, 1, 1]
+    torch.testing.assert_close(cut[2], whole[2], rtol=1e-4, atol=1e-6)
+    assert whole[1]["credit/mean_weight"] > 1
+
+
 def test_a_forward_only_pass_gives_the_divergence(path: Path) -> None:
     engine = host.engine_of(SGCDEngine, path, packed=True)
     options = {"packed": True, "teacher": with_reference()}
@@ -179,9 +205,10 @@ def loss_inputs() -> dict[str, Any]:
     return {"old_log_prob": old - 3, "log_prob": new - 3, "advantages": advantages, "response_mask": mask}
 
 
-@pytest.mark.parametrize(
-    "mode", sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode"})
-)
+OWN_LOSSES = sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_LOSSES) - {"bypass_mode", "geo_mean"})
+
+
+@pytest.mark.parametrize("mode", OWN_LOSSES)
 def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
     """W = 1 gives verl's bits; other W what verl gives for weighted advantages."""
     own, twin = (core_algos.get_policy_loss_fn(x) for x in (mode, "sgcd" if mode == "vanilla" else f"sgcd_{mode}"))
@@ -197,6 +224,30 @@ def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
         assert more == metrics | {"credit/mean_weight": 1.5}
     plain, _ = own(**inputs, config=config)
     assert not torch.equal(plain, want) or mode == "gpg"
+
+
+@pytest.mark.parametrize("name", sorted(set(register.POLICY_LOSSES) - {"sgcd_bypass_mode"}))
+def test_it_matters_which_token_has_the_weight(name: str) -> None:
+    """Of every registered twin: the same weights on other tokens give another gradient."""
+    advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 5)
+    inputs = loss_inputs() | {"advantages": advantages, "response_mask": torch.ones(2, 5)}
+    weights = torch.tensor([[2.0, 1, 1, 1, 1], [1, 1, 2.0, 1, 1]])
+    gradients = []
+    for w in (weights, weights.roll(1, 1)):
+        log_prob = inputs["log_prob"].clone().requires_grad_()
+        torch.manual_seed(0)  # clip_cov draws which tokens it clips
+        with token_weights(TokenWeights(w, {})):
+            loss, _ = core_algos.get_policy_loss_fn(name)(
+                **inputs | {"log_prob": log_prob}, config=host.actor_config(name)
+            )
+        gradients.append(torch.autograd.grad(loss, log_prob)[0])
+    assert (gradients[0] - gradients[1]).abs().max() > 0.05
+
+
+def test_a_loss_of_the_mean_advantage_has_no_twin() -> None:
+    assert "geo_mean" in core_algos.POLICY_LOSS_REGISTRY
+    with pytest.raises(ValueError, match="Unsupported loss mode: sgcd_geo_mean"):
+        core_algos.get_policy_loss_fn("sgcd_geo_mean")
 
 
 def test_a_policy_loss_without_weights_refuses() -> None:
@@ -245,6 +296,23 @@ def test_refusals_when_the_engine_is_made(path: Path) -> None:
         credit_config({"clip": 0.5})
     with pytest.raises(ValueError, match="packed is True, needs False for LlamaForCausalLM: its linear_attention"):
         host.engine_of(SGCDEngine, path, packed=True, hf={"layer_types": ["full_attention", "linear_attention"]})
+
+
+def test_the_head_knows_a_models_own_softcap_and_refuses_a_scale() -> None:
+    """RecurrentGemma caps its logits under a name of its own; FalconH1 scales them under another."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, logits_soft_cap=0.5)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids = torch.arange(1, 9)[None]
+    want = model(ids, use_cache=False).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    patch_lm_head(model)
+    torch.testing.assert_close(model(ids, use_cache=False).log_probs[0, :-1], want, rtol=1e-4, atol=1e-5)
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+    with torch.device("meta"):
+        scaled = FalconH1ForCausalLM(FalconH1Config(**sizes, **mamba, num_key_value_heads=2, lm_head_multiplier=0.05))
+    with pytest.raises(ValueError, match=r"FalconH1ForCausalLM multiplies its logits by 0\.05, needs 1"):
+        patch_lm_head(scaled)
 
 
 def test_teacher_ids_must_hold_the_response(path: Path) -> None:

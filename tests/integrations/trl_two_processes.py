@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
     if trainer.accelerator.is_main_process:
         assert trainer.accelerator.num_processes == 2
         torch.save(found, folder / "found.pt")
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, gloo's threads have aborted it once
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from sgcd_kernels import linear_distill_loss
-from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, check_head, softcap, unproject
+from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, check_head, unproject
 from sgcd_kernels.integrations.trl.refusals import check_stage
+from sgcd_kernels.logit_transform import logit_transform
 
 Replacements = list[tuple[Any, str, Any]]
 
@@ -198,9 +199,9 @@ def _check_heads(trainer: Any) -> list[Any]:
     models = [_causal_lm(trainer, model) for model in (trainer.model, trainer.teacher_model)]
     for model in models:
         check_head(model)
-    caps = [softcap(model) for model in models]
+    caps = [logit_transform(model).softcap for model in models]
     if caps[0] != caps[1]:
-        raise ValueError(f"the student's final_logit_softcapping is {caps[0]}, the teacher's {caps[1]}; needs the same")
+        raise ValueError(f"the student's logits have softcap {caps[0]}, the teacher's {caps[1]}; needs the same")
     return models
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sgcd_kernels import LogprobStats, linear_logprob
+from sgcd_kernels.logit_transform import logit_transform
 from sgcd_kernels.validation import FLOATS
 
 IGNORED = -100
@@ -90,13 +91,13 @@ class LinearHead:
     """The head of one causal LM (the module that transformers made, inside any wrapper).
 
     With a `temperature` it answers for TRL's fused head, which otherwise stays in charge; `fp32` is TRL's
-    `cast_lm_head_to_fp32`. Raises ValueError for a head that the kernels cannot read.
+    `cast_lm_head_to_fp32`. Raises ValueError for a head that the kernels cannot read, and as `logit_transform` does.
     """
 
     def __init__(self, model: Any, temperature: float | None = None, fp32: bool = False) -> None:
         check_head(model)
         self.model, self.temperature, self.fp32 = model, temperature, fp32
-        self.scale, self.softcap = logit_scale(model), softcap(model)
+        self.scale, self.softcap = logit_transform(model)
         self._lazy = False
         self._observer: Callable[[Unprojected], None] | None = None
         original = model.forward
@@ -156,10 +157,12 @@ class LinearHead:
 
 
 def check_head(model: Any) -> None:
-    """Refuse a head whose weight is not a plain [V, H] matrix of floats."""
+    """Refuse a head whose weight is not a plain [V, H] matrix of floats, or not the whole of the head."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     name = f"{type(model).__name__}'s output head"
+    if hasattr(head, "base_layer"):
+        raise ValueError(f"{name} has an adapter (LoRA), needs none: its own weight is all that the kernels read")
     if not isinstance(weight, Tensor):
         raise ValueError(f"{name} is {type(head).__name__}, needs a linear layer with a weight")
     plain = type(weight.data) is Tensor or isinstance(weight, DTensor)
@@ -168,23 +171,6 @@ def check_head(model: Any) -> None:
             f"{name} is quantised ({type(weight).__name__}, {weight.dtype}), needs a [V, H] weight of fp16, bf16 or "
             "fp32: leave lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
         )
-
-
-def logit_scale(model: Any) -> float:
-    """What the model multiplies its logits by, under the names that transformers' configs have for it."""
-    config = model.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (scale := getattr(config, name, None)) is not None:
-            return float(scale)
-    if (scaling := getattr(config, "logits_scaling", None)) is not None:
-        return float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
-    return 1.0
-
-
-def softcap(model: Any) -> float | None:
-    """c of c tanh(z / c), which some models end with."""
-    found: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return found
 
 
 def balance_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
@@ -199,5 +185,11 @@ def balance_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) 
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A parameter that FSDP2 has sharded, gathered; its gradient goes back to the shards."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    """A parameter that FSDP2 has sharded, gathered; its gradient goes back to the shards.
+
+    Every process has other tokens, so what it gives back is its part of a mean: without saying so each rank would keep
+    its own gradient's slice. (In FSDP's root group the weight is whole already, and FSDP takes the mean.)
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)

@@ -20,6 +20,11 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
         raise TypeError(f"reference_func is {type(reference_func).__name__}, needs a function of Siblings")
     if idle(args.credit()):
         return
+    if args.importance_sampling_level == "sequence" and args.loss_type != "cispo":  # whose ratio is detached
+        raise ValueError(
+            "importance_sampling_level is 'sequence', needs 'token' (or loss_type 'cispo'): all tokens' gradients come "
+            "through one ratio a sequence, so each would get the mean of A W, and no credit of its own"
+        )
     if reference_func is not None:
         rows = args.per_device_train_batch_size * args.steps_per_generation
         if rows % args.num_generations:
@@ -44,12 +49,25 @@ def check_trainer(trainer: Any) -> None:
     check_processor(trainer.processing_class)
     if idle(trainer.args.credit()):
         return
-    for name, module in trainer.model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.p > 0:
-            raise ValueError(
-                f"{name} drops out with p = {module.p}: student and teacher would differ by chance; needs "
-                "disable_dropout=True (in SGCDConfig), or lora_dropout=0"
-            )
+    check_dropout(trainer.model)
+
+
+def check_dropout(model: Any) -> None:
+    """Raises ValueError for dropout, as a module or, as transformers' attention has it, as a number of one."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            if module.p > 0:
+                raise ValueError(
+                    f"{name} drops out with p = {module.p}: student and teacher would differ by chance; needs "
+                    "disable_dropout=True (in SGCDConfig), or lora_dropout=0"
+                )
+            continue
+        for field, value in vars(module).items():
+            if "drop" in field and type(value) is float and value > 0:
+                raise ValueError(
+                    f"{name or 'the model'} drops out with {field} = {value}: student and teacher would differ by "
+                    "chance; needs a model whose config says 0.0, as disable_dropout=True reaches modules alone"
+                )
 
 
 def check_processor(processor: Any) -> None:

@@ -9,6 +9,9 @@ actor_rollout_ref.model.external_lib=sgcd_kernels.integrations.verl.register    
     credit        token weights of a batch as verl holds it
     policy_loss   verl's own policy losses on weighted advantages
     engine        verl's FSDP engine, which scores the teacher and hands the credit to the policy loss
+    references    from a group's rollouts to what the teacher reads
+    settings      what a config must say, checked before a model is loaded
+    trainer       verl's synchronous trainer, which asks for references and writes the teacher's ids
 """
 
 from sgcd_kernels.integrations.verl.linear_cross_entropy import linear_cross_entropy

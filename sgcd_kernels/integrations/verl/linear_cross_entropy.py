@@ -24,6 +24,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(log p(labels), entropy), both fp32 and differentiable; `reduction` is of the log-probs alone, as in verl.
 
+    As verl's they are flat, [B * T], whatever the shape of the input.
     With `dist_process_group` the head is sharded by rows in the order of the ranks, and labels are global ids.
 
     Raises ValueError as `linear_logprob` does.
@@ -34,7 +35,8 @@ def linear_cross_entropy(
     [-2.0794, -2.0794, 2.0794, 2.0794]
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    stats = linear_logprob(hidden, weight, labels, temperature=temperature, group=dist_process_group)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    stats = linear_logprob(flat, weight, labels.reshape(-1), temperature=temperature, group=dist_process_group)
     if reduction == "none":
         return stats.logp, stats.entropy
     return stats.logp.sum() if reduction == "sum" else stats.logp.mean(), stats.entropy

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
 from sgcd_kernels.divergence import linear_divergence
+from sgcd_kernels.logit_transform import check_unscaled, logit_transform
 from sgcd_kernels.logprob import linear_logprob
 from sgcd_kernels.model_check import check_model
 from sgcd_kernels.types import DivergenceStats
@@ -53,14 +54,12 @@ def patch_lm_head(model: nn.Module, *, packed: bool = False) -> None:
     [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and the flat places `student_rows` and
     `teacher_rows` [R] of the states that are compared.
 
-    Raises ValueError as `check_model` does, and for a model that scales its logits or reads pictures: the ops know no
-    scale, and the teacher's prompt would come without the pictures.
+    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads pictures: the teacher's
+    prompt would come without them.
     """
     check_model(model, packed=packed)
     config: Any = model.config
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"{name} of {type(model).__name__} is {getattr(config, name)}, needs 1")
+    check_unscaled(model)
     if hasattr(config, "vision_config"):
         raise ValueError(f"{type(model).__name__} has a vision_config, needs a model of text alone")
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # check_model has seen that it is there
@@ -100,7 +99,7 @@ def _forward(
                 position_ids=teacher_position_ids,
                 use_cache=False,
             ).last_hidden_state
-    softcap = getattr(self.config, "final_logit_softcapping", None)
+    softcap = logit_transform(self).softcap
     return ScoredOutput(**head(states, shift_labels, temperature, softcap, theirs, student_rows, teacher_rows))
 
 

@@ -17,6 +17,8 @@ from verl.trainer.ppo import core_algos
 
 PREFIX = "sgcd"
 BASE = "vanilla"  # what plain "sgcd" weights
+# It takes the mean of a sequence's advantages before it does anything else, so that no token would keep its weight.
+WITHOUT_TWIN = ("geo_mean",)
 
 
 class TokenWeights(NamedTuple):
@@ -55,7 +57,7 @@ def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
         if given is None:
             raise ValueError(
                 "this micro-batch has no token weights, needs our engine (strategy fsdp2, external_lib "
-                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch"
+                "sgcd_kernels.integrations.verl.register) and teacher_input_ids in the batch (trainer_mode sgcd_sync)"
             )
         if given.weights.shape != advantages.shape:
             got, needs = list(given.weights.shape), list(advantages.shape)
@@ -69,10 +71,10 @@ def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_policy_losses() -> list[str]:
-    """Register the weighted twin of every policy loss that verl has now; give their names."""
+    """Register the weighted twin of every policy loss that verl has now and that can take one; give their names."""
     made = []
     for mode, loss in list(core_algos.POLICY_LOSS_REGISTRY.items()):
-        if not mode.startswith(PREFIX):
+        if not mode.startswith(PREFIX) and mode not in WITHOUT_TWIN:
             name = PREFIX if mode == BASE else f"{PREFIX}_{mode}"
             core_algos.register_policy_loss(name)(weighted(loss))
             made.append(name)
