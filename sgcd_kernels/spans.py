@@ -39,8 +39,8 @@ def find_spans(
         scan: Callable[..., Tensor] = importlib.import_module("sgcd_kernels.triton.spans").find_spans
         return scan(u, entropy, turns, eligible, cu_seqlens, config)
     scan = find_spans_in_python if extension.unavailable_reason() else find_spans_in_cpp
-    on_host = (None if x is None else x.cpu() for x in (u, entropy, turns, eligible, cu_seqlens))
-    return scan(*on_host, config).to(u.device)
+    host_turns = None if turns is None else turns.cpu()
+    return scan(u.cpu(), entropy.cpu(), host_turns, eligible.cpu(), cu_seqlens.cpu(), config).to(u.device)
 
 
 def find_spans_in_cpp(
