@@ -26,6 +26,7 @@ from sgcd_kernels.triton.topk_kernels import chosen_logits_kernel
 from sgcd_kernels.types import Projection
 
 CHUNK_BYTES = 128 << 20  # of what a chunk of tokens holds
+TOKEN_MULTIPLE = 16
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -33,7 +34,9 @@ def chunk_tokens(top_k: int, vocab: int, words: int) -> int:
     """Tokens at a time: a token holds 3 numbers a tile and copies of them, its tiles' logits and copies of these."""
     tiles = ceil_div(vocab, words)
     chosen = (min(top_k, tiles) + 1) * words
-    return max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
+    tokens = max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
+    # What is per token then begins on sixteen bytes in every chunk, so that none compiles kernels anew.
+    return tokens if tokens < TOKEN_MULTIPLE else tokens // TOKEN_MULTIPLE * TOKEN_MULTIPLE
 
 
 def pair_stats(
