@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgcd_kernels.kernel_inputs import part_of, temperatures
 from sgcd_kernels.triton import forward_kernels, grad_kernels
-from sgcd_kernels.triton.configs import INTERPRETER, Config, config_for
+from sgcd_kernels.triton.configs import Config, config_for
 from sgcd_kernels.types import Projection
 
 Write = Callable[[int, Tensor], None]  # (first word, [tokens, words] to be filled)
@@ -40,9 +40,25 @@ class Head:
         return cls(
             x if x.stride(-1) == 1 or x.shape[1] == 1 else x.contiguous(),
             p.weight.detach(),
-            None if p.bias is None else p.bias.detach().contiguous(),
+            None if p.bias is None else aligned(p.bias.detach().contiguous()),
             operand_dtype(p),
         )
+
+    @property
+    def odd(self) -> bool:
+        """Whether rows begin anywhere, or end anywhere: they are then not loaded sixteen bytes at a time."""
+        places = (self.x.data_ptr(), self.x.stride(0), self.w.data_ptr(), self.w.stride(0), self.x.shape[1])
+        return any(place % 16 for place in places)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the wider of hidden and weight: steps in flight lie in shared memory as they are stored."""
+        return max(self.x.element_size(), self.w.element_size())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same where 16 divides its address, else a copy: kernels are not compiled anew for a slice of a bias."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def operand_dtype(p: Projection) -> torch.dtype:
@@ -60,12 +76,18 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def config_of(kernel: str, p: Projection, head: Head, rich: bool = False) -> Config:
-    if head.x.device.type == "cpu":
-        return INTERPRETER
+def config_of(kernel: str, p: Projection, *heads: Head, rich: bool = False) -> Config:
+    """The configuration for a call on these heads, p's first."""
     tempered = isinstance(p.temperature, Tensor) or p.temperature != 1.0
-    rich = rich or tempered or p.softcap is not None or p.bias is not None
-    return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize, rich)
+    rich = rich or tempered or p.softcap is not None or any(head.bias is not None for head in heads)
+    operand_bytes = max(head.operand.itemsize for head in heads)
+    wide = max(head.stored_bytes for head in heads) > operand_bytes
+    return config_for(kernel, major_of(heads[0].x.device), operand_bytes, rich, wide, any(head.odd for head in heads))
+
+
+def major_of(device: torch.device) -> int:
+    """Of the device's compute capability; 0 is Triton's interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def one_weight(student: Head, teacher: Head) -> bool:
@@ -175,7 +197,7 @@ def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
 
 
 def pair_config(student: Projection, head: Head, other: Head, peaks: bool = False) -> Config:
-    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, rich=peaks)
+    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, other, rich=peaks)
 
 
 def pair_stats(
@@ -209,7 +231,7 @@ def mixture_stats(
 ) -> Tensor:  # [shares, 3, n]
     """tv, jsd and sum p ln(p / m), the last two only if `jsd`."""
     head, other, n, vocab = Head.of(student), Head.of(teacher), student.num_rows, student.weight.shape[0]
-    config = config_of("mixture_stats", student, head)
+    config = config_of("mixture_stats", student, head, other)
     group = token_group(config, head, other)
     cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 3, n), dtype=torch.float32)
@@ -276,7 +298,7 @@ class DistillGrad:
         """For a range of the computed tokens, p being the student's head on these."""
         head, other = Head.of(p), Head.of(part_of(self.teacher, tokens))
         n, vocab, widths = p.num_rows, p.weight.shape[0], (head.x.shape[1], other.x.shape[1])
-        config = config_of("distill_grad", p, head, rich=self.kind == "jsd")
+        config = config_of("distill_grad", p, head, other, rich=self.kind == "jsd")
         group = token_group(config, head, other)
         per_token = [x[tokens] for x in (self.lse, self.teacher_lse, self.centre, self.d_loss)]
         inputs = (*pair_pointers(head, other, p.rows), temperatures(p), p.softcap, *per_token, self.beta)
