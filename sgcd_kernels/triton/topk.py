@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels.kernel_inputs import local_targets, part_of, temperatures
-from sgcd_kernels.shard import shard_range, sum_over
+from sgcd_kernels.shard import max_over, shard_range, sum_over
 from sgcd_kernels.torch_backend.divergence import PairStats
 from sgcd_kernels.torch_backend.topk import TeacherTopK
 from sgcd_kernels.triton import launch
@@ -49,8 +49,9 @@ def pair_stats(
     """The merged sums of both heads, and the KLs over the buckets."""
     n, vocab = student.num_rows, student.weight.shape[0]
     words = launch.pair_config(student, Head.of(student), Head.of(teacher), peaks=True).words
-    # Ranks with unequal shards must agree.
     step = chunk_tokens(top_k, vocab if group is None else shard_range(student.weight, group)[1], words)
+    if group is not None:  # ranks must agree, and their tiles may differ: by device, or by where their weights lie
+        step = -int(max_over(torch.tensor([-step], device=student.weight.device), group))
     parts = []
     for start in range(0, n, step) or (0,):  # no tokens have their fields too
         cut = slice(start, min(start + step, n))

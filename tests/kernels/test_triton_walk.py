@@ -106,7 +106,7 @@ def test_products_and_workspace(
     held = seen.peak - results
     operand = operand_dtype(p)
     cut = cut_of(n, width, vocab, operand.itemsize, dtypes[1] != operand)
-    assert held <= cut.bytes(width, operand.itemsize, dtypes[1] != operand) + SMALL  # which is held to the budget elsewhere
+    assert held <= cut.bytes(width, operand.itemsize, dtypes[1] != operand) + SMALL
     assert held <= WORKSPACE_BYTES + SMALL, f"{held / 2**20:.0f} MB"
     assert held >= WORKSPACE_BYTES / 2 or n < 1000, "the counter sees nothing, or the budget is not used"
     assert seen.count >= 2 * len(wrote.starts)
