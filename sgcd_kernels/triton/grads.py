@@ -121,9 +121,9 @@ def place(total: Tensor, values: Tensor, tokens: slice, rows: Tensor | None) -> 
 def add_product(total: Tensor, a: Tensor, b: Tensor, again: bool = True) -> None:
     """total += a b, or total = a b: summed in fp32 and rounded once to total's dtype.
 
-    Half operands with an fp32 total are one library call on CUDA: `addmm` takes them since PyTorch 2.10 (its pull request
-    167931), except where TunableOp is on. Where total is a single row or column, PyTorch hands such a call to cuBLASLt's
-    fused bias, a path that nothing else here needs and that is not worth relying on.
+    Half operands with an fp32 total are one library call on CUDA: `addmm` takes them since PyTorch 2.10 (its pull
+    request 167931), except where TunableOp is on. A total of one row or column PyTorch would take for a bias and hand
+    to cuBLASLt: that path is not relied on.
     """
     if a.device.type == "cpu":  # which has no product of halves with an fp32 result
         a, b = a.float(), b.float()
