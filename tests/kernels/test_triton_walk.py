@@ -80,7 +80,7 @@ def projection(n: int, width: int, vocab: int, dtypes: tuple[torch.dtype, torch.
     return Projection(hidden, torch.empty(vocab, width, dtype=dtypes[1], device="meta"), rows=rows)
 
 
-SIZES = [(16_384, 2560, 248_320), (20_000, 8192, 128_256), (129, 576, 50_257), (1, 576, 49_152)]
+SIZES = [(16_384, 2560, 248_320), (20_000, 8192, 128_256), (129, 576, 50_257), (129, 576, 251), (1, 576, 49_152)]
 
 
 @pytest.mark.parametrize(
