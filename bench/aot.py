@@ -33,7 +33,6 @@ LISTS = (
     "cu_seqlens",
     "onsets",
 )  # of int64
-PLACES = ("x", "x_stride", "w", "w_stride", "width", "y", "y_stride", "v", "v_stride", "teacher_width")
 ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in calls without options
 BESIDE = ("rows", "entropy", "d_entropy")  # absent in the plain call, besides
 STATISTICS = (
@@ -259,16 +258,15 @@ def compile_case(call: Call) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from sgcd_kernels.triton import launch
+
     fn, config = kernels()[call.kernel], call.config
+    if call.odd:
+        fn = launch.anywhere(fn)
     constants = constants_of(call, fn)
     types = signature_of(fn, call.mix, constants)
-    varying = [fn.arg_names[p.num] for p in fn.params if p.do_not_specialize]
-    anywhere = PLACES if call.odd else ()
-    aligned = [
-        name for name, kind in types.items()
-        if name not in anywhere and (kind.startswith("*") or (kind == "i32" and name not in varying))
-    ]  # fmt: skip
-    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    known = (p.num for p in fn.params if not p.do_not_specialize and types[p.name] not in ("constexpr", "fp32"))
+    attrs = {(index,): [["tt.divisibility", 16]] for index in known}
     source = ASTSource(fn, types, constants, attrs)
     options = {"num_warps": config.warps, "num_stages": config.stages} if config else {"num_warps": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)

@@ -165,7 +165,7 @@ def _logits(
     blocks = _blocks(torch.where(present, tiles, num_tiles).flatten(), config.tokens, num_tiles)
     out = torch.empty((2, tiles.numel(), words), dtype=torch.float32, device=head.x.device)
     flags = launch.pair_flags(head, other, config, vocab % words == 0) | {"STACKED": False}
-    chosen_logits_kernel[(blocks.tile.numel(),)](
+    launch.for_rows(chosen_logits_kernel, head, other)[(blocks.tile.numel(),)](
         *launch.pair_pointers(head, other, student.rows), temperatures(student), student.softcap,
         blocks.order, blocks.tile, blocks.start, blocks.stop, out,
         student.num_rows, vocab, head.x.shape[1], other.x.shape[1], tiles.numel(), tiles.shape[1],
