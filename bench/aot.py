@@ -12,30 +12,104 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, CUDA programming guide, table of limits
-MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-REGISTERS = 65_536  # of a multiprocessor
-LISTS = ("target", "rows", "order", "block_tile", "block_start", "tile_stop")  # of int64
-OPERANDS = ("x", "w", "y", "v", "bias", "teacher_bias")
-ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in the plain call
-AWKWARD = ("rows", "entropy", "d_entropy")  # what it may have besides, and words that fill no tile
+ARCHITECTURES = (80, 90, 100, 120)
+# Bytes a block, CUDA programming guide, table of limits. What compiles for sm_80 runs on sm_86 and sm_89 too: theirs.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+TENSOR_MEMORY = 512  # columns
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+LISTS = (
+    "target",
+    "rows",
+    "order",
+    "block_tile",
+    "block_start",
+    "tile_stop",
+    "turns",
+    "cu_seqlens",
+    "onsets",
+)  # of int64
+ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in calls without options
+BESIDE = ("rows", "entropy", "d_entropy")  # absent in the plain call, besides
 STATISTICS = (
-    "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks".split()
+    "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks u".split()
 )
 FLOATS = ("softcap", "beta")
+HEADER = (
+    "| kernel | stored (multiplied) | target | tile | registers | shared, KB | stack | spilled bytes | "
+    "matrix instructions |"
+)
 
 
-HEADER = "| kernel | operands | target | tile | registers | shared, KB | stack | spilled bytes | matrix instructions |"
+@dataclass(frozen=True)
+class Mix:
+    """Dtypes of a call: as stored, and as multiplied."""
+
+    x: str
+    w: str
+    operand: str
+    y: str = ""  # the student's, unless told
+    v: str = ""
+    teacher_operand: str = ""
+    precision: str = "tf32x3"
+
+    def of(self, name: str) -> str:
+        return {
+            "x": self.x, "w": self.w, "bias": self.w, "y": self.y or self.x, "v": self.v or self.w,
+            "teacher_bias": self.v or self.w, "operand": self.operand, "out": self.operand,
+            "teacher_operand": self.teacher_operand or self.operand,
+        }[name]  # fmt: skip
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Of the widest operand, and of the widest as it is stored."""
+        operands, stored = (self.of(n) for n in ("operand", "teacher_operand")), (self.of(n) for n in "xwyv")
+        return max(4 if d == "fp32" else 2 for d in operands), max(4 if d == "fp32" else 2 for d in stored)
+
+    def __str__(self) -> str:
+        sides = ["/".join(dict.fromkeys(pair)) for pair in ((self.x, self.w), (self.of("y"), self.of("v")))]
+        teacher = f" and {sides[1]}" if sides[1] != sides[0] else ""
+        multiplied = self.precision if "fp32" in (self.operand, self.teacher_operand) else self.operand
+        return f"{sides[0]}{teacher} ({multiplied})"
+
+
+def same(dtype: str, precision: str = "tf32x3") -> Mix:
+    return Mix(dtype, dtype, dtype, precision=precision)
+
+
+BF16, FP16, FP32, TF32 = same("bf16"), same("fp16"), same("fp32"), same("fp32", "tf32")
+MASTER, FP16_MASTER = Mix("bf16", "fp32", "bf16"), Mix("fp16", "fp32", "fp16")
+WIDENED = Mix("bf16", "fp16", "fp32")
+TEACHERS = (  # of their own
+    Mix("bf16", "bf16", "bf16", "fp32", "fp32", "fp32"),
+    Mix("fp32", "fp32", "fp32", "bf16", "bf16", "bf16"),
+    Mix("bf16", "bf16", "bf16", "bf16", "fp32", "bf16"),
+    Mix("bf16", "bf16", "bf16", "fp16", "fp16", "fp16"),
+)
+PLAIN, UNEVEN, OPTIONS = "plain", "uneven", "options"
+# What a call multiplies, how it is, and whether rows lie anywhere. An uneven call has masked tokens, a gradient of the
+# entropy, words that fill no tile and columns that fill no step; one with options has all that, bias, softcap,
+# temperature, the top K and a JSD's gradient. Calls with some of it are not compiled apart.
+WAYS: tuple[tuple[Mix, str, bool], ...] = (
+    *((BF16, how, False) for how in (PLAIN, UNEVEN, OPTIONS)),
+    *((FP16, how, False) for how in (UNEVEN, OPTIONS)),
+    *((FP32, how, False) for how in (UNEVEN, OPTIONS)),
+    (TF32, OPTIONS, False),
+    *((MASTER, how, False) for how in (UNEVEN, OPTIONS)),
+    (FP16_MASTER, OPTIONS, False),
+    (WIDENED, OPTIONS, False),
+    *((mix, how, True) for mix in (BF16, FP32) for how in (UNEVEN, OPTIONS)),
+    (MASTER, OPTIONS, True),
+)
 
 
 def kernels() -> dict[str, Any]:
     """By their names in the tables; `own_pair_stats` is the kernel of `pair_stats` for two weights."""
-    from sgcd_kernels.triton import forward_kernels, grad_kernels, topk_kernels
+    from sgcd_kernels.triton import forward_kernels, grad_kernels, spans, topk_kernels
 
     return {
         "head_stats": forward_kernels.head_stats_kernel,
@@ -45,6 +119,7 @@ def kernels() -> dict[str, Any]:
         "chosen_logits": topk_kernels.chosen_logits_kernel,
         "logprob_grad": grad_kernels.logprob_grad_kernel,
         "distill_grad": grad_kernels.distill_grad_kernel,
+        "scan": spans.scan_kernel,
     }
 
 
@@ -53,13 +128,20 @@ class Call:
     """One way in which a kernel is called, and the configuration that it then has."""
 
     kernel: str
-    dtype: str
+    mix: Mix
     arch: int
-    config: Any
-    first: bool  # in its list: the configuration that runs
-    rich: bool = False  # with bias, softcap and temperature; a JSD's gradient; top_k; and awkward
-    awkward: bool = False  # with masked tokens, a gradient of the entropy, and words that fill no tile
+    config: Any  # None: the kernel has no tile
+    first: bool = True  # in its list: the configuration that runs
+    how: str = PLAIN
+    odd: bool = False
     own: bool = False  # a teacher with a weight of its own
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is what the table of the documentation shows."""
+        usual = self.how == (OPTIONS if self.kernel == "chosen_logits" else PLAIN)
+        usual = usual and (self.mix is BF16 or self.config is None)
+        return usual and self.first and not self.odd and self.own == (self.kernel == "own_pair_stats")
 
 
 @dataclass(frozen=True)
@@ -72,50 +154,78 @@ class Row:
     stack: int
     spills: int
     matrix: int  # instructions
+    tensor_memory: int  # columns
+
+    def faults(self) -> list[str]:
+        """What would keep it from running, or from running fast."""
+        limit = SHARED_LIMIT[self.call.arch]
+        return [
+            *([f"{self.shared} bytes of shared memory, and a block has {limit}"] if self.shared > limit else []),
+            *(["too many columns of tensor memory"] if self.tensor_memory > TENSOR_MEMORY else []),
+            *(["stack or spills"] if self.stack + self.spills else []),
+            *(["no matrix instructions"] if self.call.config is not None and self.matrix == 0 else []),
+        ]
 
     def line(self) -> str:
         call, c = self.call, self.call.config
-        how = ", options" if call.rich else ", uneven" if call.awkward else ""
-        how += ", own weight" if call.own and call.kernel != "own_pair_stats" else ""
-        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}{' flat' if c.flat else ''}"
+        how = "" if call.how == PLAIN else f", {call.how}"
+        how += (", odd rows" if call.odd else "") + (", own weight" if call.own else "")
+        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}{' flat' if c.flat else ''}" if c else ""
         return (
-            f"| {call.kernel}{how} | {call.dtype} | sm_{call.arch} | "
+            f"| {call.kernel}{how} | {call.mix} | sm_{call.arch} | "
             f"{tile}{'' if call.first else ' (to try)'} | {self.registers} | {self.shared / 1024:.0f} | {self.stack} | "
             f"{self.spills} | {self.matrix} {MATRIX[call.arch].split('.')[0]} |"
         )
 
 
-def cases(
-    kernel: str | None = None, arch: int | None = None, dtype: str | None = None, rich: bool | None = None
-) -> list[Call]:
-    """Every configuration of the tables, in every way in which it is called."""
-    from sgcd_kernels.triton.configs import table_for
-
-    out = []
-    for name, a, d, r in itertools.product(kernels(), ARCHITECTURES, ("bf16", "fp16", "fp32"), (False, True)):
-        if kernel in (None, name) and arch in (None, a) and dtype in (None, d) and rich in (None, r):
-            table = table_for(4 if d == "fp32" else 2, r)
-            if name == "chosen_logits":  # called with the configuration of `pair_stats` with options, or of its own
-                configs = table["pair_stats"][a // 10] + table["own_pair_stats"][a // 10] if r else ()
-            else:
-                configs = table[name][a // 10]
-            both = name in ("mixture_stats", "chosen_logits", "distill_grad")
-            owns = (False, True) if both else (name == "own_pair_stats",)
-            for (index, config), awkward, own in itertools.product(enumerate(configs), {r, True}, owns):
-                out.append(Call(name, d, a, config, index == 0, r, awkward, own))
-    return out
+def cases(kernel: str | None = None, arch: int | None = None) -> list[Call]:
+    """Every configuration of the tables, in the hardest ways in which it is called."""
+    out: list[Call] = []
+    for name, target in itertools.product(kernels(), ARCHITECTURES):
+        if kernel in (None, name) and arch in (None, target):
+            out += cases_of(name, target)
+    return list(dict.fromkeys(out))
 
 
-def signature_of(fn: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    grad = "grad" in fn.__name__
+def cases_of(name: str, arch: int) -> Iterator[Call]:
+    if name == "scan":
+        yield from (Call(name, FP32, arch, None, how=how) for how in (PLAIN, OPTIONS))
+        return
+    owns = (False, True) if name in ("mixture_stats", "chosen_logits", "distill_grad") else (name == "own_pair_stats",)
+    for own in owns:
+        teachers = tuple((mix, OPTIONS, False) for mix in TEACHERS) if own else ()
+        again = own and name != "own_pair_stats"  # nothing is new but the second product
+        for mix, how, odd in WAYS + teachers:
+            if how != OPTIONS and (name == "chosen_logits" or (again and mix is not BF16)):
+                continue
+            for index, config in enumerate(configurations(name, arch, mix, how, odd, own)):
+                if index == 0 or (mix is BF16 and how != PLAIN):
+                    yield Call(name, mix, arch, config, index == 0, how, odd, own)
+
+
+def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: bool) -> tuple[Any, ...]:
+    """The one that `launch.config_of` chooses for such a call, and the others to try."""
+    from sgcd_kernels.triton.configs import column_of, table_for
+
+    operand, stored = mix.bytes
+    table = table_for(operand, how == OPTIONS, stored > operand, odd)
+    if name == "chosen_logits":
+        name = "own_pair_stats" if own else "pair_stats"
+    found: tuple[Any, ...] = table[name][column_of(table[name], arch // 10)]
+    return found
+
+
+def signature_of(fn: Any, mix: Mix, constants: dict[str, Any]) -> dict[str, str]:
     types = {}
     for name in fn.arg_names:
         if name in constants:
             types[name] = "constexpr"
-        elif name in OPERANDS or (grad and name == "out"):
-            types[name] = f"*{dtype}"
+        elif name in ("x", "w", "bias", "y", "v", "teacher_bias") or (name == "out" and "grad" in fn.__name__):
+            types[name] = f"*{mix.of(name)}"
         elif name in FLOATS:
             types[name] = "fp32"
+        elif name == "eligible":
+            types[name] = "*u8"
         elif name in STATISTICS or name in LISTS:
             types[name] = "*i64" if name in LISTS else "*fp32"
         else:
@@ -123,40 +233,47 @@ def signature_of(fn: Any, dtype: str, constants: dict[str, Any]) -> dict[str, st
     return types
 
 
+def constants_of(call: Call, fn: Any) -> dict[str, Any]:
+    import triton.language as tl
+
+    if call.config is None:
+        rules = {"START": 0.1, "RESET": 0.02, "PATIENCE": 16, "RATIO": 1.5, "MARGIN": 0.1}
+        return rules | ({"turns": None} if call.how == PLAIN else {})
+    config, types = call.config, {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    even = call.how == PLAIN
+    values = {
+        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
+        "EVEN_H": even, "EVEN_G": even, "EVEN_V": even, "PRECISION": call.mix.precision,
+        "OPERAND": types[call.mix.operand], "TEACHER_OPERAND": types[call.mix.of("teacher_operand")],
+        "JSD": True, "KIND": "jsd" if call.how == OPTIONS else "reverse_kl",
+        "FLAT": config.flat, "GUARDED": config.guarded, "T": config.tokens, "W": config.words, "K": config.depth,
+    }  # fmt: skip
+    absent = {OPTIONS: (), UNEVEN: ABSENT, PLAIN: ABSENT + BESIDE}[call.how]
+    return {name: value for name, value in (values | dict.fromkeys(absent)).items() if name in fn.arg_names}
+
+
 def compile_case(call: Call) -> Row:
     """Compile a call."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sgcd_kernels.triton.forward_kernels import VARYING
+    from sgcd_kernels.triton import launch
 
     fn, config = kernels()[call.kernel], call.config
-    operand = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[call.dtype]
-    values = {
-        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
-        "EVEN_H": True, "EVEN_G": True,
-        "EVEN_V": not call.awkward, "OPERAND": operand, "TEACHER_OPERAND": operand,
-        "PRECISION": "tf32x3", "JSD": True, "KIND": "jsd" if call.rich else "reverse_kl", "FLAT": config.flat,
-        "GUARDED": config.guarded,
-        "T": config.tokens, "W": config.words, "K": config.depth,
-    }  # fmt: skip
-    constants = {name: value for name, value in values.items() if name in fn.arg_names}
-    absent = () if call.rich else ABSENT if call.awkward else ABSENT + AWKWARD
-    constants |= {name: None for name in absent if name in fn.arg_names}
-    types = signature_of(fn, call.dtype, constants)
-    aligned = [
-        n for n, t in types.items() if t.startswith("*") or (t == "i32" and n not in (*VARYING, "entries", "slots"))
-    ]
-    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    if call.odd:
+        fn = launch.anywhere(fn)
+    constants = constants_of(call, fn)
+    types = signature_of(fn, call.mix, constants)
+    known = (p.num for p in fn.params if not p.do_not_specialize and types[p.name] not in ("constexpr", "fp32"))
+    attrs = {(index,): [["tt.divisibility", 16]] for index in known}
     source = ASTSource(fn, types, constants, attrs)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages} if config else {"num_warps": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)
     usage, ptx = resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Row(
         call, usage["REG"], compiled.metadata.shared, usage["STACK"], usage["LOCAL"] + local_bytes(ptx),
-        ptx.count(MATRIX[call.arch]),
+        ptx.count(MATRIX[call.arch]), getattr(compiled.metadata, "tmem_size", None) or 0,
     )  # fmt: skip
 
 
@@ -182,23 +299,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("--kernel", choices=list(kernels()))
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
-    parser.add_argument("--plain", action="store_true", help="only the plain call of each configuration")
+    parser.add_argument("--plain", action="store_true", help="only the plain call of each configuration that runs")
     args = parser.parse_args()
     print(HEADER)
     print("|---|---|---|---|---|---|---|---|---|")
     failed = 0
-    for call in cases(args.kernel, args.arch, args.dtype):
-        if args.plain and (call.awkward or (call.own and call.kernel != "own_pair_stats")):
+    for call in cases(args.kernel, args.arch):
+        if args.plain and not call.plain:
             continue
         try:
-            print(compile_case(call).line(), flush=True)
+            row = compile_case(call)
+            faults = row.faults()
+            print(row.line() + "".join(f" {fault}" for fault in faults), flush=True)
         except Exception as error:  # a case that does not compile is a row too, and the exit code says so
-            failed = 1
-            print(
-                f"| {call.kernel} | {call.dtype} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |"
-            )
-    return failed
+            faults = [str(error)]
+            print(f"| {call.kernel} | {call.mix} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |")
+        failed |= bool(faults)
+    return int(failed)
 
 
 if __name__ == "__main__":

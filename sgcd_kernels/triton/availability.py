@@ -24,6 +24,8 @@ def unavailable_reason() -> str | None:
     """Why no kernel can run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` installs it where it has a wheel (Linux)"
+    if torch.version.hip is not None and not interpreting():
+        return "its kernels are written and checked for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)"
     if not torch.cuda.is_available() and not interpreting():
         return "PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Python, to test them)"
     return None

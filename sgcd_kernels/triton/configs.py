@@ -48,6 +48,7 @@ HALF: Table = {
             Config(128, 128, 64, 8, 3),
         ),
         10: (Config(128, 64, 64, 8, 4, guarded=True), Config(64, 128, 64, 8, 4, guarded=True)),
+        12: (Config(64, 64, 64, 8, 3, stacked=True),),
     },
     "own_pair_stats": {
         8: (Config(64, 64, 64, 4, 3, programs=2),),
@@ -106,12 +107,60 @@ RICH: Table = {
     },
 }
 
+# For operands of 2 bytes where hidden or weight is stored in 4 (an fp32 master weight): a step in flight takes up to
+# twice the shared memory. With and without options.
+WIDE: Table = {
+    "head_stats": {
+        8: (Config(128, 64, 32, 8, 3),),
+        9: (Config(128, 128, 64, 8, 3),),
+        10: (Config(128, 64, 64, 8, 3, guarded=True),),
+    },
+    "pair_stats": {
+        8: (Config(64, 64, 32, 8, 3, stacked=True),),
+        9: (Config(64, 128, 64, 8, 3, stacked=True),),
+        10: (Config(64, 64, 64, 8, 3, guarded=True),),
+    },
+    "own_pair_stats": {
+        8: (Config(64, 64, 32, 8, 3),),
+        9: (Config(64, 64, 64, 8, 3),),
+        10: (Config(64, 64, 64, 8, 3, guarded=True),),
+    },
+    "mixture_stats": {
+        8: (Config(64, 32, 32, 8, 3, stacked=True),),
+        9: (Config(64, 32, 64, 8, 3, stacked=True),),
+        10: (Config(64, 16, 64, 8, 3),),
+    },
+    "logprob_grad": {
+        8: (Config(128, 64, 32, 8, 3),),
+        9: (Config(128, 128, 64, 8, 3),),
+        10: (Config(128, 64, 64, 8, 3),),
+    },
+    "distill_grad": {
+        8: (Config(64, 64, 32, 8, 3, stacked=True),),
+        9: (Config(64, 64, 64, 8, 3, stacked=True),),
+        10: (Config(64, 64, 64, 8, 3),),
+    },
+}
+
+# For calls whose rows do not lie on sixteen bytes (16 does not divide H, say): every element is loaded by itself, by an
+# address of its own. With and without options, whatever is stored and multiplied.
+_ODD, _ODD_NARROW, _ODD_SHORT = Config(64, 32, 32, 8, 2), Config(64, 16, 32, 8, 2), Config(32, 32, 32, 8, 2)
+_ODD_10 = Config(64, 32, 64, 8, 2)
+ODD: Table = {
+    "head_stats": {8: (_ODD,), 9: (_ODD,), 10: (replace(_ODD_10, guarded=True),)},
+    "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (replace(_ODD_NARROW, guarded=True),)},
+    "own_pair_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (Config(64, 16, 64, 8, 2, guarded=True),)},
+    "mixture_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (_ODD_10,)},
+    "logprob_grad": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (_ODD_10,)},
+    "distill_grad": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (_ODD_10,)},
+}
+
 # For fp32 operands, which take three products in TF32, or one; with and without options.
 _WIDE, _NARROW = Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)
 _STACKED = replace(_NARROW, stacked=True)
 _NARROWEST = Config(64, 16, 32, 8, 2, guarded=True)
 SINGLE: Table = {
-    "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),)},
+    "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),), 12: (_NARROW,)},
     "pair_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
     "own_pair_stats": {8: (_NARROW,), 9: (_NARROW,), 10: (_NARROWEST,)},
     "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
@@ -120,14 +169,29 @@ SINGLE: Table = {
 }
 
 
-def table_for(operand_bytes: int, rich: bool) -> Table:
-    return SINGLE if operand_bytes == 4 else RICH if rich else HALF
-
-
-def config_for(kernel: str, major: int, operand_bytes: int, rich: bool = False) -> Config:
-    """The configuration that runs on devices of compute capability `major`.x; newer ones use the newest known.
-
-    `rich`: the call has a bias, a softcap or a temperature, makes a JSD's gradient, or looks for the top K.
+def table_for(operand_bytes: int, rich: bool = False, wide: bool = False, odd: bool = False) -> Table:
     """
-    by_major = table_for(operand_bytes, rich)[kernel]
-    return by_major[max(known for known in by_major if known <= major)][0]
+    rich: the call has a bias, a softcap or a temperature, makes a JSD's gradient, or looks for the top K.
+    wide: hidden or weight is stored in more bytes than are multiplied.
+    odd: rows of hidden or weight do not begin and end on sixteen bytes.
+    """
+    return ODD if odd else SINGLE if operand_bytes == 4 else WIDE if wide else RICH if rich else HALF
+
+
+def column_of(by_major: dict[int, tuple[Config, ...]], major: int) -> int:
+    """Where a table says what runs on devices of compute capability `major`.x.
+
+    Those without a column take that of 8: its instructions (`mma.sync`) are every device's, and its tiles keep to the
+    99 KB of shared memory that the smallest of them have (8.6, 8.9, 12.0).
+    """
+    return major if major in by_major else 8
+
+
+def config_for(
+    kernel: str, major: int, operand_bytes: int, rich: bool = False, wide: bool = False, odd: bool = False
+) -> Config:
+    """The configuration that runs on devices of compute capability `major`.x; 0 is the interpreter. See `table_for`."""
+    if major == 0:
+        return INTERPRETER
+    by_major = table_for(operand_bytes, rich, wide, odd)[kernel]
+    return by_major[column_of(by_major, major)][0]

@@ -26,7 +26,7 @@ from sgcd_kernels.triton.tiles import (
 
 # Numbers that change from call to call. Specialised for those that 16 divides, a step in training would compile anew
 # whenever another number of tokens is left.
-VARYING = ["n", "first", "count", "words_per_share", "token_tiles", "word_tiles", "shares", "group"]
+VARYING = ["n", "vocab", "first", "count", "words_per_share", "token_tiles", "word_tiles", "shares", "group"]
 
 
 @triton.jit

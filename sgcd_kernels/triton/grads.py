@@ -26,6 +26,8 @@ from sgcd_kernels.validation import take
 WORKSPACE_BYTES = 256 << 20
 SLICE_MULTIPLE = 256  # words
 LONGEST_SLICE = 16_384  # words; beyond it products gain nothing
+GROUP_MULTIPLE = 128  # tokens: what is per token begins on sixteen bytes in every group, so none compiles kernels anew
+ROW_MULTIPLE = 16  # words from row to row of dZ: kernels and library write and read sixteen bytes at a time
 
 
 class LogitGrad(Protocol):
@@ -44,16 +46,21 @@ class Cut:
 
     def bytes(self, width: int, itemsize: int, weight_cast: bool) -> int:
         """Held beside inputs and gradients: dX in fp32, a copy of hidden, dZ, and a slice of weight if that is cast."""
-        slice_copies = 4 + itemsize if weight_cast else 0
-        return self.tokens * (width * (4 + itemsize) + self.words * itemsize) + self.words * width * slice_copies
+        slice_copy = self.words * width * itemsize if weight_cast else 0
+        return self.tokens * (width * (4 + itemsize) + row_stride(self.words) * itemsize) + slice_copy
+
+
+def row_stride(words: int) -> int:
+    return -(-words // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def cut_of(n: int, width: int, vocab: int, itemsize: int, weight_cast: bool = False) -> Cut:
-    """The longest slices that keep to the budget, beside the largest groups that leave half of it to them."""
+    """The longest slices that keep to the budget, beside groups that leave them about half of it."""
     groups = max(1, -(-n * width * (4 + itemsize) // (WORKSPACE_BYTES // 2)))
-    tokens = max(1, -(-n // groups))
+    tokens = -(-max(1, -(-n // groups)) // GROUP_MULTIPLE) * GROUP_MULTIPLE
+    tokens = max(1, min(n, tokens))
     left = WORKSPACE_BYTES - tokens * width * (4 + itemsize)
-    words = left // (tokens * itemsize + (width * (4 + itemsize) if weight_cast else 0))
+    words = left // ((tokens + (width if weight_cast else 0)) * itemsize)
     words = max(SLICE_MULTIPLE, min(words, LONGEST_SLICE, vocab) // SLICE_MULTIPLE * SLICE_MULTIPLE)
     return Cut(tokens, min(words, vocab))
 
@@ -73,23 +80,25 @@ def walk(
     made = torch.empty_like if n else torch.zeros_like  # the first group writes every word's row
     d_weight = made(p.weight, dtype=saved_dtype(p.weight)) if needs[1] else None
     d_bias = torch.zeros_like(p.bias, dtype=torch.float32) if needs[2] and p.bias is not None else None
-    buffer = torch.empty(cut.tokens * cut.words, dtype=operand, device=device)
+    buffer = torch.empty((cut.tokens, row_stride(cut.words)), dtype=operand, device=device)
     for tokens in ranges(n, cut.tokens):
         part = part_of(p, tokens)
         write = logit_grad.writer(part, tokens)
         x = take(part.hidden.detach(), part.rows).to(operand)
         dx = torch.zeros(x.shape, dtype=torch.float32, device=device) if d_hidden is not None else None
         for words in ranges(vocab, cut.words):
-            dz = buffer[: x.shape[0] * (words.stop - words.start)].view(x.shape[0], -1)
+            dz = buffer[: x.shape[0], : words.stop - words.start]
             write(words.start, dz)
             if dx is not None:
                 add_product(dx, dz, p.weight[words].detach().to(operand))
             if d_weight is not None:
-                put_product(d_weight[words], dz.t(), x, again=tokens.start > 0)
+                add_product(d_weight[words], dz.t(), x, again=tokens.start > 0)
             if d_bias is not None:
                 d_bias[words] += dz.sum(0, dtype=torch.float32)
+        del x  # `place` makes as much
         if dx is not None and d_hidden is not None:
             place(d_hidden, sum_over(dx, group), tokens, part.rows)
+        del dx  # before the next group's
     if lift is not None:
         for grad in (d_hidden, d_weight, d_bias):
             if grad is not None:
@@ -109,20 +118,20 @@ def place(total: Tensor, values: Tensor, tokens: slice, rows: Tensor | None) -> 
         total.index_copy_(0, rows, values.to(total.dtype))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in fp32."""
-    if a.dtype == total.dtype or a.device.type == "cpu":
-        total.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def add_product(total: Tensor, a: Tensor, b: Tensor, again: bool = True) -> None:
+    """total += a b, or total = a b: summed in fp32 and rounded once to total's dtype.
 
-
-def put_product(total: Tensor, a: Tensor, b: Tensor, again: bool) -> None:
-    """total = a b, or total += a b: summed in fp32 and rounded once to total's dtype."""
-    if a.device.type == "cpu" or a.dtype.itemsize > total.dtype.itemsize:
-        value = a.float() @ b.float()
-        total.copy_(value + total.float() if again else value)
-    elif a.dtype == total.dtype:
+    Half operands with an fp32 total are one library call on CUDA: `addmm` takes them since PyTorch 2.10 (its pull
+    request 167931), except where TunableOp is on. A total of one row or column PyTorch would take for a bias and hand
+    to cuBLASLt: that path is not relied on.
+    """
+    if a.device.type == "cpu":  # which has no product of halves with an fp32 result
+        a, b = a.float(), b.float()
+    if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=int(again), out=total)
+    elif a.dtype.itemsize > total.dtype.itemsize:
+        total.copy_(total.float().addmm_(a, b) if again else a @ b)
+    elif again and 1 in total.shape:
+        total.add_(torch.mm(a, b, out_dtype=torch.float32))
     else:
         torch.addmm(total, a, b, beta=int(again), out_dtype=torch.float32, out=total)

@@ -5,23 +5,26 @@ Every function takes `Projection`s that `availability.refuses` has let pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from sgcd_kernels.kernel_inputs import part_of, temperatures
 from sgcd_kernels.triton import forward_kernels, grad_kernels
-from sgcd_kernels.triton.configs import INTERPRETER, Config, config_for
+from sgcd_kernels.triton.configs import Config, config_for
 from sgcd_kernels.types import Projection
 
 Write = Callable[[int, Tensor], None]  # (first word, [tokens, words] to be filled)
 LANGUAGE_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MAX_SHARES = 64  # of the vocabulary
 PARTIAL_BYTES = 32 << 20  # of the statistics of all shares, 11 a token and share at most
+PLACES = "x x_stride w w_stride width y y_stride v v_stride teacher_width".split()  # arguments: where rows lie
 RESIDENT_BYTES = 12 << 20  # of hidden, beside the words in flight: half of what an SM reaches near it in 50 MB of L2
 
 
@@ -40,9 +43,40 @@ class Head:
         return cls(
             x if x.stride(-1) == 1 or x.shape[1] == 1 else x.contiguous(),
             p.weight.detach(),
-            None if p.bias is None else p.bias.detach().contiguous(),
+            None if p.bias is None else aligned(p.bias.detach().contiguous()),
             operand_dtype(p),
         )
+
+    @property
+    def odd(self) -> bool:
+        """Whether rows begin anywhere, or end anywhere: they are then not loaded sixteen bytes at a time."""
+        places = (self.x.data_ptr(), self.x.stride(0), self.w.data_ptr(), self.w.stride(0), self.x.shape[1])
+        return any(place % 16 for place in places)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the wider of hidden and weight: steps in flight lie in shared memory as they are stored."""
+        return max(self.x.element_size(), self.w.element_size())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same where 16 divides its address, else a copy: kernels are not compiled anew for a slice of a bias."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def for_rows(kernel: Any, *heads: Head) -> Any:
+    """The kernel as it is compiled for these heads' rows."""
+    return anywhere(kernel) if any(head.odd for head in heads) else kernel
+
+
+@functools.cache
+def anywhere(kernel: Any) -> Any:
+    """A kernel that knows nothing of where rows lie: one for all, whichever of their places 16 happens to divide.
+
+    Else each combination would be compiled, and each with registers of its own.
+    """
+    varying = [*forward_kernels.VARYING, "entries", "slots"]
+    return triton.jit(kernel.fn, do_not_specialize=[*varying, *PLACES])
 
 
 def operand_dtype(p: Projection) -> torch.dtype:
@@ -60,12 +94,18 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def config_of(kernel: str, p: Projection, head: Head, rich: bool = False) -> Config:
-    if head.x.device.type == "cpu":
-        return INTERPRETER
+def config_of(kernel: str, p: Projection, *heads: Head, rich: bool = False) -> Config:
+    """The configuration for a call on these heads, p's first."""
     tempered = isinstance(p.temperature, Tensor) or p.temperature != 1.0
-    rich = rich or tempered or p.softcap is not None or p.bias is not None
-    return config_for(kernel, torch.cuda.get_device_capability(head.x.device)[0], head.operand.itemsize, rich)
+    rich = rich or tempered or p.softcap is not None or any(head.bias is not None for head in heads)
+    operand_bytes = max(head.operand.itemsize for head in heads)
+    wide = max(head.stored_bytes for head in heads) > operand_bytes
+    return config_for(kernel, major_of(heads[0].x.device), operand_bytes, rich, wide, any(head.odd for head in heads))
+
+
+def major_of(device: torch.device) -> int:
+    """Of the device's compute capability; 0 is Triton's interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def one_weight(student: Head, teacher: Head) -> bool:
@@ -165,7 +205,7 @@ def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
     out = head.x.new_empty((cut.count, 4, n), dtype=torch.float32)
     if n == 0:
         return out
-    forward_kernels.head_stats_kernel[(cut.token_tiles * cut.count,)](
+    for_rows(forward_kernels.head_stats_kernel, head)[(cut.token_tiles * cut.count,)](
         head.x, p.rows, head.x.stride(0), head.w, head.w.stride(0), head.bias, targets, temperatures(p), p.softcap,
         out, n, vocab, head.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
         EVEN_H=head.x.shape[1] % config.depth == 0, EVEN_V=vocab % config.words == 0,
@@ -175,7 +215,7 @@ def head_stats(p: Projection, targets: Tensor) -> Tensor:  # [shares, 4, n]
 
 
 def pair_config(student: Projection, head: Head, other: Head, peaks: bool = False) -> Config:
-    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, rich=peaks)
+    return config_of("pair_stats" if one_weight(head, other) else "own_pair_stats", student, head, other, rich=peaks)
 
 
 def pair_stats(
@@ -192,7 +232,7 @@ def pair_stats(
     out = head.x.new_empty((cut.count, 11, n), dtype=torch.float32)
     if n == 0:
         return out
-    forward_kernels.pair_stats_kernel[(cut.token_tiles * cut.count,)](
+    for_rows(forward_kernels.pair_stats_kernel, head, other)[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), targets, temperatures(student), student.softcap, out,
         peaks, n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
         **pair_flags(head, other, config, vocab % config.words == 0), **forward_options(config),
@@ -209,13 +249,13 @@ def mixture_stats(
 ) -> Tensor:  # [shares, 3, n]
     """tv, jsd and sum p ln(p / m), the last two only if `jsd`."""
     head, other, n, vocab = Head.of(student), Head.of(teacher), student.num_rows, student.weight.shape[0]
-    config = config_of("mixture_stats", student, head)
+    config = config_of("mixture_stats", student, head, other)
     group = token_group(config, head, other)
     cut = shares_of(n, vocab, config, slots_of(head.x.device, config), group)
     out = head.x.new_empty((cut.count, 3, n), dtype=torch.float32)
     if n == 0:
         return out
-    forward_kernels.mixture_stats_kernel[(cut.token_tiles * cut.count,)](
+    for_rows(forward_kernels.mixture_stats_kernel, head, other)[(cut.token_tiles * cut.count,)](
         *pair_pointers(head, other, student.rows), normalisers, temperatures(student), student.softcap, beta, out,
         n, vocab, head.x.shape[1], other.x.shape[1], cut.words, cut.token_tiles, cut.count, group,
         **pair_flags(head, other, config, vocab % config.words == 0), JSD=jsd, FLAT=config.flat,
@@ -238,6 +278,7 @@ class LogprobGrad:
     def writer(self, p: Projection, tokens: slice) -> Write:
         """For a range of the computed tokens, p being the head on these."""
         head, n, vocab, width = Head.of(p), p.num_rows, p.weight.shape[0], p.hidden.shape[1]
+        kernel = for_rows(grad_kernels.logprob_grad_kernel, head)
         config = config_of("logprob_grad", p, head)
         group = token_group(config, head)
         per_token = [
@@ -251,7 +292,7 @@ class LogprobGrad:
         def write(first: int, out: Tensor) -> None:
             count = out.shape[1]
             token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
-            grad_kernels.logprob_grad_kernel[(token_tiles * word_tiles,)](
+            kernel[(token_tiles * word_tiles,)](
                 *inputs, out, out.stride(0), n, vocab, width, first, count, token_tiles, word_tiles, group,
                 EVEN_H=width % config.depth == 0, EVEN_V=count % config.words == 0,
                 OPERAND=LANGUAGE_TYPES[head.operand], PRECISION=precision(), **shape_options(config),
@@ -276,7 +317,8 @@ class DistillGrad:
         """For a range of the computed tokens, p being the student's head on these."""
         head, other = Head.of(p), Head.of(part_of(self.teacher, tokens))
         n, vocab, widths = p.num_rows, p.weight.shape[0], (head.x.shape[1], other.x.shape[1])
-        config = config_of("distill_grad", p, head, rich=self.kind == "jsd")
+        kernel = for_rows(grad_kernels.distill_grad_kernel, head, other)
+        config = config_of("distill_grad", p, head, other, rich=self.kind == "jsd")
         group = token_group(config, head, other)
         per_token = [x[tokens] for x in (self.lse, self.teacher_lse, self.centre, self.d_loss)]
         inputs = (*pair_pointers(head, other, p.rows), temperatures(p), p.softcap, *per_token, self.beta)
@@ -284,7 +326,7 @@ class DistillGrad:
         def write(first: int, out: Tensor) -> None:
             count = out.shape[1]
             token_tiles, word_tiles = ceil_div(n, config.tokens), ceil_div(count, config.words)
-            grad_kernels.distill_grad_kernel[(token_tiles * word_tiles,)](
+            kernel[(token_tiles * word_tiles,)](
                 *inputs, out, out.stride(0), n, vocab, *widths, first, count, token_tiles, word_tiles, group,
                 KIND=self.kind, **pair_flags(head, other, config, count % config.words == 0), **shape_options(config),
             )  # fmt: skip

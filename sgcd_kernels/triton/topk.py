@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels.kernel_inputs import local_targets, part_of, temperatures
-from sgcd_kernels.shard import shard_range, sum_over
+from sgcd_kernels.shard import max_over, shard_range, sum_over
 from sgcd_kernels.torch_backend.divergence import PairStats
 from sgcd_kernels.torch_backend.topk import TeacherTopK
 from sgcd_kernels.triton import launch
@@ -26,6 +26,7 @@ from sgcd_kernels.triton.topk_kernels import chosen_logits_kernel
 from sgcd_kernels.types import Projection
 
 CHUNK_BYTES = 128 << 20  # of what a chunk of tokens holds
+TOKEN_MULTIPLE = 16
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -33,7 +34,9 @@ def chunk_tokens(top_k: int, vocab: int, words: int) -> int:
     """Tokens at a time: a token holds 3 numbers a tile and copies of them, its tiles' logits and copies of these."""
     tiles = ceil_div(vocab, words)
     chosen = (min(top_k, tiles) + 1) * words
-    return max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
+    tokens = max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
+    # What is per token then begins on sixteen bytes in every chunk, so that none compiles kernels anew.
+    return tokens if tokens < TOKEN_MULTIPLE else tokens // TOKEN_MULTIPLE * TOKEN_MULTIPLE
 
 
 def pair_stats(
@@ -46,8 +49,9 @@ def pair_stats(
     """The merged sums of both heads, and the KLs over the buckets."""
     n, vocab = student.num_rows, student.weight.shape[0]
     words = launch.pair_config(student, Head.of(student), Head.of(teacher), peaks=True).words
-    # Ranks with unequal shards must agree.
     step = chunk_tokens(top_k, vocab if group is None else shard_range(student.weight, group)[1], words)
+    if group is not None:  # ranks must agree, and their tiles may differ: by device, or by where their weights lie
+        step = -int(max_over(torch.tensor([-step], device=student.weight.device), group))
     parts = []
     for start in range(0, n, step) or (0,):  # no tokens have their fields too
         cut = slice(start, min(start + step, n))
@@ -161,7 +165,7 @@ def _logits(
     blocks = _blocks(torch.where(present, tiles, num_tiles).flatten(), config.tokens, num_tiles)
     out = torch.empty((2, tiles.numel(), words), dtype=torch.float32, device=head.x.device)
     flags = launch.pair_flags(head, other, config, vocab % words == 0) | {"STACKED": False}
-    chosen_logits_kernel[(blocks.tile.numel(),)](
+    launch.for_rows(chosen_logits_kernel, head, other)[(blocks.tile.numel(),)](
         *launch.pair_pointers(head, other, student.rows), temperatures(student), student.softcap,
         blocks.order, blocks.tile, blocks.start, blocks.stop, out,
         student.num_rows, vocab, head.x.shape[1], other.x.shape[1], tiles.numel(), tiles.shape[1],

@@ -7,7 +7,7 @@ from sgcd_kernels.triton.forward_kernels import pair_tile
 from sgcd_kernels.triton.tiles import hidden_rows, weight_rows
 
 
-@triton.jit(do_not_specialize=["n", "entries", "slots"])
+@triton.jit(do_not_specialize=["n", "vocab", "entries", "slots"])
 def chosen_logits_kernel(
     x, rows, x_stride, w, w_stride, bias, y, y_stride, v, v_stride, teacher_bias,
     temperature, softcap, order, block_tile, block_start, tile_stop, out,

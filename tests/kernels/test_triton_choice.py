@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import itertools
 
 import pytest
 import torch
 
+from bench.aot import BF16, OPTIONS, TEACHERS, UNEVEN, WAYS, Mix, configurations
 from sgcd_kernels import linear_logprob
 from sgcd_kernels.backends import resolve
 from sgcd_kernels.triton import availability
-from sgcd_kernels.triton.configs import HALF, RICH, SINGLE, config_for
+from sgcd_kernels.triton.configs import HALF, INTERPRETER, ODD, RICH, SINGLE, WIDE, config_for
 from sgcd_kernels.types import Projection
 
-BF16 = torch.bfloat16
+pytest.importorskip("triton")
+from sgcd_kernels.triton import launch
+
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so without a GPU")
 
 
@@ -32,45 +35,132 @@ def test_auto_never_interprets() -> None:
 
 @CPU_ONLY
 def test_fp64_is_for_another_backend() -> None:
-    pytest.importorskip("triton")
     x, w = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match="takes float16, bfloat16 and float32 and hidden is"):
         linear_logprob(x, w, torch.tensor([0, 1]), impl="triton")
 
 
+def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MI300 calls itself 9.4, which is no Hopper: a tile of 192 KB would meet 64 KB of shared memory."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    reason = availability.unavailable_reason.__wrapped__() or ""
+    assert "ROCm" in reason or "Triton is not installed" in reason
+
+
+TABLES = {
+    (2, False, False, False): HALF,
+    (2, True, False, False): RICH,
+    (2, True, True, False): WIDE,
+    (2, False, True, False): WIDE,
+    (2, True, True, True): ODD,
+    (4, False, False, True): ODD,
+    (4, True, False, False): SINGLE,
+}
+
+
 @pytest.mark.parametrize("kernel", HALF)
-@pytest.mark.parametrize(("operand_bytes", "rich"), [(2, False), (2, True), (4, False), (4, True)])
-def test_every_capability_has_a_configuration(kernel: str, operand_bytes: int, rich: bool) -> None:
-    table = ((RICH if rich else HALF) if operand_bytes == 2 else SINGLE)[kernel]
-    for major, known in ((8, 8), (9, 9), (10, 10), (12, 10)):
-        assert config_for(kernel, major, operand_bytes, rich) == table[known][0]
+@pytest.mark.parametrize("call", TABLES)
+def test_every_capability_has_a_configuration(kernel: str, call: tuple[int, bool, bool, bool]) -> None:
+    """Those without a column of their own take that of 8, whose tiles fit everywhere: 12.0 has 99 KB, not 227."""
+    table = TABLES[call][kernel]
+    assert {8, 9, 10} <= set(table)
+    for major in (8, 9, 10, 11, 12, 13):
+        assert config_for(kernel, major, *call) == table.get(major, table[8])[0]
+    assert config_for(kernel, 0, *call) == INTERPRETER
+
+
+def heads(
+    mix: Mix, odd: bool = False, bias: bool = False, teacher_bias: bool = False
+) -> tuple[launch.Head, launch.Head]:
+    """On the CPU, with the operands that a GPU would multiply."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    width = 40 if odd else 48
+    x, w, y, v = (torch.zeros(4, width, dtype=types[mix.of(name)]) for name in "xwyv")
+    biases = (torch.zeros(4) if bias else None, torch.zeros(4) if teacher_bias else None)
+    operands = (types[mix.operand], types[mix.of("teacher_operand")])
+    return launch.Head(x, w, biases[0], operands[0]), launch.Head(y, v, biases[1], operands[1])
+
+
+MIXES = {*(mix for mix, _, _ in WAYS), *TEACHERS}
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_what_the_gate_compiles_is_what_runs(mix: Mix, odd: bool, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "major_of", lambda device: major)
+    own, plain = mix in TEACHERS, Projection(torch.zeros(4, 1), torch.zeros(4, 1))
+    names = ("own_pair_stats", "distill_grad", "mixture_stats", *(() if own else ("head_stats", "logprob_grad")))
+    for name, (how, given) in itertools.product(names, ((UNEVEN, {}), (OPTIONS, {"bias": True}))):
+        both = heads(mix, odd, **given)
+        taken = both if "pair" in name or "distill" in name or "mixture" in name else both[:1]
+        gate = configurations(name, major * 10, mix, how, odd, own=True)
+        assert launch.config_of(name, plain, *taken) == gate[0]
+
+
+def test_operands_of_the_gate_are_those_of_a_gpu() -> None:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for mix in MIXES:
+        for x, w, operand in (("x", "w", "operand"), ("y", "v", "teacher_operand")):
+            p = Projection(*(torch.empty(4, 4, dtype=types[mix.of(name)], device="meta") for name in (x, w)))
+            assert launch.operand_dtype(p) == types[mix.of(operand)], (str(mix), x)
+
+
+def test_a_master_weight_takes_smaller_tiles_on_hopper() -> None:
+    """What is in flight of a step lies in shared memory as it is stored: fp32 in the tiles of bf16 took 288 KB."""
+    for name in HALF:
+        tile = config_for(name, 9, 2, wide=True)
+        assert tile.stages * tile.depth * (2 * 2 * tile.tokens + 4 * tile.words) <= 227 << 10
 
 
 def test_options_choose_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the ahead-of-time gate holds free of stack with options is what runs with options, and only there."""
-    pytest.importorskip("triton")
-    from sgcd_kernels.triton import launch
-
     asked = []
     monkeypatch.setattr(launch, "config_for", lambda *arguments: asked.append(arguments) or HALF[arguments[0]][9][0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    x, w, head = torch.randn(2, 4), torch.randn(3, 4), SimpleNamespace(x=torch.empty(0, device="meta"), operand=BF16)
+    monkeypatch.setattr(launch, "major_of", lambda device: 9)
+    x, w = torch.randn(2, 4), torch.randn(3, 4)
     bias, temperature = torch.zeros(3), torch.ones(2)
-    for rich, p in [
-        (False, Projection(x, w)),
-        (False, Projection(x, w, rows=torch.tensor([1]))),
-        (True, Projection(x, w, bias=bias)),
-        (True, Projection(x, w, softcap=3.0)),
-        (True, Projection(x, w, temperature=0.7)),
-        (True, Projection(x, w, temperature=temperature)),
+    for rich, p, other in [
+        (False, Projection(x, w), {}),
+        (False, Projection(x, w, rows=torch.tensor([1])), {}),
+        (True, Projection(x, w, bias=bias), {"bias": True}),
+        (True, Projection(x, w), {"teacher_bias": True}),
+        (True, Projection(x, w, softcap=3.0), {}),
+        (True, Projection(x, w, temperature=0.7), {}),
+        (True, Projection(x, w, temperature=temperature), {}),
     ]:
-        launch.config_of("head_stats", p, head)  # type: ignore[arg-type]
-        assert asked.pop() == ("head_stats", 9, 2, rich)
+        launch.config_of("distill_grad", p, *heads(BF16, **other))
+        assert asked.pop() == ("distill_grad", 9, 2, rich, False, False)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "odd"),
+    [
+        (torch.zeros(4, 48), torch.zeros(5, 48), False),
+        (torch.zeros(4, 48)[1:], torch.zeros(5, 48)[2:], False),
+        (torch.zeros(4, 64)[:, :48], torch.zeros(5, 64)[:, 16:], False),
+        (torch.zeros(4, 48), torch.zeros(5, 49)[:, :48], True),  # rows of the weight lie anywhere
+        (torch.zeros(4, 49)[:, :48], torch.zeros(5, 48), True),
+        (torch.zeros(4, 64)[:, 1:49], torch.zeros(5, 48), True),  # hidden begins anywhere
+        (torch.zeros(4, 48), torch.zeros(5 * 48 + 1)[1:].view(5, 48), True),
+        (torch.zeros(4, 64)[:, :40], torch.zeros(5, 64)[:, :40], True),  # rows end anywhere
+    ],
+)
+def test_rows_are_odd_where_sixteen_does_not_divide(x: torch.Tensor, w: torch.Tensor, odd: bool) -> None:
+    assert launch.Head.of(Projection(x, w)).odd == odd
+
+
+def test_a_slice_of_a_bias_compiles_nothing_anew() -> None:
+    for start in (0, 1, 3, 4):
+        bias = torch.arange(20.0)[start : start + 8]
+        kept = launch.Head.of(Projection(torch.zeros(2, 4), torch.zeros(8, 4), bias)).bias
+        assert kept is not None and kept.data_ptr() % 16 == 0 and torch.equal(kept, bias)
 
 
 @pytest.mark.parametrize("group", [1, 7, 18, 1000])
 def test_work_is_cut_to_end_together(group: int) -> None:
-    pytest.importorskip("triton")
     from sgcd_kernels.triton.launch import shares_of
 
     config, slots = config_for("pair_stats", 9, 2), 132
@@ -86,7 +176,6 @@ def test_work_is_cut_to_end_together(group: int) -> None:
 
 
 def test_hidden_states_that_run_together_fit_into_the_cache() -> None:
-    pytest.importorskip("triton")
     from sgcd_kernels.triton.launch import RESIDENT_BYTES, Head, token_group
 
     config = config_for("pair_stats", 9, 2)

@@ -42,6 +42,7 @@ def test_slices_and_groups_do_not_change_the_result(dtype: torch.dtype, monkeypa
 
     whole = run()
     monkeypatch.setattr(walk, "SLICE_MULTIPLE", 32)
+    monkeypatch.setattr(walk, "GROUP_MULTIPLE", 16)
     monkeypatch.setattr(walk, "WORKSPACE_BYTES", 9_000)
     cut = walk.cut_of(50, 24, 300, dtype.itemsize)
     assert cut.tokens < 50 and cut.words < 300
@@ -78,6 +79,7 @@ def test_top_k_keeps_to_its_budget(top_k: int, vocab: int, words: int) -> None:
     tiles = -(-vocab // words)
     chosen = tokens * (min(top_k, tiles) + 1) * words
     kept = 3 * 4 * tokens * tiles + 2 * 4 * chosen + 8 * chosen  # peaks, logits, the numbers of words
+    assert tokens % 16 == 0 or tokens < 16  # what is per token begins on sixteen bytes in every chunk
     assert tokens >= 1 and kept <= topk.CHUNK_BYTES / 2  # as much again for what is made of them
 
 
@@ -92,8 +94,12 @@ WAYS = {
 def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that no test takes by itself: rows of both heads in one product, flat loops, folds with guards at once."""
     from sgcd_kernels.triton import launch
+    from sgcd_kernels.triton.configs import INTERPRETER, Config
 
-    monkeypatch.setattr(launch, "INTERPRETER", replace(launch.INTERPRETER, **WAYS[way]))
+    asked = []
+    tile = INTERPRETER if DEVICES["triton"] == "cpu" else Config(64, 32, 64, 8, 2)  # twice its rows fit, if stacked
+    config = replace(tile, **WAYS[way])
+    monkeypatch.setattr(launch, "config_for", lambda *call: asked.append(call[0]) or config)
     c = case(37, 21, 150, torch.float32)
     y = c.y.clone()
     y[::3] = -100
@@ -117,6 +123,7 @@ def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch)
             results.append(torch.autograd.grad(loss, leaves))
         for mine, theirs in zip(*results):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    assert set(asked) >= {"head_stats", "pair_stats", "mixture_stats", "distill_grad"}  # it was in force
 
 
 @pytest.mark.parametrize("resident", [1, 4, 1000])

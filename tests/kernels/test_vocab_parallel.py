@@ -22,6 +22,7 @@ from sgcd_kernels import (
     sgcd_loss,
 )
 from sgcd_kernels.surrogate import LOSS_TYPES
+from tests.kernels.cases import DEVICES
 
 N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
 CU = torch.tensor([0, 5, N])
@@ -31,16 +32,17 @@ Results = dict[str, list[torch.Tensor]]
 
 
 class Inputs:
-    """Both heads on one rank's words, or on all."""
+    """Both heads on one rank's words, or on all; for Triton on the GPU if there is one, which both ranks then share."""
 
     def __init__(self, impl: str, dtype: torch.dtype, words: slice, group: Group) -> None:
         g = torch.Generator().manual_seed(0)
-        self.x, self.t = ((torch.randn(N, H, generator=g) * 2).to(dtype) for _ in range(2))
-        self.w, self.v = (torch.randn(V, H, generator=g).to(dtype)[words] for _ in range(2))
-        self.b = torch.randn(V, generator=g).to(dtype)[words]
-        self.y = torch.randint(V, (N,), generator=g)
+        device = DEVICES["triton"] if impl == "triton" else torch.device("cpu")
+        self.x, self.t = ((torch.randn(N, H, generator=g) * 2).to(device, dtype) for _ in range(2))
+        self.w, self.v = (torch.randn(V, H, generator=g).to(device, dtype)[words] for _ in range(2))
+        self.b = torch.randn(V, generator=g).to(device, dtype)[words]
+        self.y = torch.randint(V, (N,), generator=g).to(device)
         self.y[0], self.y[1], self.y[2] = V - 1, 0, -100  # a word of either rank's, and none
-        self.a = torch.linspace(-1, 1, N)
+        self.a, self.cu = torch.linspace(-1, 1, N, device=device), CU.to(device)
         self.options: dict[str, Any] = {"impl": impl, "group": group}
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -61,11 +63,11 @@ def everything(i: Inputs) -> Results:
 
     def logprob(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         stats = linear_logprob(x, w, y, bias=b, temperature=0.7, **more)
-        return (stats.logp * torch.arange(N)).sum() + stats.entropy.sum() + stats.lse.sum() / 2
+        return (stats.logp * torch.arange(N, device=x.device)).sum() + stats.entropy.sum() + stats.lse.sum() / 2
 
     def policy(loss_type: str) -> Callable[..., torch.Tensor]:
-        old = torch.full((N,), -4.0)
-        given = {"old_logp": old, "ref_logp": old, "beta": 0.1, "cu_seqlens": CU, "loss_type": loss_type, **more}
+        old = torch.full((N,), -4.0, device=i.x.device)
+        given = {"old_logp": old, "ref_logp": old, "beta": 0.1, "cu_seqlens": i.cu, "loss_type": loss_type, **more}
         return lambda x, w, b: linear_policy_loss(x, w, y, a, bias=b, softcap=9.0, **given)[0]
 
     def distill(kind: str, own: bool) -> Callable[..., torch.Tensor]:
@@ -74,7 +76,7 @@ def everything(i: Inputs) -> Results:
         return lambda x, w, b: linear_distill_loss(x, w, t, teacher, bias=b, **given)
 
     def sgcd(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return sgcd_loss(x, w, y, t, a, CU, bias=b, config=CreditConfig(d_floor=0.01), **more)[0]
+        return sgcd_loss(x, w, y, t, a, i.cu, bias=b, config=CreditConfig(d_floor=0.01), **more)[0]
 
     out["logprob"] = with_gradients(i, logprob)
     for loss_type in LOSS_TYPES:
@@ -89,8 +91,21 @@ def everything(i: Inputs) -> Results:
     return out
 
 
+def chunks_of_tokens(rank: int, i: Inputs) -> None:
+    """Ranks agree how many tokens to take at a time where each by itself would take another number."""
+    from sgcd_kernels.triton import topk
+
+    whole = linear_divergence(i.x, i.w, i.y, i.t, top_k=3, **i.options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "chunk_tokens", lambda *sizes: 3 + 2 * rank)
+        chunked = linear_divergence(i.x, i.w, i.y, i.t, top_k=3, **i.options)
+    assert chunked.topk_reverse_kl is not None and whole.topk_reverse_kl is not None
+    torch.testing.assert_close(chunked.topk_reverse_kl, whole.topk_reverse_kl, rtol=1e-5, atol=1e-5)
+
+
 def worker(rank: int, folder: str, impl: str, dtype: torch.dtype) -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
     words = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
@@ -106,12 +121,14 @@ def worker(rank: int, folder: str, impl: str, dtype: torch.dtype) -> None:
     same = linear_divergence(i.x, i.w, i.y, i.x, features=("jsd", "tv"), top_k=3, **i.options)
     for field in ("reverse_kl", "forward_kl", "jsd", "tv", "topk_reverse_kl", "topk_forward_kl"):
         assert (getattr(same, field) == 0).all(), field
+    if impl == "triton":
+        chunks_of_tokens(rank, i)
     with pytest.raises(ValueError, match="targets holds 70, needs 0 <= y < 70"):
-        linear_logprob(i.x, i.w, torch.full((N,), V), **i.options)
+        linear_logprob(i.x, i.w, torch.full((N,), V, device=i.x.device), **i.options)
     with pytest.raises(ValueError, match=r"top_k is 71, needs an integer in \[1, 70\]"):
         linear_divergence(i.x, i.w, i.y, i.t, top_k=V + 1, **i.options)
     what_travels(i)
-    if dtype == torch.float32 and backend_status()["cpp"].usable:
+    if dtype == torch.float32 and i.x.device.type == "cpu" and backend_status()["cpp"].usable:
         the_cpp_kernels(i, group)
     dist.destroy_process_group()
 
@@ -121,7 +138,7 @@ def what_travels(i: Inputs) -> None:
     x, w, _ = i.leaves()
     scored = int((i.y != -100).sum())
     sgcd = {"config": CreditConfig(d_floor=0.01), **i.options}
-    teacher = (i.y, i.t, i.a, CU)
+    teacher = (i.y, i.t, i.a, i.cu)
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "a head": (4, lambda: linear_logprob(i.x, i.w, i.y, **i.options)),
         "a scoring pass": (11, lambda: linear_divergence(i.x, i.w, i.y, i.t, i.v, **i.options)),
@@ -165,6 +182,4 @@ def the_cpp_kernels(i: Inputs, group: Group) -> None:
 def test_two_shards_equal_one(impl: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("gloo: two processes on the CPU")
     mp.spawn(worker, args=(str(tmp_path), impl, dtype), nprocs=2)
