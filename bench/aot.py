@@ -90,10 +90,10 @@ TEACHERS = (  # of their own
     Mix("bf16", "bf16", "bf16", "bf16", "fp32", "bf16"),
     Mix("bf16", "bf16", "bf16", "fp16", "fp16", "fp16"),
 )
-PLAIN, UNEVEN, OPTIONS = "plain", "uneven", "options"
+PLAIN, UNEVEN, OPTIONS, OTHER = "plain", "uneven", "options", "options, not JSD"
 # What a call multiplies, how it is, and whether rows lie anywhere. An uneven call has masked tokens, a gradient of the
 # entropy, words that fill no tile and columns that fill no step; one with options has all that, bias, softcap,
-# temperature, the top K and a JSD's gradient. Calls with some of it are not compiled apart.
+# temperature, the top K and a JSD or its gradient, or TV alone and KL's. Calls with some of it are not compiled apart.
 WAYS: tuple[tuple[Mix, str, bool], ...] = (
     *((BF16, how, False) for how in (PLAIN, UNEVEN, OPTIONS)),
     *((FP16, how, False) for how in (UNEVEN, OPTIONS)),
@@ -104,6 +104,7 @@ WAYS: tuple[tuple[Mix, str, bool], ...] = (
     (WIDENED, OPTIONS, False),
     *((mix, how, True) for mix in (BF16, FP32) for how in (UNEVEN, OPTIONS)),
     (MASTER, OPTIONS, True),
+    *((mix, OTHER, odd) for mix in (BF16, FP32, MASTER) for odd in (False, True)),
 )
 
 
@@ -195,8 +196,13 @@ def cases_of(name: str, arch: int) -> Iterator[Call]:
     for own in owns:
         teachers = tuple((mix, OPTIONS, False) for mix in TEACHERS) if own else ()
         again = own and name != "own_pair_stats"  # nothing is new but the second product
+        rare = (FP16, FP16_MASTER, WIDENED, TF32)
         for mix, how, odd in WAYS + teachers:
-            if how != OPTIONS and (name == "chosen_logits" or (again and mix is not BF16)):
+            if how == OTHER and name not in ("mixture_stats", "distill_grad"):
+                continue
+            if again and mix in rare:
+                continue
+            if how in (PLAIN, UNEVEN) and (name == "chosen_logits" or (again and mix is not BF16)):
                 continue
             for index, config in enumerate(configurations(name, arch, mix, how, odd, own)):
                 if index == 0 or (mix is BF16 and how != PLAIN):
@@ -208,7 +214,7 @@ def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: boo
     from sgcd_kernels.triton.configs import column_of, table_for
 
     operand, stored = mix.bytes
-    table = table_for(operand, how == OPTIONS, stored > operand, odd)
+    table = table_for(operand, how in (OPTIONS, OTHER), stored > operand, odd)
     if name == "chosen_logits":
         name = "own_pair_stats" if own else "pair_stats"
     found: tuple[Any, ...] = table[name][column_of(table[name], arch // 10)]
@@ -245,10 +251,10 @@ def constants_of(call: Call, fn: Any) -> dict[str, Any]:
         "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
         "EVEN_H": even, "EVEN_G": even, "EVEN_V": even, "PRECISION": call.mix.precision,
         "OPERAND": types[call.mix.operand], "TEACHER_OPERAND": types[call.mix.of("teacher_operand")],
-        "JSD": True, "KIND": "jsd" if call.how == OPTIONS else "reverse_kl",
+        "JSD": call.how != OTHER, "KIND": {OPTIONS: "jsd", OTHER: "forward_kl"}.get(call.how, "reverse_kl"),
         "FLAT": config.flat, "GUARDED": config.guarded, "T": config.tokens, "W": config.words, "K": config.depth,
     }  # fmt: skip
-    absent = {OPTIONS: (), UNEVEN: ABSENT, PLAIN: ABSENT + BESIDE}[call.how]
+    absent = {UNEVEN: ABSENT, PLAIN: ABSENT + BESIDE}.get(call.how, ())
     return {name: value for name, value in (values | dict.fromkeys(absent)).items() if name in fn.arg_names}
 
 

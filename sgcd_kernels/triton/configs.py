@@ -128,7 +128,7 @@ WIDE: Table = {
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
         9: (Config(64, 32, 64, 8, 3, stacked=True),),
-        10: (Config(64, 16, 64, 8, 3),),
+        10: (Config(64, 16, 64, 8, 2),),
     },
     "logprob_grad": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -150,7 +150,7 @@ ODD: Table = {
     "head_stats": {8: (_ODD,), 9: (_ODD,), 10: (replace(_ODD_10, guarded=True),)},
     "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (replace(_ODD_NARROW, guarded=True),)},
     "own_pair_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (Config(64, 16, 64, 8, 2, guarded=True),)},
-    "mixture_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (_ODD_10,)},
+    "mixture_stats": {8: (Config(32, 16, 32, 4, 2),), 9: (_ODD,), 10: (_ODD_10,)},
     "logprob_grad": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (_ODD_10,)},
     "distill_grad": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (_ODD_10,)},
 }
