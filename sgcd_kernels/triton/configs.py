@@ -118,7 +118,7 @@ WIDE: Table = {
     "pair_stats": {
         8: (Config(64, 64, 32, 8, 3, stacked=True),),
         9: (Config(64, 128, 64, 8, 3, stacked=True),),
-        10: (Config(64, 64, 64, 8, 3, guarded=True),),
+        10: (Config(64, 64, 64, 8, 1, guarded=True),),  # with more stages Triton 3.6 cannot compile it
     },
     "own_pair_stats": {
         8: (Config(64, 64, 32, 8, 3),),
@@ -148,7 +148,7 @@ _ODD, _ODD_NARROW, _ODD_SHORT = Config(64, 32, 32, 8, 2), Config(64, 16, 32, 8, 
 _ODD_10 = Config(64, 32, 64, 8, 2)
 ODD: Table = {
     "head_stats": {8: (_ODD,), 9: (_ODD,), 10: (replace(_ODD_10, guarded=True),)},
-    "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (replace(_ODD_NARROW, guarded=True),)},
+    "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD_NARROW,), 10: (Config(64, 16, 64, 8, 1, guarded=True),)},  # likewise
     "own_pair_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (Config(64, 16, 64, 8, 2, guarded=True),)},
     "mixture_stats": {8: (Config(32, 16, 32, 4, 2),), 9: (_ODD,), 10: (_ODD_10,)},
     "logprob_grad": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (_ODD_10,)},
