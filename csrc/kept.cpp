@@ -27,7 +27,7 @@ Kept::Kept(const Head& head, const at::Tensor& weight, bool weight_grad, float s
   const int64_t a_token = blocks * kTile * size + of_maxima, room = kKeptBytes - in_grad * of_maxima;
   if (beyond * a_token > room) beyond = whole_tiles((room - kSlabBytes) / a_token);
   if (beyond < padded / 8 && in_grad + beyond < padded) beyond = 0;  // not worth its memory
-  if (in_grad + beyond < padded / 8) return;
+  if (in_grad + beyond < padded / 8) return;  // nor that of the maxima
   const at::Tensor grad = weight_grad ? fresh(weight.sizes(), weight.options().dtype(grad_type(weight)))
                                       : at::empty({0}, weight.options());
   const auto like = weight.options().dtype(kept_type(head.math()));

@@ -2,8 +2,9 @@
 //
 // A loss that computes its gradients with its value needs three products instead of four wherever there is room. The
 // rows of the weight's gradient are room: row w, not written yet, holds what word w is to the first tokens, as many as
-// fit. So much again as `kKeptBytes` says holds further tokens. fp32 products keep final logits, and so the same bits;
-// bf16 products keep e^(z - m) rounded to bf16, m being the token's running maximum when the tile was folded.
+// fit. So much again as `kKeptBytes` says holds further tokens; less than an eighth of all tokens is not kept. fp32
+// products keep final logits, and so the same bits; bf16 products keep e^(z - m) rounded to bf16, m being the token's
+// running maximum when the tile was folded.
 #pragma once
 
 #include <vector>

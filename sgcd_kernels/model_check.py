@@ -23,6 +23,7 @@ def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup |
     Raises ValueError, with the reason, for
     - a model without output embeddings, or a head that is quantised: its gradient is that of no number it stores,
       and the ops read bf16, fp16, fp32 or fp64;
+    - an adapter on the head, which its weight alone does not hold, or logits that the model scales, which no op does;
     - `packed` with a recurrent model (Mamba, gated delta net, ...): its state flows from one sequence into the next;
     - `group` with tied embeddings: each rank would train its own rows of a matrix that the embedding needs whole.
 
