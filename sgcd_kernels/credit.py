@@ -56,6 +56,8 @@ def credit_weights(
     - egrsd (2605.13255): clip(exp(sign(A) D), .8, 1.2) clip(1 - g H, .1, 1), H = H_q / its maximum in the sequence (R)
     - dgpo (2605.03327): T softmax(h H^k / tau), h = sqrt(1 - bhattacharyya), H = H_p / its maximum in the sequence (R),
       T the eligible tokens, so that the mean is 1
+    - turn_level (common to GRSD and TurnSight, 2608.04007): 1 + e tanh(sign(A) z), m the mean of D in a turn,
+      z = (m - mean m) / std m over the turns of the sequence (R), each counted once. Reads turn_ids; one turn: W = 1
 
     These may fall below 1, and `gamma` and `clip` do not apply. Their saliency is r for gear and 0 otherwise.
 
@@ -130,6 +132,8 @@ def _compute(
     flat = {name: per_token(name, x, divergence.shape, device) for name, x in given.items() if x is not None}
     turns = None if turn_ids is None else per_token("turn_ids", turn_ids, divergence.shape, device).long().contiguous()
     read = {name: _needed(name, flat, config.rule) for name in NEEDS[config.rule]}
+    if turns is None and config.rule == "turn_level":
+        raise ValueError("turn_ids is None, needs one value a token for rule 'turn_level'")
     if on_host:
         _check_finite(read, eligible)
     dtype = torch.promote_types(divergence.dtype, torch.float32)
@@ -274,6 +278,22 @@ def _dgpo(batch: _Batch, cfg: CreditConfig) -> Triple:
     return _plain(e * packed.spread((packed.tokens / packed.total(e)).to(e.dtype)))
 
 
+def _turn_level(batch: _Batch, cfg: CreditConfig) -> Triple:
+    """Sums over tokens that each have their turn's mean and a share of 1 / its tokens are sums over turns."""
+    packed, delta = batch.packed, batch["log_ratio"].double()
+    assert batch.turns is not None
+    order, turns = packed.by_turn(batch.turns)
+    mean, share = (
+        torch.zeros_like(delta).index_copy(0, order, turns.spread(x))
+        for x in (turns.mean(delta[order]), 1 / turns.tokens.clamp(min=1).double())
+    )
+    count = packed.total(share)
+    gap = mean - packed.spread(packed.total(mean * share) / count)
+    deviation = (packed.total(gap**2 * share) / count).sqrt()
+    score = batch["advantages"].sign() * gap / packed.spread(deviation.clamp(min=1e-6))
+    return _plain((1 + cfg.turn_epsilon * score.tanh()).to(batch.zeros.dtype))
+
+
 def _share_of_maximum(entropy: Tensor, batch: _Batch) -> Tensor:
     return entropy / batch.packed.spread(batch.packed.maximum(entropy).clamp(min=1e-6))
 
@@ -289,6 +309,7 @@ NEEDS: dict[str, tuple[str, ...]] = {  # all that a rule reads
     "sc_grpo": ("forward_kl",),
     "egrsd": ("advantages", "log_ratio", "teacher_entropy"),
     "dgpo": ("bhattacharyya", "student_entropy"),
+    "turn_level": ("advantages", "log_ratio"),  # and turn_ids
 }
 USE_GAMMA = ("sgcd", "uniform", "matched_uniform", "permuted")
 RULES: dict[str, Callable[[_Batch, CreditConfig], Triple]] = {
@@ -301,4 +322,5 @@ RULES: dict[str, Callable[[_Batch, CreditConfig], Triple]] = {
     "sc_grpo": _sc_grpo,
     "egrsd": _egrsd,
     "dgpo": _dgpo,
+    "turn_level": _turn_level,
 }

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from sgcd_kernels.validation import check_choice, check_float, check_int
 
 Rule = Literal[
-    "sgcd", "gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted", "none"
+    "sgcd", "gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "turn_level", "uniform", "matched_uniform", "permuted", "none"
 ]  # fmt: skip
 SpanValue = Literal["onset", "own"]
 
@@ -52,6 +52,7 @@ class CreditConfig:
     egrsd_floor: float = 0.1
     dgpo_kappa: float = 1.0  # arXiv 2605.03327
     dgpo_tau: float = 0.5
+    turn_epsilon: float = 0.2  # (R) e of W = 1 + e tanh(z), z a turn's standard score
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, get_args(Rule))
@@ -71,7 +72,15 @@ class CreditConfig:
             check_float(name, getattr(self, name), 0.0, open_low=True)
         for name in ("egrsd_gamma", "dgpo_kappa"):
             check_float(name, getattr(self, name), 0.0)
-        for name in ("gear_alpha", "rlsd_lambda", "rlsd_epsilon", "sc_grpo_quantile", "egrsd_epsilon", "egrsd_floor"):
+        for name in (
+            "gear_alpha",
+            "rlsd_lambda",
+            "rlsd_epsilon",
+            "sc_grpo_quantile",
+            "egrsd_epsilon",
+            "egrsd_floor",
+            "turn_epsilon",
+        ):
             check_float(name, getattr(self, name), 0.0, 1.0)
 
 

@@ -45,6 +45,19 @@ class Packed:
     def mean(self, x: Tensor) -> Tensor:  # [N] -> [B], rounded once
         return (self.total(x) / self.tokens.clamp(min=1)).to(x.dtype)
 
+    def by_turn(self, turns: Tensor) -> tuple[Tensor, Packed]:  # [N] int64
+        """(order, packed): the tokens so ordered that eligible ones of one turn touch, and the turns as sequences.
+
+        A turn is the tokens of a sequence that have one id, wherever they lie. There are N turns, the last ones empty.
+        """
+        by_id = turns.sort(stable=True).indices
+        order = by_id[self._by_sequence(by_id)]
+        sequence, turn = self.sequence[order], turns[order]
+        begins = torch.ones_like(self.eligible)
+        begins[1:] = (sequence.diff() != 0) | (turn.diff() != 0) | self.eligible[order].diff()
+        numbers = torch.arange(order.numel() + 1, device=order.device)
+        return order, Packed(torch.searchsorted(begins.cumsum(0), numbers + 1), self.eligible[order])
+
     def quantile(self, x: Tensor, q: float) -> Tensor:  # [N] -> [B]
         """`torch.quantile` of each sequence, in its very bits; any number where no token is eligible."""
         place = torch.full((), q, dtype=x.dtype, device=x.device) * (self.tokens - 1).clamp(min=0).to(x.dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
+import statistics
 import time
 from itertools import pairwise
 from typing import Any
@@ -187,6 +189,49 @@ def test_neighbours_by_formula() -> None:
     torch.testing.assert_close(gear.saliency[outside], own[outside])
 
 
+def test_turn_level_by_hand() -> None:
+    """Two turns of unequal length, not side by side; a sequence of one turn; a sequence without eligible tokens."""
+    delta = torch.tensor([1.0, -0.5, 2.0, 0.0, 9.0, 0.7, 0.9, 5.0])
+    turns = torch.tensor([7, 2, 7, 7, 2, 2, 2, 2])
+    # The means are 1 and -.5; the second token of turn 2 is not eligible.
+    mask = torch.tensor([1, 1, 1, 1, 0, 1, 1, 0])
+    a = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    given = {"cu_seqlens": torch.tensor([0, 5, 7, 8]), "mask": mask, "turn_ids": turns, "advantages": a}
+    config = CreditConfig(rule="turn_level", turn_epsilon=0.3)
+    got = credit_weights(torch.zeros(8), torch.zeros(8), log_ratio=delta, config=config, **given)
+    t = math.tanh(1.0)  # two turns lie one standard deviation above and below their mean
+    want = [1 + 0.3 * t, 1 - 0.3 * t, 1 + 0.3 * t, 1 - 0.3 * t, 1, 1, 1, 1]
+    torch.testing.assert_close(got.weights, torch.tensor(want))
+    agrees = credit_weights(torch.zeros(8), torch.zeros(8), log_ratio=torch.zeros(8), config=config, **given)
+    assert (agrees.weights == 1).all()
+    with pytest.raises(ValueError, match="turn_ids is None, needs one value a token for rule 'turn_level'"):
+        credit_weights(torch.zeros(8), torch.zeros(8), log_ratio=delta, config=config, **given | {"turn_ids": None})
+
+
+@given(rollouts())
+@settings(max_examples=60, deadline=None)
+def test_turn_level_turn_by_turn(case: tuple[dict[str, torch.Tensor], CreditConfig]) -> None:
+    inputs, _ = case
+    n = inputs["divergence"].numel()
+    g = torch.Generator().manual_seed(n)
+    turns = torch.randint(-1, 3, (n,), generator=g)  # out of order, some absent
+    delta, a = torch.randn(n, generator=g).double(), torch.randn(n, generator=g)
+    config = CreditConfig(rule="turn_level")
+    got = credit_weights(**inputs | {"turn_ids": turns}, log_ratio=delta.float(), advantages=a, config=config).weights
+    want = torch.ones(n, dtype=torch.float64)
+    for start, stop in pairwise(inputs["cu_seqlens"].tolist()):
+        tokens = [t for t in range(start, stop) if inputs["mask"][t]]
+        means = {
+            i: statistics.fmean(float(delta[t]) for t in tokens if turns[t] == i) for i in set(turns[tokens].tolist())
+        }
+        if len(means) > 1:
+            centre, deviation = statistics.fmean(means.values()), statistics.pstdev(means.values())
+            for t in tokens:
+                z = (means[int(turns[t])] - centre) / deviation
+                want[t] += 0.2 * math.tanh(math.copysign(z, z * float(a[t])))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_advantages_of_sequences_are_spread() -> None:
     inputs = signals() | {"log_ratio": torch.randn(90)}
     a = torch.tensor([1.0, 1.0, -1.0, -1.0])
@@ -206,6 +251,7 @@ def test_advantages_of_sequences_are_spread() -> None:
         ("egrsd", "advantages"),
         ("sc_grpo", "forward_kl"),
         ("dgpo", "bhattacharyya"),
+        ("turn_level", "advantages"),
     ],
 )
 def test_a_missing_input_is_named(rule: str, missing: str) -> None:
@@ -218,15 +264,16 @@ def test_a_rule_aborts_on_what_it_reads_and_on_nothing_else(rule: str) -> None:
     names = ("divergence", "teacher_entropy", "advantages", "log_ratio", "forward_kl", "bhattacharyya")
     g = torch.Generator().manual_seed(0)
     inputs = {name: torch.rand(90, generator=g) for name in (*names, "student_entropy")}
+    shape = {"cu_seqlens": CU, "turn_ids": torch.arange(90) // 10}
     config = CreditConfig(rule=rule)
-    want = credit_weights(**inputs, cu_seqlens=CU, config=config)
+    want = credit_weights(**inputs, **shape, config=config)
     for name in inputs:
         broken = inputs | {name: torch.full((90,), torch.nan)}
         if name in NEEDS[rule]:
             with pytest.raises(ValueError, match=f"{name} holds 90 NaN or infinite values"):
-                credit_weights(**broken, cu_seqlens=CU, config=config)
+                credit_weights(**broken, **shape, config=config)
         else:
-            got = credit_weights(**broken, cu_seqlens=CU, config=config)
+            got = credit_weights(**broken, **shape, config=config)
             assert all(torch.equal(ours, plain) for ours, plain in zip(got, want))
 
 
@@ -248,6 +295,7 @@ def test_a_rule_aborts_on_what_it_reads_and_on_nothing_else(rule: str) -> None:
         ("span_value", "mean"),
         ("dgpo_tau", 0.0),
         ("rlsd_lambda", 1.1),
+        ("turn_epsilon", 1.5),
         ("d_floor", "1e-2"),
         ("gamma", None),
         ("gamma", True),

@@ -142,7 +142,9 @@ def divergent(**signals: Any) -> list[Any]:
     return [loss, grpo(inputs), metrics, [str(w.message) for w in caught]]
 
 
-@pytest.mark.parametrize("rule", ["uniform", "sc_grpo", "egrsd", "gear", "dgpo", "rlsd", "permuted", "matched_uniform"])
+@pytest.mark.parametrize(
+    "rule", ["uniform", "sc_grpo", "egrsd", "gear", "dgpo", "turn_level", "rlsd", "permuted", "matched_uniform"]
+)
 @pytest.mark.parametrize("gamma", [1.0, 0.0])
 def test_inert_credit_is_called_grpo_only_where_it_is(rule: str, gamma: float) -> None:
     loss, plain, metrics, said = divergent(config=CreditConfig(rule=rule, gamma=gamma))
@@ -196,7 +198,9 @@ def test_masked_targets_may_be_anything() -> None:
     assert torch.equal(sgcd_loss(**inputs)[0], want)
 
 
-@pytest.mark.parametrize("rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted"])
+@pytest.mark.parametrize(
+    "rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "turn_level", "uniform", "matched_uniform", "permuted"]
+)
 def test_every_rule_runs_through_the_composition(rule: str) -> None:
     inputs = batch()
     loss, metrics = sgcd_loss(**inputs, config=CreditConfig(rule=rule))

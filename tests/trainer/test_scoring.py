@@ -177,7 +177,9 @@ def test_spans_end_with_their_turn(model: Any, made: list[Group]) -> None:
             assert len({s.rollout.turns[i] for i in (s.span_ids == span).nonzero()[:, 0].tolist()}) == 1
 
 
-@pytest.mark.parametrize("rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "uniform", "matched_uniform", "permuted"])
+@pytest.mark.parametrize(
+    "rule", ["gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "turn_level", "uniform", "matched_uniform", "permuted"]
+)
 def test_every_rule_gets_what_it_needs(model: Any, made: list[Group], rule: Any) -> None:
     made[0].reference = made[1].reference = REFERENCE
     weights = torch.cat([s.weights[own(s)] for s in score(model, made, replace(SHARP, rule=rule))])

@@ -38,6 +38,7 @@ class SGCDConfig(GRPOConfig):  # type: ignore[misc]
     egrsd_floor: float = 0.1
     dgpo_kappa: float = 1.0
     dgpo_tau: float = 0.5
+    turn_epsilon: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
