@@ -184,6 +184,24 @@ def test_a_failure_reaches_every_caller(only: Any, monkeypatch: pytest.MonkeyPat
     assert drift(eng.model, draw(eng)) < 1e-4, "and nothing of it is left"
 
 
+def test_an_answer_that_is_not_whole_reaches_its_caller(only: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one too, when nobody else waits any more."""
+    eng, step = engine(only, make(0)), only.step
+    draw(eng, 1)
+
+    def aborted() -> Any:
+        outputs = step()
+        for output in outputs:
+            output.outputs[0].finish_reason = "abort"
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(only, "step", aborted)
+        with pytest.raises(EngineLost, match="finished with 'abort'"):
+            asyncio.run(asyncio.wait_for(eng.generate(PROMPT, 1, DRAW), 60))
+    assert drift(eng.model, draw(eng)) < 1e-4
+
+
 def test_no_request_is_made_without_room(only: Any) -> None:
     eng = ColocatedEngine(make(0), engine=only, stop_ids=[3], max_length=5)
     assert draw(eng, 2) == [Completion([], [], "length")] * 2

@@ -151,7 +151,7 @@ def test_one_seed_draws_the_same_and_another_does_not(servers: list[Process], tm
     "fault",
     [
         *("die", "http_500", "http_429", "not_json", "drop", "wrong_version", "mixed", "lost_logprob", "aborted"),
-        *("nan", "empty"),
+        *("nan", "empty", "no_dev_mode"),
     ],
 )
 def test_what_one_server_spoils_the_other_gives(servers: list[Process], tmp_path: Path, fault: str) -> None:
@@ -176,6 +176,88 @@ def test_a_server_that_hangs_is_left_out(servers: list[Process], tmp_path: Path)
     servers[1].fault("hang")
     assert draw(eng) == wanted
     assert [s.version == eng.version for s in eng.servers] == [True, False]
+
+
+def test_a_server_that_answers_others_and_then_hangs_is_left_out(servers: list[Process], tmp_path: Path) -> None:
+    """Of two requests it answers one after the other was sent: no reason to take the other for slow."""
+    eng, wanted = engine(servers, tmp_path, timeout=2.0), draw(engine(servers, tmp_path), 4)
+    servers[1].fault("hang", 1)
+
+    async def hang_later() -> list[Completion]:
+        drawn = asyncio.ensure_future(eng.generate(PROMPT, 4, DRAW))
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(servers[1].fault, "hang")
+        return await drawn
+
+    before = len(servers[1].seen()["seen"])
+    assert asyncio.run(hang_later()) == wanted
+    assert len(servers[1].seen()["seen"]) == before + 1, "it did answer one"
+    assert [s.version == eng.version for s in eng.servers] == [True, False]
+
+
+def test_a_server_that_is_restarted_is_waited_for(servers: list[Process], tmp_path: Path) -> None:
+    """It is away for longer than all pauses between the tries together."""
+    eng, wanted = engine(servers[:1], tmp_path, max_retries=1), draw(engine(servers, tmp_path))
+    eng.generator.manual_seed(0)
+    servers[0].kill()
+
+    async def come_back() -> list[Completion]:
+        drawn = asyncio.ensure_future(eng.generate(PROMPT, 8, DRAW))
+        await asyncio.sleep(1.0)
+        servers[0].start()
+        return await drawn
+
+    assert asyncio.run(come_back()) == wanted
+
+
+def test_servers_that_stay_away_are_not_waited_for_longer_than_a_request(
+    servers: list[Process], tmp_path: Path
+) -> None:
+    eng = engine(servers[:1], tmp_path, timeout=1.0)
+    servers[0].kill()
+    begun = time.monotonic()
+    with pytest.raises(EngineLost, match=f"no server was there for 1 s: {servers[0].url}"):
+        draw(eng)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_cancelled_caller_leaves_no_writer_behind(
+    servers: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writers in one folder would mix two sets of weights."""
+    eng, writing, most = engine(servers, tmp_path), [0], [0]
+
+    def slow(model: Any, folder: Path) -> None:
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        time.sleep(0.5)
+        write_weights(model, folder)
+        writing[0] -= 1
+
+    monkeypatch.setattr("trainer.engines.vllm.write_weights", slow)
+
+    async def give_up() -> list[Completion]:
+        first = asyncio.ensure_future(eng.generate(PROMPT, 2, DRAW))
+        await asyncio.sleep(0.1)
+        first.cancel()
+        return await eng.generate(PROMPT, 2, DRAW)
+
+    assert drift(eng.model, asyncio.run(give_up())) < 1e-4
+    assert most == [1]
+
+
+def test_servers_sleep_at_level_one_and_wake_for_new_weights(servers: list[Process], tmp_path: Path) -> None:
+    """Also for those of another run: one that was killed while its servers slept."""
+    eng = engine(servers[:1], tmp_path)
+    draw(eng)
+    told = len(servers[0].seen()["told"])
+    eng.sleep()
+    eng.wake()
+    draw(eng)
+    eng.sleep()
+    model = toy.model(seed=6)
+    assert drift(model, draw(engine(servers[:1], tmp_path, model))) < 1e-4
+    assert servers[0].seen()["told"][told:] == ["/sleep?level=1", "/wake_up"] * 2
 
 
 def test_a_straggler_is_dropped_not_scored(servers: list[Process], tmp_path: Path) -> None:
@@ -307,6 +389,7 @@ def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
     servers: list[Process], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(folder, tmp_path / "run", [s.url for s in servers])
+    made = made.model_copy(update={"engine": made.engine.model_copy(update={"timeout": 3.0})})
     collect = loop.Run.collect
 
     async def doomed(run: loop.Run, logger: Any) -> Any:
@@ -317,7 +400,9 @@ def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "collect", doomed)
-        with pytest.raises(EngineLost, match=r"2 tries.*VLLM_SERVER_DEV_MODE=1 .*--enable-scale-out"):
+        with pytest.raises(
+            EngineLost, match=r"no server was there for 3 s.*VLLM_SERVER_DEV_MODE=1 .*--enable-scale-out"
+        ):
             loop.train(made)
     newest = checkpoint.latest(made.output_dir)
     assert newest is not None and newest.name == "step_1"

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ON_GENERATE = {"die", "hang", "slow", "http_500", "http_429", "not_json", "drop", "refuse", "wrong_version", "mixed"}
-ON_GENERATE |= {"lost_logprob", "aborted", "nan", "empty"}
+ON_GENERATE |= {"lost_logprob", "aborted", "nan", "empty", "no_dev_mode"}
 ON_LOAD = {"load_500", "cache_held", "label_lost"}
 
 
@@ -30,6 +30,8 @@ class State:
         self.faults: dict[str, int] = {}
         self.seen: list[dict[str, Any]] = []
         self.loads = 0
+        self.asleep = ""  # the level that it was sent to sleep with
+        self.told: list[str] = []
         self.lock = threading.Lock()
         self.load(folder)
 
@@ -113,7 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         answers = {
             "/weight_info": {"weight_version": self.state.label},
             "/v1/models": {"data": [{"id": "stub", "max_model_len": 200}]},
-            "/seen": {"seen": self.state.seen, "loads": self.state.loads},
+            "/seen": {"seen": self.state.seen, "loads": self.state.loads, "told": self.state.told},
+            "/is_sleeping": {"is_sleeping": bool(self.state.asleep)},
         }
         self.reply(answers.get(path, b""), 200 if path in answers or path == "/health" else 404)
 
@@ -128,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
                 "/collective_rpc": self.on_rpc,
                 "/reset_prefix_cache": self.on_reset,
                 "/update_weight_version": self.on_version,
+                "/sleep": self.on_sleep,
+                "/wake_up": self.on_sleep,
             }[path](body)
 
     def on_fault(self, body: dict[str, Any]) -> None:
@@ -139,8 +144,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.state.fault(ON_GENERATE)
         if fault == "die":
             os._exit(1)
-        if fault == "hang":
+        if fault == "hang" or self.state.asleep:
             time.sleep(3600)
+        if fault == "no_dev_mode":
+            self.reply({"detail": "Not Found"}, 404)
+            return
         if fault == "slow":
             time.sleep(3.0)
         if fault == "drop":
@@ -161,11 +169,16 @@ class Handler(BaseHTTPRequestHandler):
             self.state.seen.append({"prompt": body["token_ids"], "label": self.state.label, "ids": choice["token_ids"]})
         self.reply({"request_id": "x", "output_mode": "tokens", "choices": [spoilt(choice, fault)]})
 
+    def on_sleep(self, body: dict[str, Any]) -> None:
+        self.state.told.append(self.path)
+        self.state.asleep = self.path.partition("?level=")[2]
+        self.reply({})
+
     def on_rpc(self, body: dict[str, Any]) -> None:
         if self.state.fault({"load_500"}):
             self.reply({"error": "out of memory"}, 500)
             return
-        assert body["method"] == "reload_weights"
+        assert body["method"] == "reload_weights" and not self.state.asleep
         with self.state.lock:
             if "load_lost" in self.state.faults:  # says that it has loaded, and has not
                 self.reply({"results": [None]})

@@ -6,8 +6,9 @@ weights it has; only then is it asked for tokens. Every completion names the wei
 
 What fails is never the policy's fault. A server that dies, errs, or hangs is left out, or started again if it is our
 own, and the request goes to the next one, with the same seed: it is the same draw, so trying again does not favour
-short answers. Once the retries are spent the run stops (`EngineLost`), with a checkpoint. A request that is merely
-slow, while its server answers others, drops its rollout after `timeout`, as a broken environment does.
+short answers. Where no server is there, the engine waits for one. Once that or the retries are spent the run stops
+(`EngineLost`), with a checkpoint. A request that is merely slow, while its server still gives tokens, drops its rollout
+after `timeout`, as a broken environment does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
+LEAST_PATIENCE = 2.0  # seconds for the single token that tells a slow request from a server that hangs
 
 
 class VLLMEngine:
@@ -44,7 +46,7 @@ class VLLMEngine:
         folder: where the weights go: a path at which the servers see the same files.
         stop_ids: tokens that end a turn.
         max_length: the most tokens of prompt and completion; a completion that reaches it finishes with "length".
-        timeout: seconds of one request, or of loading the weights.
+        timeout: seconds of one request, of loading the weights, or of waiting while no server is there.
         max_retries: further tries of one request, each at the next server.
         pause: seconds before the first of them; it doubles from try to try.
         seed: of `generator`, which draws the seed of every request.
@@ -77,6 +79,7 @@ class VLLMEngine:
         self._run = uuid.uuid4().hex[:12]  # a label that no other run gives
         self._saves = self._running = self._turn = 0
         self._stale = True
+        self._alone = False  # no server was there when last looked for
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- the engine protocol ------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ class VLLMEngine:
 
         Raises:
             EngineLost: no server gave an answer, however often it was asked.
-            EnvironmentBroken: the answer took longer than `timeout`, though the server was answering others.
+            EnvironmentBroken: the answer took longer than `timeout`, though the server still gives tokens.
         """
         if not prompt_ids:
             raise ValueError("prompt_ids: got no token, needs at least one")
@@ -124,7 +127,7 @@ class VLLMEngine:
             if not self._stale:
                 return
             self._saves += 1
-            await asyncio.to_thread(write_weights, self.model, self.folder)
+            await whole(asyncio.to_thread(write_weights, self.model, self.folder))
             self.version = f"{self._run}-{self._saves}"
             outcomes = await asyncio.gather(*(self._load_patiently(s) for s in self.servers), return_exceptions=True)
             problems = [(s, o) for s, o in zip(self.servers, outcomes) if o is not None]
@@ -167,26 +170,35 @@ class VLLMEngine:
         """One completion, from whichever server can give it."""
         said: dict[str, str] = {}
         for attempt in range(self.max_retries + 1):
-            server, started = self._next(), time.monotonic()
+            server = self._next()
+            losses = server.losses
             try:
                 if server.version != self.version:
                     await server.load(self._http, self.folder, self.version, self.timeout)
                 return await server.generate(self._http, request, self.stop_ids, self.timeout)
             except asyncio.TimeoutError:
-                if server.answered > started:
+                patience = max(LEAST_PATIENCE, self.timeout / 10)
+                if server.losses == losses and await server.samples(self._http, request, patience):
                     raise EnvironmentBroken(
-                        f"a turn took longer than engine.timeout = {self.timeout:g} s, {server.url} answers others"
+                        f"a turn took longer than engine.timeout = {self.timeout:g} s, {server.url} gives others tokens"
                     ) from None
                 said[server.url] = f"no answer within engine.timeout = {self.timeout:g} s"
-                if server.process:
-                    await asyncio.to_thread(server.process.stop)
+                await self._leave_out(server, losses, said[server.url], hangs=True)
             except ServerFailed as error:
                 said[server.url] = str(error)
-            server.version = ""
-            log.warning("%s is left out: %s", server.url, said[server.url])
+                await self._leave_out(server, losses, said[server.url])
             if attempt < self.max_retries:
                 await self._wait(attempt)
         raise self._lost("; ".join(f"{url}: {problem}" for url, problem in said.items()))
+
+    async def _leave_out(self, server: Server, losses: int, why: str, *, hangs: bool = False) -> None:
+        """Take a server out of turn until it has loaded the weights again, unless another request has done so since."""
+        if server.losses != losses:
+            return
+        server.version, server.losses = "", losses + 1
+        log.warning("%s is left out: %s", server.url, why)
+        if hangs and server.process:
+            await asyncio.to_thread(server.process.stop)
 
     def _next(self) -> Server:
         """The servers in turn, those that have the weights; any, if none has."""
@@ -198,7 +210,18 @@ class VLLMEngine:
         return EngineLost(f"engine: {what}; {self.max_retries + 1} tries. {self.remedy}".strip())
 
     async def _wait(self, attempt: int) -> None:
-        await asyncio.sleep(min(LONGEST_PAUSE, self.pause * 2**attempt))
+        """Pause before the next try, and on while no server is there: one that is restarted needs up to minutes."""
+        end, pause = time.monotonic() + self.timeout, self.pause * 2**attempt
+        await asyncio.sleep(min(LONGEST_PAUSE, pause))
+        while not any(await asyncio.gather(*(server.there(self._http) for server in self.servers))):
+            urls = ", ".join(server.url for server in self.servers)
+            if time.monotonic() > end:
+                raise self._lost(f"no server was there for {self.timeout:g} s: {urls}")
+            if not self._alone:
+                log.warning("no server is there (%s); waiting for one. %s", urls, self.remedy)
+            self._alone, pause = True, min(LONGEST_PAUSE, 2 * pause)
+            await asyncio.sleep(min(pause, max(0.0, end - time.monotonic())))
+        self._alone = False
 
     def _state(self) -> asyncio.Lock:
         """The lock of the event loop that is running; connections and locks do not outlive theirs."""
@@ -221,3 +244,13 @@ class VLLMEngine:
                 continue
             if not answer.is_success:  # a server without VLLM_SERVER_DEV_MODE or --enable-sleep-mode
                 log.warning("%s%s: HTTP %d", server.url, path, answer.status_code)
+
+
+async def whole(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end, even when cancelled: a thread goes on, and its successor would write the same files."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await task

@@ -126,8 +126,10 @@ class ColocatedEngine:
             while self._waiting:
                 finished = [output for output in self._vllm.step() if output.finished]
                 for output in finished:
-                    if future := self._waiting.pop(output.request_id, None):
+                    future = self._waiting.get(output.request_id)
+                    if future and not future.done():  # done: its caller has been cancelled
                         future.set_result(read_output(output.outputs[0], self.stop_ids))
+                    self._waiting.pop(output.request_id, None)
                 for _ in range(RETURN if finished else 1):
                     await asyncio.sleep(0)
         except Exception as error:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import math
 import shutil
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,15 @@ log = logging.getLogger(__name__)
 NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
 GENERATE = "/inference/v1/generate"
 SOON = 10.0  # seconds for what a server that is well answers at once
-RETRIED = (408, 429)  # of the client errors: those that say "later"
+REFUSED = (400, 413, 422)  # what a server answers to a request that no server would take
 
 
 class ServerFailed(Exception):
-    """A server did not do what was asked; another one, or the same one later, may."""
+    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 where it said none."""
+
+    def __init__(self, what: str, status: int = 0) -> None:
+        super().__init__(what)
+        self.status = status
 
 
 class Process(Protocol):
@@ -46,7 +49,7 @@ class Server:
 
     url: str
     version: str = ""
-    answered: float = 0.0  # when it gave its last completion, on the monotonic clock
+    losses: int = 0  # how often it was left out: a request that began before knows that others have seen to it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     process: Process | None = None  # one that we started is started again when it has died
     max_starts: int = 0  # so often, without a completion in between
@@ -56,9 +59,8 @@ class Server:
         """The JSON that the server answers within `seconds` (None for an empty answer).
 
         Raises:
-            ServerFailed: no connection, an error of the server, or no JSON.
+            ServerFailed: no connection, any status but success, or no JSON.
             asyncio.TimeoutError: nothing came in time; a drip that never ends counts as nothing.
-            UserError: the server refuses the request itself: no server would take it.
         """
         try:
             answer = await asyncio.wait_for(http.request(method, self.url + path, **request), seconds)
@@ -69,21 +71,47 @@ class Server:
                 return answer.json() if answer.content else None
             except ValueError:
                 raise ServerFailed(f"{path}: the answer is not JSON") from None
-        if answer.is_client_error and answer.status_code not in RETRIED:
-            said = " ".join(answer.text.split())[:200]
-            hint = f"; it needs {NEEDS}" if answer.status_code in (403, 404) else ""
-            raise UserError(f"engine.urls: {self.url}{path} refuses ({answer.status_code}: {said}){hint}")
-        raise ServerFailed(f"{path}: HTTP {answer.status_code}")
+        status, said = answer.status_code, " ".join(answer.text.split())[:200]
+        hint = f"; it needs {NEEDS}" if status in (403, 404) else ""
+        raise ServerFailed(f"{path}: HTTP {status} {said}".strip() + hint, status)
 
     async def generate(
         self, http: httpx.AsyncClient, request: dict[str, Any], stop_ids: Collection[int], seconds: float
     ) -> Completion:
-        """One completion, sampled by exactly the weights labelled `version`."""
+        """One completion, sampled by exactly the weights labelled `version`.
+
+        Raises:
+            ServerFailed, asyncio.TimeoutError: as `call`, or the answer is not whole.
+            UserError: the server refuses the request itself: no server would take it.
+        """
         version = self.version
-        answer = await self.call(http, "POST", GENERATE, seconds, json=request)
+        try:
+            answer = await self.call(http, "POST", GENERATE, seconds, json=request)
+        except ServerFailed as error:
+            if error.status in REFUSED:
+                raise UserError(f"engine: {self.url} refuses a request: {error}") from None
+            raise
         completion = read_completion(answer, request["sampling_params"]["max_tokens"], stop_ids, version)
-        self.answered, self.starts = time.monotonic(), 0
+        self.starts = 0
         return completion
+
+    async def samples(self, http: httpx.AsyncClient, request: dict[str, Any], seconds: float) -> bool:
+        """Whether it gives a single token within `seconds`: alive down to the engine behind the HTTP."""
+        one = {**request, "sampling_params": {**request["sampling_params"], "max_tokens": 1}}
+        try:
+            await self.call(http, "POST", GENERATE, seconds, json=one)
+        except (ServerFailed, asyncio.TimeoutError):
+            return False
+        return True
+
+    async def there(self, http: httpx.AsyncClient) -> bool:
+        """Whether it says that it is well; one of our own is started again when it is next loaded."""
+        try:
+            if not self.process:
+                await self.call(http, "GET", "/health")
+        except (ServerFailed, asyncio.TimeoutError):
+            return False
+        return True
 
     async def load(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
         """Have the server serve the weights in `folder` under the label `version`; the server says so itself.
@@ -118,6 +146,9 @@ class Server:
             raise
 
     async def _reload(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
+        asleep = await self.call(http, "GET", "/is_sleeping")  # a run that was killed in its update leaves it so
+        if isinstance(asleep, dict) and asleep.get("is_sleeping") is True:
+            await self.call(http, "POST", "/wake_up", seconds)
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         await self.call(http, "POST", "/collective_rpc", seconds, json=rpc)
         cleared = await self.call(http, "POST", "/reset_prefix_cache")
