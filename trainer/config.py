@@ -58,10 +58,11 @@ class EngineConfig(Section):
     slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
     vllm_mode: Literal["server", "colocate"] = "server"  # colocate: in the trainer's process, which then needs vllm
     vllm_enable_sleep_mode: bool = False  # GPU: vLLM gives its memory back while the trainer updates
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1)  # GPU: its share, started by the run or colocated
     urls: list[str] = []  # running vLLM servers, taken in turn; they see the same files as this machine
     python: str = ""  # the Python of an environment that has vllm
     server_args: list[str] = []  # further arguments of the vLLM that is started
-    timeout: float = Field(600.0, gt=0)  # seconds of one request, or of loading the weights
+    timeout: float = Field(600.0, gt=0)  # seconds of one request, of loading the weights, of waiting for a server
     max_retries: int = Field(3, ge=0)  # of a request, each at the next server; then the run stops with a checkpoint
 
     @model_validator(mode="after")

@@ -248,6 +248,11 @@ def test_arguments_follow_the_config(folder: Path, tmp_path: Path, monkeypatch: 
     own = made.engine.model_copy(update={"vllm_enable_sleep_mode": True, "server_args": ["--block-size", "64"]})
     given = vllm_launch.arguments(made.model_copy(update={"engine": own}), "somewhere")
     assert "--enable-sleep-mode" in given and given[-2:] == ["--block-size", "64"], "the config has the last word"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    shared = vllm_launch.arguments(made, "somewhere")
+    assert shared[shared.index("--gpu-memory-utilization") + 1] == "0.3", "beside the trainer"
+    apart = made.engine.model_copy(update={"python": "", "urls": ["http://a:1"]})
+    assert "--gpu-memory-utilization" not in vllm_launch.arguments(made.model_copy(update={"engine": apart}), "x")
 
 
 def test_colocation_needs_nothing_else(folder: Path) -> None:

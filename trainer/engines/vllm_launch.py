@@ -55,10 +55,17 @@ def arguments(config: Config, model: str) -> list[str]:
         *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled from
         *("--generation-config", "vllm"),  # no sampling default of the model's makers
         # Turns are short: with a CPU's default of 128 each would read up to 127 tokens again that the cache could hold.
-        *(() if torch.cuda.is_available() else ("--block-size", "32")),
+        *(_share(config) if torch.cuda.is_available() else ("--block-size", "32")),
         *(("--enable-sleep-mode",) if config.engine.vllm_enable_sleep_mode else ()),
         *config.engine.server_args,
     ]
+
+
+def _share(config: Config) -> tuple[str, ...]:
+    """A vLLM that the run starts lives beside the trainer: left to itself it would take nine tenths of the GPU."""
+    if config.engine.urls:
+        return ()
+    return "--gpu-memory-utilization", str(config.engine.vllm_gpu_memory_utilization)
 
 
 def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
