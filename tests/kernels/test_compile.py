@@ -287,7 +287,7 @@ class TestOpcheck:
     def test_credit_and_sgcd(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
         d, n = i["a"].reshape(-1).abs().to(dtype), i["a"].numel()
-        for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear")):
+        for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear"), CreditConfig(rule="turn_level")):
             signals = (d, d, i["cu"], i["mask"].reshape(-1), torch.arange(n) // 5, d[:2], d, d, None, None)
             check("credit_weights", *signals, *as_arguments(config))
         cu = None if padded else i["cu"]
