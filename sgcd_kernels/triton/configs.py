@@ -58,7 +58,7 @@ HALF: Table = {
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
         9: (Config(64, 64, 64, 8, 3, stacked=True),),
-        10: (Config(64, 32, 64, 8, 3), Config(128, 32, 64, 8, 3)),
+        10: (Config(64, 32, 64, 8, 3, stacked=True), Config(128, 32, 64, 8, 3)),
     },
     "logprob_grad": {
         8: (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3)),
@@ -93,7 +93,7 @@ RICH: Table = {
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
         9: (Config(64, 32, 64, 8, 3, stacked=True),),
-        10: (Config(64, 16, 64, 8, 3),),
+        10: (Config(64, 16, 64, 8, 3, stacked=True),),
     },
     "logprob_grad": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -108,7 +108,8 @@ RICH: Table = {
 }
 
 # For operands of 2 bytes where hidden or weight is stored in 4 (an fp32 master weight): a step in flight takes up to
-# twice the shared memory. With and without options.
+# twice the shared memory. With and without options. On sm_100 one weight must be one product here: Triton 3.6 cannot
+# pipeline two that share what was converted.
 WIDE: Table = {
     "head_stats": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -118,7 +119,7 @@ WIDE: Table = {
     "pair_stats": {
         8: (Config(64, 64, 32, 8, 3, stacked=True),),
         9: (Config(64, 128, 64, 8, 3, stacked=True),),
-        10: (Config(64, 64, 64, 8, 1, guarded=True),),  # with more stages Triton 3.6 cannot compile it
+        10: (Config(64, 32, 64, 8, 3, stacked=True, guarded=True),),
     },
     "own_pair_stats": {
         8: (Config(64, 64, 32, 8, 3),),
@@ -128,7 +129,7 @@ WIDE: Table = {
     "mixture_stats": {
         8: (Config(64, 32, 32, 8, 3, stacked=True),),
         9: (Config(64, 32, 64, 8, 3, stacked=True),),
-        10: (Config(64, 16, 64, 8, 2),),
+        10: (Config(64, 16, 64, 8, 2, stacked=True),),
     },
     "logprob_grad": {
         8: (Config(128, 64, 32, 8, 3),),
@@ -138,7 +139,7 @@ WIDE: Table = {
     "distill_grad": {
         8: (Config(64, 64, 32, 8, 3, stacked=True),),
         9: (Config(64, 64, 64, 8, 3, stacked=True),),
-        10: (Config(64, 64, 64, 8, 3),),
+        10: (Config(64, 64, 64, 8, 3, stacked=True),),
     },
 }
 
@@ -148,11 +149,11 @@ _ODD, _ODD_NARROW, _ODD_SHORT = Config(64, 32, 32, 8, 2), Config(64, 16, 32, 8, 
 _ODD_10 = Config(64, 32, 64, 8, 2)
 ODD: Table = {
     "head_stats": {8: (_ODD,), 9: (_ODD,), 10: (replace(_ODD_10, guarded=True),)},
-    "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD_NARROW,), 10: (Config(64, 16, 64, 8, 1, guarded=True),)},  # likewise
+    "pair_stats": {8: (_ODD_NARROW,), 9: (_ODD_NARROW,), 10: (Config(64, 16, 64, 8, 1, guarded=True),)},  # as WIDE
     "own_pair_stats": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (Config(64, 16, 64, 8, 2, guarded=True),)},
-    "mixture_stats": {8: (Config(32, 16, 32, 4, 2),), 9: (_ODD,), 10: (_ODD_10,)},
+    "mixture_stats": {8: (Config(32, 16, 32, 4, 2),), 9: (_ODD,), 10: (replace(_ODD_10, stages=1),)},  # as WIDE
     "logprob_grad": {8: (_ODD_NARROW,), 9: (_ODD,), 10: (_ODD_10,)},
-    "distill_grad": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (_ODD_10,)},
+    "distill_grad": {8: (_ODD_SHORT,), 9: (_ODD,), 10: (replace(_ODD_10, stacked=True),)},
 }
 
 # For fp32 operands, which take three products in TF32, or one; with and without options.
@@ -163,7 +164,7 @@ SINGLE: Table = {
     "head_stats": {8: (_WIDE,), 9: (_WIDE,), 10: (replace(_WIDE, guarded=True),), 12: (_NARROW,)},
     "pair_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
     "own_pair_stats": {8: (_NARROW,), 9: (_NARROW,), 10: (_NARROWEST,)},
-    "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROWEST,)},
+    "mixture_stats": {8: (_STACKED,), 9: (_STACKED,), 10: (replace(_NARROWEST, stacked=True),)},
     "logprob_grad": {8: (_WIDE,), 9: (_WIDE,), 10: (_WIDE,)},
     "distill_grad": {8: (_STACKED,), 9: (_STACKED,), 10: (_NARROW,)},
 }
