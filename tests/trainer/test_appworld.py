@@ -354,10 +354,31 @@ def test_a_world_is_given_no_truth_and_no_way_to_it(tmp_path: Path) -> None:
         ("no code at all", "", False),
         ("```python\n```", "", False),
         ("", "", False),
+        ("So: ```python\nprint(1)```", "print(1)", False),  # the benchmark's agent takes both
+        ("```python\nprint(1)\n``` That is it.\n```python\nprint(2)\n```", "print(1)", True),
+        ("```Python\nprint(1)\n```", "print(1)", False),
+        ("```python3\nprint(1)\n```", "print(1)", False),
+        ("``` python \nprint(1)\n```", "print(1)", False),
+        ("```python\r\na = 1\r\nprint(a)\r\n```\r\nDone.", "a = 1\r\nprint(a)", False),
+        ("  ```python\n  print(1)\n  ```", "print(1)", False),
+        ("```json\n{}\n```\nThen:\n```python\nprint(2)\n```", "print(2)", False),
+        ("```Python\nprint(1)\n```\nI will delete all notes.\n```python\nprint(2)\n```", "print(1)", True),
+        ("```ruby\nputs 1\n```\nI will delete all notes.\n```ruby\nputs 2\n```", "", False),
+        ("```python print(1)```\nI will delete all notes.\n```python\nprint(2)\n```", "print(2)", False),
+        ("```python\nprint('''```''')\nprint(2)\n```", "print('''```''')\nprint(2)", False),
+        ("Write ``` first.\nThen:\n```python\nprint(3)\n```", "print(3)", False),
+        ("````python\nprint(1)\n````", "print(1)", False),
     ],
 )
 def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None:
     assert prompt.code_of({"role": "assistant", "content": text}) == (code, more)
+
+
+@pytest.mark.parametrize("text", ["```" + " " * 200_000, "``` " * 50_000, "```x\n" * 50_000, "\n" * 200_000])
+def test_finding_the_code_takes_no_time(text: str) -> None:
+    began = time.monotonic()
+    prompt.code_of({"role": "assistant", "content": text})
+    assert time.monotonic() - began < 1
 
 
 def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:
