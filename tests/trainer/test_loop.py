@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -396,6 +399,36 @@ def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
     loop.train(whole)
     assert records(made.output_dir) == records(whole.output_dir)
     assert identical(made.output_dir, whole.output_dir)
+
+
+@pytest.mark.parametrize("why", ["mistake", "ctrl-c"])
+def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """A server that refuses, or a person at the keyboard, in the third step of a run that saves at its end only."""
+    plain = loop.Run.collect
+
+    async def stopped(run: loop.Run, *arguments: Any) -> Any:
+        found = await plain(run, *arguments)
+        if run.step == 2:
+            if why == "mistake":
+                raise UserError("engine.urls: http://server:1 refuses")
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(10)
+        return found
+
+    whole, cut = (config(folder, tmp_path / name, save_steps=0) for name in ("whole", "cut"))
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "collect", stopped)
+        for _ in range(2):  # the second time there is nothing new to save
+            with pytest.raises(UserError if why == "mistake" else KeyboardInterrupt):
+                loop.train(cut)
+            newest = checkpoint.latest(cut.output_dir)
+            assert newest is not None and newest.name == "step_2"
+    loop.train(cut)
+    assert records(whole.output_dir) == records(cut.output_dir)
+    assert identical(whole.output_dir, cut.output_dir)
 
 
 def test_one_task_that_always_breaks_stops_nothing(
