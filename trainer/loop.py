@@ -239,6 +239,8 @@ class Run:
         problem = update.invalid_credit(groups, scored, self.config)
         if problem:
             logger.say(f"WARNING: step {self.step + 1} is invalid: {problem}")
+        elif scarce := update.scarce_references(groups, self.config):
+            logger.say(f"WARNING: step {self.step + 1}: {scarce}")
         return {
             **metrics.credit_metrics(taught, self.config.credit.clip),
             **entropy,

@@ -179,20 +179,31 @@ def test_direct_sd_runs(folder: Path, tmp_path: Path) -> None:
     assert records(tmp_path / "sd")[1]["loss"] > 0
 
 
+@pytest.mark.parametrize(("failures", "said"), [(3, "step {} is invalid: 3 of 3"), (2, "step {}: 2 of 3"), (1, "")])
 def test_a_writer_that_fails_costs_the_references_not_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failures: int,
+    said: str,
 ) -> None:
-    class Failing(writers.Stateless):
-        name = "failing"
+    """And where most are missing, every step says so."""
+    written = writers.ContrastWriter.write
 
-        async def write(self, groups: list[Group]) -> None:
-            for group in groups:
-                group.reference_info = {"writer": self.name, "error": "timeout"}
+    async def failing(self: Any, groups: list[Group]) -> None:
+        await written(self, groups)
+        for group in groups[:failures]:
+            group.reference, group.reference_info = "", {"writer": self.name, "error": "timeout"}
 
-    monkeypatch.setattr(loop.writers, "load", lambda *a: Failing())
-    loop.train(config(folder, tmp_path / "run", max_steps=1))
-    line = records(tmp_path / "run")[1]
-    assert (line["reference/supplied"], line["reference/errors"]) == (0, 3)
+    monkeypatch.setattr(writers.ContrastWriter, "write", failing)
+    loop.train(config(folder, tmp_path / "run", max_steps=2, eval_on_start=False))
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert shown.count("have no reference") == (2 if said else 0)
+    for step, line in enumerate(records(tmp_path / "run"), 1):
+        assert line["reference/supplied"] == pytest.approx(1 - failures / 3) and line["reference/errors"] == failures
+        assert line["credit/invalid"] == float(failures == 3)
+        assert said.format(step) in shown
 
 
 def test_what_a_writer_remembers_is_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
