@@ -309,6 +309,7 @@ def test_tasks_know_their_scenario_and_class_and_hold_no_truth(tmp_path: Path, m
     monkeypatch.setenv("APPWORLD_ROOT", str(make_root(tmp_path)))
     suite = load(tmp_path)
     assert suite.splits == {"train": 2, "test_normal": 1}
+    assert suite.worlds == 16  # `check` holds it against the rollouts of a step
     asks, acts = suite.tasks("train")
     assert (asks.id, asks.scenario, asks.task_class) == ("abc_1", "abc", "information")
     assert (acts.id, acts.scenario, acts.task_class) == ("abc_2", "abc", "state_changing")

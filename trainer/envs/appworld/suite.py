@@ -51,6 +51,7 @@ class AppWorldSuite:
         ids = {split: data.task_ids(self._root, split) for split in data.SPLITS}
         self._ids = {split: found for split, found in ids.items() if found}
         self.splits: Mapping[str, int] = {split: len(found) for split, found in self._ids.items()}
+        self.worlds = worlds
         self._timeout = float(execution_timeout)
         self._pool = Pool(
             Path(python).absolute(), WORLD, worlds, lambda folder: data.copy_shared(self._root, folder / SHARED)
