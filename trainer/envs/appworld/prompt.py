@@ -28,6 +28,7 @@ the access token with every call. Long lists come in pages: read all of them.
 GIVE_UP = 'apis.supervisor.complete_task(status="fail")'
 NO_CODE = "No code was found. Write one block that begins with ```python and ends with ```."
 ONLY_FIRST = "Only the first block was run."
+CRASHED = "The code ended the process that it ran in, and with it the episode."
 PYTHON = ("", "python", "python3", "py")  # what an opening fence may name
 # A fence opens a block where it begins a line, whatever it names, so that every closing fence is known for one; and, as
 # in the benchmark's own agent, "```python" at the end of a line. It closes one where it begins or ends a line: inside a
