@@ -45,6 +45,7 @@ class Probe:
 
     config: Config
     found: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # of the check that runs: what is slow or odd, and no mistake
 
     def get(self, name: str) -> Any:
         if name not in self.found:
@@ -83,6 +84,8 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
         missing += len(lines) if mark == "FAIL" else 0
         for line in filter(None, lines):
             _print(console, mark, name, line)
+        while probe.warnings:
+            _print(console, "warn", name, probe.warnings.pop(0))
     if "memory" in probe.found:
         console.print("\nwhat the run needs, at most (docs/paper.md says how this is known)", markup=False)
         for line in _needs(probe):
@@ -96,7 +99,7 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
 
 
 def _print(console: Any, mark: str, name: str, line: str) -> None:
-    style = {"ok": "green", "FAIL": "bold red", "skip": "yellow"}[mark]
+    style = {"ok": "green", "FAIL": "bold red", "skip": "yellow", "warn": "yellow"}[mark]
     console.print(f"[{style}]{mark:<4}[/]  {name:<13}  ", end="")
     console.print(line, markup=False)
 
@@ -210,7 +213,15 @@ def environment(probe: Probe) -> str:
     probe.get("customer")
     all_of(*(lambda split=split: _play(suite, split, env.timeout) for split in dict.fromkeys(splits.values())))
     probe.found["environment"] = suite
+    places, wanted = getattr(suite, "worlds", None), rollouts_at_once(probe.config)
+    if places is not None and places < wanted:
+        probe.warnings.append(f"env.options.worlds: {places}, but {wanted} rollouts could play at once; others queue")
     return f"{env.name}: {_listed(suite.splits)}; a task of each split was played"
+
+
+def rollouts_at_once(config: Config) -> int:
+    """Episodes of a step that the engine could sample together."""
+    return min(config.engine.slots, config.groups_per_step * config.num_generations)
 
 
 def _play(suite: Suite, split: str, timeout: float) -> None:

@@ -43,9 +43,9 @@ def save(
 ) -> Path:
     """Write the state after `step` finished steps; give the checkpoint's folder.
 
-    `model` and `tokenizer` are whatever has `save_pretrained(folder)`. `generators` are saved beside the global ones of
-    python, numpy and torch. `extra` is the loop's own plain data (numbers, strings, lists, dicts, tensors): task order,
-    counters. What is logged after its checkpoint may be missing after a resume: put it into `extra`.
+    `model` and `tokenizer` are whatever has transformers' `save_pretrained`. `generators` are saved beside the global
+    ones of python, numpy and torch. `extra` is the loop's own plain data (numbers, strings, lists, dicts, tensors):
+    task order, counters. What is logged after its checkpoint may be missing after a resume: put it into `extra`.
     """
     spoilt = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
     if spoilt:
@@ -58,7 +58,7 @@ def save(
     _sweep(folder)
     beside = folder / f"{_TEMPORARY}step_{step}"
     beside.mkdir()
-    model.save_pretrained(str(beside))
+    model.save_pretrained(str(beside), save_original_format=False)  # under the model's own names, as `load` wants them
     if tokenizer is not None:
         tokenizer.save_pretrained(str(beside))
     _write_state(beside, step, optimiser, generators or {}, extra or {})

@@ -93,7 +93,7 @@ class WriterConfig(Section):
     max_retries: int = Field(3, ge=0)
     concurrency: int = Field(8, gt=0)
     max_prompt_chars: int = Field(48_000, gt=0)
-    max_tokens: int = Field(1_024, gt=0)  # of one reference
+    max_tokens: int = Field(1_024, gt=0)  # of one reference, the thoughts of a model that thinks included
     token_budget: int | None = Field(None, gt=0)  # of the whole run, prompt and completion; None is no limit
     cache_dir: Path = Path(".cache/references")
 

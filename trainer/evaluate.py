@@ -7,6 +7,7 @@ environment broke is left out and never counts as a failure.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -288,7 +289,7 @@ def _table(result: Evaluation, env: str, title: str) -> Any:
 
 
 def _target(config: Config, weights: Path | None) -> Path:
-    """The file that the result goes into, one for each split and weights; its folder can be written."""
+    """The file that the result goes into, one for each split, weights and options; its folder can be written."""
     folder = config.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +297,14 @@ def _target(config: Config, weights: Path | None) -> Path:
         raise UserError(f"output_dir: {folder} cannot be a folder ({error.strerror}); choose another one") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"output_dir: {folder} cannot be written; choose another one")
-    return folder / f"eval_{config.env.eval_split}_{weights.name if weights else 'base'}.json"
+    name = weights.name if weights else "base"
+    return folder / f"eval_{config.env.eval_split}_{name}{_label(config.env.options)}.json"
+
+
+def _label(options: Mapping[str, Any]) -> str:
+    """Six letters that differ where the options differ (another customer is another benchmark); none for none."""
+    said = json.dumps(options, sort_keys=True, default=str).encode()
+    return f"_{hashlib.sha256(said).hexdigest()[:6]}" if options else ""
 
 
 def _write(path: Path, result: Evaluation, config: Config, source: str) -> None:
@@ -305,6 +313,7 @@ def _write(path: Path, result: Evaluation, config: Config, source: str) -> None:
     tasks = {r.task.id: r.task for r in result.rollouts}
     record = {
         "env": config.env.name,
+        "options": config.env.options,  # who played the customer, say; keys are named there, never given
         "split": config.env.eval_split,
         "weights": source,
         "samples": config.eval_samples,

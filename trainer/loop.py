@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.credit import writers
 from trainer.reporting import MetricLogger
 from trainer.rollout import PromptTooLong, Pulse, run_group
-from trainer.types import Engine, Group, Lost, Renderer, Sampling, Suite, Task, UserError
+from trainer.types import Engine, Group, Renderer, Sampling, Suite, Task, UserError
 
 
 def train(config: Config) -> None:
@@ -31,6 +31,7 @@ def train(config: Config) -> None:
 
 DRIFTED = 0.1  # mean difference of log-probs, in nats; bf16 makes some hundredths, other weights make more
 MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
+STOPS = (UserError, asyncio.CancelledError, KeyboardInterrupt)  # what ends a run in order: Ctrl-C cancels
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Run:
     learner: update.Learner
     pulse: Pulse
     step: int = 0  # steps that are finished
+    saved: int = 0  # the step of the newest checkpoint, 0 for none
     unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
     skipped: int = 0  # updates in a row
     told_too_long: bool = False
@@ -95,6 +97,7 @@ class Run:
                 optimiser=self.learner.optimiser,
                 generators={"engine": self.engine.generator},
             )
+            self.saved = self.step
             self.order.load_state_dict(extra["order"])
             if "writer" in extra:
                 self.writer.load_state_dict(extra["writer"])
@@ -120,21 +123,13 @@ class Run:
             elif self.step and self.step >= config.max_steps:
                 logger.say(f"nothing to do: {self.step} steps are finished, and max_steps is {config.max_steps}")
             while self.step < config.max_steps:
-                position, drawn = self.order.state_dict(), self.engine.generator.get_state()
-                try:
-                    found = await self.take_step(logger)
-                except Lost:  # while sampling: the step is undone, and what it started from is kept
-                    self.order.load_state_dict(position)
-                    self.engine.generator.set_state(drawn)
-                    if self.step:
-                        logger.say(f"checkpoint: {self.save({})}")
-                    raise
+                found = await self.take_step(logger)
                 if _due(self.step, config.save_steps, config.max_steps):
-                    logger.say(f"checkpoint: {self.save(found)}")
+                    self.keep(found, logger)
                 try:
                     await self.report(found, logger)
-                except Lost:  # in the evaluation: a resumed run makes it again
-                    logger.say(f"checkpoint: {self.save(found)}")
+                except STOPS:  # in the evaluation: a resumed run makes it again
+                    self.keep(found, logger)
                     raise
 
     async def report(self, found: dict[str, float], logger: MetricLogger) -> None:
@@ -145,13 +140,23 @@ class Run:
         logger.log(self.step, found)
 
     async def take_step(self, logger: MetricLogger) -> dict[str, float]:
-        """Tasks, siblings, reference, credit, update, new weights, reports."""
+        """Tasks, siblings, reference, credit, update, new weights, reports.
+
+        What stops it before the update leaves a checkpoint of the state that the step started from.
+        """
         config, clock, step = self.config, Clock(), self.step + 1
-        with clock("rollout"):
-            batch, too_long = await self.collect(logger)
-        if config.arm != "grpo":
-            with clock("reference"):
-                await self.writer.write(batch.train)
+        position, drawn = self.order.state_dict(), self.engine.generator.get_state()
+        try:
+            with clock("rollout"):
+                batch, too_long = await self.collect(logger)
+            if config.arm != "grpo":
+                with clock("reference"):
+                    await self.writer.write(batch.train)
+        except STOPS:
+            self.order.load_state_dict(position)
+            self.engine.generator.set_state(drawn)
+            self.keep({}, logger)
+            raise
         if sleeps := config.engine.vllm_enable_sleep_mode:
             self.engine.sleep()
         found = {**metrics.rollout_metrics(batch.sampled), **batch.metrics(), "rollout/too_long": float(too_long)}
@@ -234,6 +239,8 @@ class Run:
         problem = update.invalid_credit(groups, scored, self.config)
         if problem:
             logger.say(f"WARNING: step {self.step + 1} is invalid: {problem}")
+        elif scarce := update.scarce_references(groups, self.config):
+            logger.say(f"WARNING: step {self.step + 1}: {scarce}")
         return {
             **metrics.credit_metrics(taught, self.config.credit.clip),
             **entropy,
@@ -248,6 +255,12 @@ class Run:
             result = await evaluate.evaluate(self.engine, self.suite, self.renderer, self.config, advance=advance)
             self.engine.load_weights(self.model)
         return result.metrics
+
+    def keep(self, found: dict[str, float], logger: MetricLogger) -> None:
+        """See to it that there is a checkpoint of the finished steps."""
+        if self.step > self.saved:
+            logger.say(f"checkpoint: {self.save(found)}")
+            self.saved = self.step
 
     def save(self, found: dict[str, float]) -> Path:
         """Write the state that the next step starts from, and the metrics of this one, which are not logged yet."""

@@ -23,6 +23,7 @@ from trainer.types import (
     Group,
     Message,
     Outcome,
+    PolicyCrashed,
     Renderer,
     Rollout,
     Sampling,
@@ -175,7 +176,7 @@ async def _close(environment: Environment, timeout: float) -> None:
 
 
 class _Guarded:
-    """An environment whose every failure, a hang included, is `EnvironmentBroken`."""
+    """An environment whose every failure, a hang included, is `EnvironmentBroken`; the policy's are let through."""
 
     def __init__(self, environment: Environment, timeout: float) -> None:
         self._environment, self._timeout = environment, timeout
@@ -196,7 +197,7 @@ class _Guarded:
             waits_for = getattr(self._environment, "waits_for", "")
             reason = f", waiting for {waits_for}" if waits_for else ""
             raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s{reason}") from None
-        except EnvironmentBroken:
+        except (EnvironmentBroken, PolicyCrashed):
             raise
         except Exception as error:
             raise EnvironmentBroken(f"{what}: {error!r}") from error
@@ -224,8 +225,9 @@ class _Episode:
         for turn in range(self.env.max_turns):
             if await self._turn(rollout, turn):
                 break
-        outcome = await self.environment.outcome()
-        rollout.reward, rollout.details = outcome.reward, outcome.details
+        if rollout.stop != "crashed":  # then there is nothing left to ask, and the reward stays 0
+            outcome = await self.environment.outcome()
+            rollout.reward, rollout.details = outcome.reward, outcome.details
         return rollout
 
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
@@ -240,7 +242,12 @@ class _Episode:
             full = len(context) + len(completion.ids) >= self.max_length
             rollout.stop = "context" if full else "length"
             return True
-        observed, done = await self._observe(message, problem, rollout.tools)
+        try:
+            observed, done = await self._observe(message, problem, rollout.tools)
+        except PolicyCrashed as crash:
+            rollout.messages.append({"role": "user", "content": str(crash)})
+            rollout.stop = "crashed"
+            return True
         rollout.messages += observed
         if done:
             rollout.stop = "env_done" if message.get("tool_calls") else "answer"

@@ -54,6 +54,10 @@ class EnvironmentBroken(Exception):
     """The environment failed, not the policy: the rollout is dropped and counted, never scored."""
 
 
+class PolicyCrashed(Exception):
+    """The policy's own code ended its world: the episode ends there and fails. Raised by `step` alone."""
+
+
 class Lost(UserError):
     """What a run needs is gone, after every retry: the step is not taken, and the run stops with a checkpoint."""
 
@@ -130,7 +134,7 @@ class Rollout:
     classes: list[int] = field(default_factory=list)  # TokenClass of each token; FORMAT at observed tokens
     messages: list[Message] = field(default_factory=list)  # the transcript after the prompt
     reward: float = 0.0
-    stop: str = ""  # "answer" | "max_turns" | "length" | "context" | "env_done"
+    stop: str = ""  # "answer" | "max_turns" | "length" | "context" | "env_done" | "crashed"
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ W = 1 throughout, SGCD is GRPO bit by bit.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -221,7 +221,7 @@ def invalid_credit(groups: Sequence[Group], scored: Sequence[Sequence[Scored]], 
     """Why this step's credit cannot be what the config asked for, or nothing: such a run is invalid and must say so."""
     taught = [s for g, row in zip(groups, scored) if g.reference for s in row]
     if not taught:
-        return ""
+        return scarce_references(groups, config)
     if any(s.divergence.requires_grad or s.weights.requires_grad for s in taught):
         return "the divergence carries a gradient"
     if all(bool((s.divergence == 0).all()) for s in taught):
@@ -230,6 +230,18 @@ def invalid_credit(groups: Sequence[Group], scored: Sequence[Sequence[Scored]], 
     if not inert and all(bool((s.weights == 1).all()) for s in taught):
         return "every weight is 1: no divergence reaches credit.d_floor * credit.start"
     return ""
+
+
+def scarce_references(groups: Sequence[Group], config: Config) -> str:
+    """That most groups which should have a reference have none, and why; nothing where enough have one."""
+    mixed = [g for g in groups if g.mixed]
+    bare = [g for g in mixed if not g.reference]
+    if config.writer.name == "none" or 2 * len(bare) <= len(mixed):
+        return ""
+    reasons = Counter(str(g.reference_info.get("error", "nothing written")) for g in bare).most_common()
+    told = ", ".join(f"{reason} {n}" for reason, n in reasons)
+    remedy = "; raise writer.max_tokens, thoughts count too" if "truncated" in dict(reasons) else ""
+    return f"{len(bare)} of {len(mixed)} mixed groups have no reference and train with W = 1 ({told}{remedy})"
 
 
 def _own(s: Scored) -> Tensor:

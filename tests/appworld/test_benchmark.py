@@ -14,7 +14,7 @@ import pytest
 from trainer import envs, evaluate
 from trainer.config import EnvConfig
 from trainer.envs.appworld.data import PYTHON
-from trainer.envs.appworld.prompt import NO_CODE, ONLY_FIRST, block
+from trainer.envs.appworld.prompt import CRASHED, NO_CODE, ONLY_FIRST, block
 from trainer.envs.appworld.suite import AppWorldSuite
 from trainer.rollout import run_episode
 from trainer.traces import describe
@@ -164,6 +164,20 @@ def test_endless_and_wrong_code_are_observations(suite: AppWorldSuite) -> None:
     read, _ = play(suite, "aaaaaa1_1", codes)
     for text, words in zip(read, ["timed out", "ZeroDivisionError", "MemoryError", "not allowed", "still here"]):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    "code", ["import os\nos.abort()", "raise KeyboardInterrupt", "import os\nos.closerange(3, 99)"]
+)
+def test_code_that_ends_its_process_is_scored_though_the_work_was_done(suite: AppWorldSuite, code: str) -> None:
+    rollout, _ = roll(suite, "bbbbbb1_1", [*map(block, GOLD["bbbbbb1_1"][:2]), block(code)])
+    assert (rollout.reward, rollout.stop, rollout.messages[-1]["content"]) == (0.0, "crashed", CRASHED)
+
+
+def test_code_that_breaks_nothing_goes_on(suite: AppWorldSuite) -> None:
+    codes = ["raise SystemExit", "exit()", "def f(): f()\nf()", "raise MemoryError"]
+    rollout, _ = roll(suite, "bbbbbb1_1", [*map(block, [*codes, *GOLD["bbbbbb1_1"]])])
+    assert (rollout.reward, rollout.stop) == (1.0, "answer")
 
 
 def test_the_clock_of_the_world_is_frozen_and_ours_runs(suite: AppWorldSuite) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,11 +13,28 @@ class World:
         self.root = Path(root)
         self.steps = 0
 
+    def reset(self, task_id: str, timeout: float) -> None: ...
+
+    def evaluate(self, task_id: str) -> dict[str, object]:
+        return {"success": True}
+
     def execute(self, code: str) -> dict[str, object]:
         self.steps += 1
         word, _, rest = code.partition(" ")
         if word == "crash":
             os._exit(7)
+        elif word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif word == "exit":
+            raise SystemExit
+        elif word == "deep":
+            raise RecursionError
+        elif word == "kill_forker":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(3600)
+        elif word in ("deaf", "gone"):
+            os.closerange(3, 100)
+            time.sleep(3600 if word == "gone" else 0)
         elif word == "hang":
             time.sleep(3600)
         elif word == "sleep":

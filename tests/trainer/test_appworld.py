@@ -7,6 +7,7 @@ demand. tests/appworld has the benchmark itself.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,10 +20,16 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.test_chatml import make_tokenizer
+from tests.trainer.test_real import ScriptedEngine
 from trainer import envs
+from trainer.chat.chatml import ChatMLRenderer
+from trainer.config import EnvConfig
 from trainer.envs.appworld import data, prompt
-from trainer.envs.appworld.pool import Pool, WorldProcess
-from trainer.types import EnvironmentBroken, UserError
+from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess, starved
+from trainer.metrics import rollout_metrics
+from trainer.rollout import run_group
+from trainer.types import EnvironmentBroken, Group, Sampling, UserError
 
 SMALL = Path(__file__).with_name("small_world.py")
 PYTHON = Path(sys.executable)
@@ -242,6 +249,69 @@ def test_a_forker_that_dies_says_what_it_said_last(tmp_path: Path) -> None:
         asyncio.run(Pool(PYTHON, broken, 1).enter())
 
 
+# Whose fault a death is
+
+
+def play_out(tmp_path: Path, *blocks: str) -> tuple[Group, int]:
+    """One sibling that says these blocks of code, each tried twice if it breaks, in worlds of `small_world.py`."""
+    suite = load(tmp_path, root=str(make_root(tmp_path)))
+    suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)
+    renderer = ChatMLRenderer(make_tokenizer())
+    turns = [{"role": "assistant", "content": prompt.block(code)} for code in blocks]
+    env = EnvConfig(name="appworld", max_turns=len(turns), timeout=20)
+    task = suite.tasks("train")[0]
+    try:
+        engine = ScriptedEngine(renderer, [turns, turns])
+        return asyncio.run(run_group(engine, suite, renderer, task, Sampling(), env, 100_000, 1))
+    finally:
+        suite.close()
+
+
+@pytest.mark.parametrize("code", ["crash", "exit", "deep", "kill", "deaf", "gone"])
+def test_code_that_ends_its_own_process_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """It is scored, so that a policy that is failing gains nothing by crashing."""
+    monkeypatch.setattr("trainer.envs.appworld.pool.DEATH_SECONDS", 2.0)
+    if code in ("kill", "gone") and starved() is None:
+        pytest.skip("this kernel does not say whether it kills for lack of memory")
+    group, broken = play_out(tmp_path, "say hi", code, "say never")
+    (rollout,) = group.rollouts
+    assert (broken, rollout.reward, rollout.stop) == (0, 0.0, "crashed")
+    assert [m["content"] for m in rollout.messages[1:]] == ["Output:\nhi", prompt.block(code), prompt.CRASHED]
+    assert rollout_metrics([group])["stop/crashed"] == 1
+
+
+def test_an_episode_that_ends_well_is_judged(tmp_path: Path) -> None:
+    group, _ = play_out(tmp_path, "done")
+    assert [(r.reward, r.stop) for r in group.rollouts] == [(1.0, "answer")]
+
+
+def test_a_death_with_the_forker_is_nobodys(tmp_path: Path) -> None:
+    group, broken = play_out(tmp_path, "kill_forker")
+    assert (group.rollouts, broken) == ([], 2)
+
+
+@pytest.mark.parametrize("counts", [[0, 1], [None, None]], ids=["it did", "who knows"])
+def test_a_kill_when_the_machine_is_out_of_memory_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: list[int | None]
+) -> None:
+    said = itertools.chain(counts * 2, itertools.repeat(counts[-1]))
+    monkeypatch.setattr("trainer.envs.appworld.pool.starved", lambda: next(said))
+    group, broken = play_out(tmp_path, "kill")
+    assert (group.rollouts, broken) == ([], 2)
+
+
+def test_a_death_between_two_blocks_is_nobodys(pool: Pool) -> None:
+    async def outlived(world: WorldProcess) -> None:
+        seen = await world.call("execute", code="say")
+        os.kill(seen["pid"], signal.SIGTERM)
+        assert wait_until(lambda: not alive(seen["pid"]))
+        with pytest.raises(EnvironmentBroken, match="execute: the world's process died") as caught:
+            await world.call("execute", code="say")
+        assert not isinstance(caught.value, WorldDied)
+
+    in_world(pool, outlived)
+
+
 # The data folder
 
 
@@ -309,6 +379,7 @@ def test_tasks_know_their_scenario_and_class_and_hold_no_truth(tmp_path: Path, m
     monkeypatch.setenv("APPWORLD_ROOT", str(make_root(tmp_path)))
     suite = load(tmp_path)
     assert suite.splits == {"train": 2, "test_normal": 1}
+    assert suite.worlds == 16  # `check` holds it against the rollouts of a step
     asks, acts = suite.tasks("train")
     assert (asks.id, asks.scenario, asks.task_class) == ("abc_1", "abc", "information")
     assert (acts.id, acts.scenario, acts.task_class) == ("abc_2", "abc", "state_changing")
@@ -354,10 +425,31 @@ def test_a_world_is_given_no_truth_and_no_way_to_it(tmp_path: Path) -> None:
         ("no code at all", "", False),
         ("```python\n```", "", False),
         ("", "", False),
+        ("So: ```python\nprint(1)```", "print(1)", False),  # the benchmark's agent takes both
+        ("```python\nprint(1)\n``` That is it.\n```python\nprint(2)\n```", "print(1)", True),
+        ("```Python\nprint(1)\n```", "print(1)", False),
+        ("```python3\nprint(1)\n```", "print(1)", False),
+        ("``` python \nprint(1)\n```", "print(1)", False),
+        ("```python\r\na = 1\r\nprint(a)\r\n```\r\nDone.", "a = 1\r\nprint(a)", False),
+        ("  ```python\n  print(1)\n  ```", "print(1)", False),
+        ("```json\n{}\n```\nThen:\n```python\nprint(2)\n```", "print(2)", False),
+        ("```Python\nprint(1)\n```\nI will delete all notes.\n```python\nprint(2)\n```", "print(1)", True),
+        ("```ruby\nputs 1\n```\nI will delete all notes.\n```ruby\nputs 2\n```", "", False),
+        ("```python print(1)```\nI will delete all notes.\n```python\nprint(2)\n```", "print(2)", False),
+        ("```python\nprint('''```''')\nprint(2)\n```", "print('''```''')\nprint(2)", False),
+        ("Write ``` first.\nThen:\n```python\nprint(3)\n```", "print(3)", False),
+        ("````python\nprint(1)\n````", "print(1)", False),
     ],
 )
 def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None:
     assert prompt.code_of({"role": "assistant", "content": text}) == (code, more)
+
+
+@pytest.mark.parametrize("text", ["```" + " " * 200_000, "``` " * 50_000, "```x\n" * 50_000, "\n" * 200_000])
+def test_finding_the_code_takes_no_time(text: str) -> None:
+    began = time.monotonic()
+    prompt.code_of({"role": "assistant", "content": text})
+    assert time.monotonic() - began < 1
 
 
 def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen3_5TextConfig
 
 from tests.trainer import toy
-from trainer import check, configfile, run
+from trainer import check, configfile, envs, run
 from trainer.config import Config
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
@@ -66,6 +66,27 @@ def test_one_failure_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytes
     assert found["writer"][0] == "FAIL" and "OPENAI_API_KEY" in found["writer"][1]
     assert found["renderer"][0] == found["scoring"][0] == "skip"
     assert found["versions"][0] == found["backends"][0] == "ok"
+
+
+@pytest.mark.parametrize(("worlds", "slots", "warned"), [(7, 64, True), (8, 64, False), (3, 4, True), (4, 4, False)])
+def test_fewer_worlds_than_rollouts_are_warned_of(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    worlds: int,
+    slots: int,
+    warned: bool,
+) -> None:
+    """Two groups of four can play at once, if the engine has the slots; a suite may have room for fewer."""
+    monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
+    monkeypatch.setattr(toy.ParitySuite, "worlds", worlds, raising=False)
+    few = {"env": {"name": "parity"}, "engine": {"slots": slots}, "groups_per_step": 2, "num_generations": 4}
+    assert check.check(config(folder, tmp_path, **few)), "a warning is no mistake"
+    shown = capsys.readouterr().out
+    line = f"env.options.worlds: {worlds}, but {min(slots, 8)} rollouts could play at once; others queue"
+    assert (line in shown) == warned
+    assert (re.search(r"^warn +environment", shown, re.MULTILINE) is not None) == warned
 
 
 def test_a_prompt_without_room_is_named(folder: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ import torch
 from trainer import checkpoint
 
 class Weights(torch.nn.Linear):
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, **options):
         from safetensors.torch import save_file
         save_file(self.state_dict(), f"{folder}/model.safetensors")
 

@@ -89,6 +89,11 @@ def test_the_papers_configs_say_what_the_paper_says(env: str, arm: str) -> None:
     assert {key for key in config if config[key] != sgcd[key]} <= own
 
 
+def test_the_papers_appworld_has_a_world_for_every_slot() -> None:
+    config = configfile.load(CONFIGS / "paper" / "appworld_grpo.yaml")
+    assert config.env.options["worlds"] >= config.engine.slots == config.groups_per_step * config.num_generations
+
+
 def test_what_the_paper_leaves_open_is_marked() -> None:
     """Every key that the paper does not state is the benchmark's, or is marked R beside it or on the line above."""
     stated = {key.rsplit(".", 1)[-1] for key in (*PAPER, *(k for keys in PAPERS.values() for k in keys))}

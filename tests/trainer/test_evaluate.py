@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer import toy
-from trainer import checkpoint, evaluate
+from trainer import checkpoint, envs, evaluate
 from trainer.config import Config
 from trainer.engines.hf import HFEngine
 from trainer.types import EnvironmentBroken, Message, Rollout, Task, UserError
@@ -193,6 +193,21 @@ def test_the_eval_command_loads_a_checkpoint_prints_and_writes(
     assert {len(t["rewards"]) for t in record["tasks"].values()} == {1}
     shown = capsys.readouterr().out
     assert "95 % interval" in shown and "refuser" in shown and "eval_dev_step_3.json" in shown
+
+
+def test_the_record_says_with_which_options_and_each_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with two models that play the customer: the second record does not take the place of the first."""
+    monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
+    monkeypatch.setattr(toy, "suite", toy.ParitySuite)
+    toy.model().save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    for tasks in (2, 5, 5):
+        env = {"name": "parity", "max_turns": 1, "options": {"tasks": tasks}}
+        evaluate.run(config(model={"path": str(tmp_path / "model"), "max_length": 96}, env=env, output_dir=tmp_path))
+    written = [json.loads(path.read_text()) for path in tmp_path.glob("eval_dev_base_*.json")]
+    assert sorted(record["options"]["tasks"] for record in written) == [2, 5]
 
 
 class Uneven(toy.ParitySuite):

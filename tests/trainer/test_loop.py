@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,20 +179,31 @@ def test_direct_sd_runs(folder: Path, tmp_path: Path) -> None:
     assert records(tmp_path / "sd")[1]["loss"] > 0
 
 
+@pytest.mark.parametrize(("failures", "said"), [(3, "step {} is invalid: 3 of 3"), (2, "step {}: 2 of 3"), (1, "")])
 def test_a_writer_that_fails_costs_the_references_not_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failures: int,
+    said: str,
 ) -> None:
-    class Failing(writers.Stateless):
-        name = "failing"
+    """And where most are missing, every step says so."""
+    written = writers.ContrastWriter.write
 
-        async def write(self, groups: list[Group]) -> None:
-            for group in groups:
-                group.reference_info = {"writer": self.name, "error": "timeout"}
+    async def failing(self: Any, groups: list[Group]) -> None:
+        await written(self, groups)
+        for group in groups[:failures]:
+            group.reference, group.reference_info = "", {"writer": self.name, "error": "timeout"}
 
-    monkeypatch.setattr(loop.writers, "load", lambda *a: Failing())
-    loop.train(config(folder, tmp_path / "run", max_steps=1))
-    line = records(tmp_path / "run")[1]
-    assert (line["reference/supplied"], line["reference/errors"]) == (0, 3)
+    monkeypatch.setattr(writers.ContrastWriter, "write", failing)
+    loop.train(config(folder, tmp_path / "run", max_steps=2, eval_on_start=False))
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert shown.count("have no reference") == (2 if said else 0)
+    for step, line in enumerate(records(tmp_path / "run"), 1):
+        assert line["reference/supplied"] == pytest.approx(1 - failures / 3) and line["reference/errors"] == failures
+        assert line["credit/invalid"] == float(failures == 3)
+        assert said.format(step) in shown
 
 
 def test_what_a_writer_remembers_is_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +410,36 @@ def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
     loop.train(whole)
     assert records(made.output_dir) == records(whole.output_dir)
     assert identical(made.output_dir, whole.output_dir)
+
+
+@pytest.mark.parametrize("why", ["mistake", "ctrl-c"])
+def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """A server that refuses, or a person at the keyboard, in the third step of a run that saves at its end only."""
+    plain = loop.Run.collect
+
+    async def stopped(run: loop.Run, *arguments: Any) -> Any:
+        found = await plain(run, *arguments)
+        if run.step == 2:
+            if why == "mistake":
+                raise UserError("engine.urls: http://server:1 refuses")
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(10)
+        return found
+
+    whole, cut = (config(folder, tmp_path / name, save_steps=0) for name in ("whole", "cut"))
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "collect", stopped)
+        for _ in range(2):  # the second time there is nothing new to save
+            with pytest.raises(UserError if why == "mistake" else KeyboardInterrupt):
+                loop.train(cut)
+            newest = checkpoint.latest(cut.output_dir)
+            assert newest is not None and newest.name == "step_2"
+    loop.train(cut)
+    assert records(whole.output_dir) == records(cut.output_dir)
+    assert identical(whole.output_dir, cut.output_dir)
 
 
 def test_one_task_that_always_breaks_stops_nothing(

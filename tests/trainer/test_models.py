@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.test_loop import config, identical, kill_at_step_3, records
-from trainer import checkpoint, configfile, envs, loop
+from trainer import checkpoint, configfile, envs, evaluate, loop
 from trainer import model as policy
 from trainer.config import Config, EnvConfig, LoraConfig, ModelConfig
 from trainer.engines.hf import HFEngine
@@ -160,16 +160,25 @@ def test_each_model_gets_its_engine(folders: dict[str, Path], tmp_path: Path) ->
         assert type(policy.engine(made, model, renderer)) is expected
 
 
-def test_the_text_part_of_a_released_qwen3_5_is_loaded(tmp_path: Path) -> None:
-    """Releases hold a vision tower too, and the decoder under another name."""
+def released(folder: Path, tied: bool = False) -> Any:
+    """Write a Qwen3.5 as it is released, with a vision tower and the decoder under another name; give the model."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    text = toy.model("qwen3_5").config
+    text = {**toy.model("qwen3_5").config.to_dict(), "tie_word_embeddings": tied}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
     torch.manual_seed(0)
-    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text.to_dict(), vision_config=vision)).eval()
-    whole.save_pretrained(tmp_path)
-    toy.tokenizer().save_pretrained(tmp_path)
+    both = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    whole = Qwen3_5ForConditionalGeneration(both).eval()
+    if not tied:
+        with torch.no_grad():
+            whole.get_output_embeddings().weight.mul_(8.0)  # as in `toy.model`
+    whole.save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return whole
+
+
+def test_the_text_part_of_a_released_qwen3_5_is_loaded(tmp_path: Path) -> None:
+    whole = released(tmp_path)
     assert any("visual" in name for name in load_file(tmp_path / "model.safetensors"))
     loaded, _, _ = policy.load(ModelConfig(path=str(tmp_path)))
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -177,6 +186,36 @@ def test_the_text_part_of_a_released_qwen3_5_is_loaded(tmp_path: Path) -> None:
         expected = whole.model.language_model(input_ids=ids).last_hidden_state
         assert torch.equal(hidden_states(loaded, ids), expected)
     assert torch.equal(loaded.get_output_embeddings().weight, whole.lm_head.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_of_a_released_qwen3_5_resumes_evaluates_and_loads_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Its files keep other names than the model's own; transformers would write a checkpoint under those again."""
+    from transformers import AutoModelForCausalLM
+
+    released(tmp_path / "model", tied)
+    whole, cut = (small(tmp_path / "model", tmp_path / n, max_completion_length=24) for n in ("whole", "cut"))
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        kill_at_step_3(patch, "update")
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(cut)
+    loop.train(cut)
+    assert records(whole.output_dir) == records(cut.output_dir)
+    assert identical(whole.output_dir, cut.output_dir)
+
+    newest = checkpoint.latest(whole.output_dir)
+    assert newest is not None
+    assert evaluate.run(whole, newest).metrics["eval/parity/tasks"] == 3
+    trained, _, _ = policy.load(whole.model)
+    before = {name: t.clone() for name, t in trained.state_dict().items()}
+    checkpoint.load(newest, model=trained)
+    assert not any(torch.equal(t, before[name]) for name, t in trained.state_dict().items())
+    for again in (AutoModelForCausalLM.from_pretrained(newest), policy.load(ModelConfig(path=str(newest)))[0]):
+        assert again.state_dict().keys() == before.keys()
+        assert all(torch.equal(t, again.state_dict()[name]) for name, t in trained.state_dict().items())
 
 
 # Adapters

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +104,37 @@ def test_an_endpoint_that_fails_breaks_the_environment_and_scores_nothing(
             asyncio.run(chat(airline))
     assert len(stub.bodies) == calls
     assert "sk-planted-key" not in str(caught.value)
+
+
+DRIP = Reply(b" " * 10_000_000, drip=0.02)  # never silent for long, and over in two days
+
+
+def test_a_drip_ends_with_the_answers_time() -> None:
+    with StubEndpoint(DRIP) as stub:
+        airline = suite(stub, user_timeout=0.5, user_max_retries=0)
+        began = time.monotonic()
+        with pytest.raises(EnvironmentBroken, match="gave no answer: timeout"):
+            asyncio.run(chat(airline))
+    assert time.monotonic() - began < 10
+
+
+DRIPPED_ON = """
+import asyncio, sys
+from trainer import envs, evaluate
+
+options = {"user_model": "c", "user_temperature": 0, "user_timeout": 600, "concurrency": 2}
+airline = envs.load("tau3_airline", user_base_url=sys.argv[1], **options)
+print(asyncio.run(evaluate.refuse(airline, airline.tasks("test")[:3], timeout=4.0)))
+"""
+
+
+def test_a_drip_keeps_no_process_from_ending() -> None:
+    """A run stops while customers speak: hung up on, whatever time their answers would still have."""
+    with StubEndpoint(DRIP) as stub:
+        command = [sys.executable, "-c", DRIPPED_ON, stub.base_url]
+        done = subprocess.run(command, timeout=120, check=True, capture_output=True, text=True)
+        assert stub.bodies, "a case in which nobody was asked"
+    assert done.stdout == "{}\n"
 
 
 def test_a_hiccup_is_retried() -> None:

@@ -14,11 +14,11 @@ from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.test_scoring import REFERENCE, groups
 from trainer.clock import Clock
-from trainer.config import Config, EngineConfig, ModelConfig
+from trainer.config import Config, EngineConfig, ModelConfig, WriterConfig
 from trainer.metrics import Scored
 from trainer.model import head, hidden_states
 from trainer.types import Group, Rollout
-from trainer.update import Learner, group_advantages, invalid_credit, mismatch
+from trainer.update import Learner, group_advantages, invalid_credit, mismatch, scarce_references
 
 RENDERER = toy.renderer()
 SHARP = CreditConfig(d_floor=1e-3)
@@ -208,7 +208,22 @@ def test_invalid_credit_is_named(model: Any, sampled: list[Group]) -> None:
     assert "every divergence is 0" in invalid_credit(made, scored, learning.config)
     scored[0][0].divergence.requires_grad_()
     assert "gradient" in invalid_credit(made, scored, learning.config)
-    assert invalid_credit(sampled, scored, learning.config) == ""
+
+
+def test_missing_references_are_named_with_their_reasons(model: Any, sampled: list[Group]) -> None:
+    """Where no group has one, every weight is 1, and that is not what the config asked for."""
+    config = learner(model).config
+    mixed = next(g for g in sampled if g.mixed)
+    bare = [Group(mixed.task, mixed.rollouts, "", {"error": why}) for why in ("truncated", "truncated", "timeout")]
+    said = invalid_credit(bare, [], config)
+    assert said.startswith("3 of 3 mixed groups have no reference and train with W = 1 (truncated 2, timeout 1; raise")
+    assert "writer.max_tokens" in said and "max_tokens" not in scarce_references(bare[2:], config)
+    taught = referenced([mixed])
+    assert "2 of 3 mixed" in scarce_references([*taught, *bare[1:]], config)
+    assert scarce_references([*taught, *bare[2:]], config) == ""
+    assert scarce_references([g for g in sampled if not g.mixed], config) == ""
+    none = config.model_copy(update={"writer": WriterConfig(name="none")})
+    assert invalid_credit(bare, [], none) == ""
 
 
 class Largest(TorchDispatchMode):

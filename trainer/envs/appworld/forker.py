@@ -3,9 +3,10 @@
     python -I -B forker.py WORLD.py FOLDER
 
 It loads WORLD.py once, which may take long, and then forks a process for every line {"root": ..., "token": ...} on its
-standard input, answering {"port": ...} at once; {"kill": token} ends one. Each forked process makes
-`World(root)` and calls what is POSTed to it: /METHOD with a JSON object of arguments and the token as bearer. One world
-a process, and nothing that one episode does to its interpreter is seen by the next.
+standard input, answering {"port": ...} at once; {"kill": token} ends one, and {"ended": token} asks how one has ended
+by itself: {"code": its exit code, -N after signal N, null while it lives}. Each forked process makes `World(root)` and
+calls what is POSTed to it: /METHOD with a JSON object of arguments and the token as bearer. One world a process, and
+nothing that one episode does to its interpreter is seen by the next.
 
 Nothing outlives the trainer: when standard input ends (the trainer is gone, however it went) the forker kills its
 worlds, removes FOLDER and exits; and when the forker is killed, the kernel kills its worlds.
@@ -73,6 +74,9 @@ def main(path: str, folder: str) -> None:
             killed += end(worlds, request["kill"])
             print("{}", file=answers)
             continue
+        if "ended" in request:
+            print(json.dumps({"code": ended(worlds, request["ended"])}), file=answers)
+            continue
         listener = socket.create_server(("127.0.0.1", 0))
         pid = os.fork()
         if not pid:
@@ -100,6 +104,15 @@ def end(worlds: dict[str, int], token: str) -> list[int]:
         return []
     os.kill(pid, signal.SIGKILL)
     return [pid]
+
+
+def ended(worlds: dict[str, int], token: str) -> int | None:
+    """How a world ended by itself. It is reaped here and forgotten, for its pid may be another's from then on."""
+    pid, status = os.waitpid(worlds[token], os.WNOHANG) if token in worlds else (0, 0)
+    if not pid:
+        return None
+    del worlds[token]
+    return os.waitstatus_to_exitcode(status)
 
 
 def become_world(make: Any, listener: socket.socket, request: dict[str, str]) -> None:
@@ -134,10 +147,15 @@ def serve(world: Any, listener: socket.socket, token: str) -> None:
             arguments = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             start = now()
             try:
-                result = getattr(world, self.path.strip("/"))(**arguments)
-                self.reply(200, {"result": result, "seconds": now() - start})
+                status, body = 200, {"result": getattr(world, self.path.strip("/"))(**arguments)}
+            except (MemoryError, RecursionError):
+                os._exit(1)  # what ran here has left no room to go on; SystemExit and its like end the process too
             except Exception as error:
-                self.reply(500, {"error": f"{type(error).__name__}: {error}"})
+                status, body = 500, {"error": f"{type(error).__name__}: {error}"}
+            try:
+                self.reply(status, {**body, "seconds": now() - start})
+            except OSError:
+                os._exit(1)  # nobody is there to be told, or what ran here has closed the line
 
         def reply(self, status: int, body: dict[str, Any]) -> None:
             data = json.dumps(body).encode()

@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -25,7 +27,12 @@ from trainer.types import EnvironmentBroken
 FORKER = Path(__file__).with_name("forker.py")
 START_SECONDS = 300.0  # to import the benchmark; seen: 6 to 20
 SECONDS = 20.0  # for it to fork or to end a process; seen: 0.02
+DEATH_SECONDS = 5.0  # for a process that has stopped to answer to be gone; seen: 0.03
 KEPT = ("PATH", "LANG", "LC_ALL", "TZ")  # of our environment: the code of a policy runs there, so no keys
+
+
+class WorldDied(EnvironmentBroken):
+    """A world's process went while it did what it was asked."""
 
 
 class WorldProcess:
@@ -37,6 +44,7 @@ class WorldProcess:
     def __init__(self, token: str, port: int):
         self.token = token
         self.seconds = 0.0  # that the world itself took for all calls so far
+        self.starved = starved()  # at its birth
         self._port = port
 
     async def call(self, method: str, **arguments: Any) -> Any:
@@ -44,25 +52,40 @@ class WorldProcess:
 
         Raises:
             EnvironmentBroken: it raised, or the process is gone.
+            WorldDied: the process went while it was at it.
         """
+        gone = f"{method}: the world's process died"
         try:
-            status, body = await self._post(f"/{method}", json.dumps(arguments).encode())
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError as error:
+            raise EnvironmentBroken(f"{gone} ({type(error).__name__})") from error
+        try:
+            status, body = await self._post(reader, writer, f"/{method}", json.dumps(arguments).encode())
         except (OSError, ValueError) as error:
-            raise EnvironmentBroken(f"{method}: the world's process died ({type(error).__name__})") from error
+            raise WorldDied(f"{gone} ({type(error).__name__})") from error
+        finally:
+            writer.close()
         if status != 200:
             raise EnvironmentBroken(f"{method}: {body['error']}")
         self.seconds += body["seconds"]
         return body["result"]
 
-    async def _post(self, path: str, data: bytes) -> tuple[int, Any]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        try:
-            head = f"POST {path} HTTP/1.0\r\nAuthorization: Bearer {self.token}\r\nContent-Length: {len(data)}\r\n\r\n"
-            writer.write(head.encode() + data)
-            head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
-            return int(head.split(" ")[1]) if head else 0, json.loads(body)
-        finally:
-            writer.close()
+    async def _post(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, data: bytes
+    ) -> tuple[int, Any]:
+        head = f"POST {path} HTTP/1.0\r\nAuthorization: Bearer {self.token}\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+        return int(head.split(" ")[1]) if head else 0, json.loads(body)
+
+
+def starved() -> int | None:
+    """How many processes this machine's kernel has killed for lack of memory; None where it does not say."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 class Pool:
@@ -113,6 +136,24 @@ class Pool:
     async def kill(self, world: WorldProcess) -> None:
         """End the process: it runs no code from then on."""
         await self._ask({"kill": world.token})
+
+    async def ended_itself(self, world: WorldProcess) -> bool:
+        """Whether a world that died while it was at it did so by what ran in it, and not with its forker.
+
+        So it is where the process has closed the line and lives; and after a SIGKILL, unless the kernel has killed
+        anything for lack of memory since the process began, or does not say whether it has.
+
+        Raises:
+            EnvironmentBroken: the forker is gone, and all worlds with it.
+        """
+        code = None
+        for _ in range(round(DEATH_SECONDS / 0.05)):
+            code = (await self._ask({"ended": world.token}))["code"]
+            if code is not None:
+                break
+            await asyncio.sleep(0.05)
+        spared = world.starved is not None and world.starved == starved()
+        return spared or code not in (None, -signal.SIGKILL)
 
     def discard(self, world: WorldProcess | None, folder: Path | None) -> None:
         """End the process, then remove its folder, while the caller goes on."""

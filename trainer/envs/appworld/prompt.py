@@ -28,7 +28,15 @@ the access token with every call. Long lists come in pages: read all of them.
 GIVE_UP = 'apis.supervisor.complete_task(status="fail")'
 NO_CODE = "No code was found. Write one block that begins with ```python and ends with ```."
 ONLY_FIRST = "Only the first block was run."
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
+CRASHED = "The code ended the process that it ran in, and with it the episode."
+PYTHON = ("", "python", "python3", "py")  # what an opening fence may name
+# A fence opens a block where it begins a line, whatever it names, so that every closing fence is known for one; and, as
+# in the benchmark's own agent, "```python" at the end of a line. It closes one where it begins or ends a line: inside a
+# line it is part of the code.
+BLOCK = re.compile(
+    r"(?:^[ \t]*```([^`\n]*)|```python[ \t]*\r?)\n(.*?)(?:^[ \t]*```[^\n]*|```[ \t]*\r?$|\Z)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
 
 
 def first_messages(task: Task) -> list[Message]:
@@ -43,7 +51,8 @@ def first_messages(task: Task) -> list[Message]:
 def code_of(message: Mapping[str, Any]) -> tuple[str, bool]:
     """The first block of code that a message holds ("" for none), and whether more follow."""
     content = message.get("content")
-    blocks = BLOCK.findall(content) if isinstance(content, str) else []
+    found = BLOCK.findall(content) if isinstance(content, str) else []
+    blocks = [code for name, code in found if name.strip().lower() in PYTHON]
     return (blocks[0].strip(), len(blocks) > 1) if blocks else ("", False)
 
 

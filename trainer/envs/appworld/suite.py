@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.envs.appworld import data, prompt
-from trainer.envs.appworld.pool import Pool, WorldProcess
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool, UserError, all_of
+from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess
+from trainer.types import EnvironmentBroken, Message, Outcome, PolicyCrashed, Task, Tool, UserError, all_of
 
 WORLD = Path(__file__).with_name("world.py")
 SHARED = "shared"
@@ -51,6 +51,7 @@ class AppWorldSuite:
         ids = {split: data.task_ids(self._root, split) for split in data.SPLITS}
         self._ids = {split: found for split, found in ids.items() if found}
         self.splits: Mapping[str, int] = {split: len(found) for split, found in self._ids.items()}
+        self.worlds = worlds
         self._timeout = float(execution_timeout)
         self._pool = Pool(
             Path(python).absolute(), WORLD, worlds, lambda folder: data.copy_shared(self._root, folder / SHARED)
@@ -108,7 +109,13 @@ class AppWorldEnvironment:
         code, more = prompt.code_of(message)
         if not code:
             return [{"role": "user", "content": prompt.NO_CODE}], False
-        result = await self._live().call("execute", code=code)
+        world = self._live()
+        try:
+            result = await world.call("execute", code=code)
+        except WorldDied:
+            if await self._pool.ended_itself(world):
+                raise PolicyCrashed(prompt.CRASHED) from None
+            raise
         return [prompt.observation(result["output"], more)], result["done"]
 
     def _live(self) -> WorldProcess:

@@ -6,13 +6,16 @@ The prompt of the first, its bookkeeping and the marks that end a conversation a
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from openai import DefaultHttpxClient, OpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from tau2.data_model.message import UserMessage
 from tau2.data_model.tasks import Task
 from tau2.user.base import STOP, TRANSFER
@@ -26,9 +29,16 @@ from trainer.types import EnvironmentBroken
 Customer = Callable[[Task], UserSimulator]  # a fresh one for each conversation
 
 
+def _running_loop() -> asyncio.AbstractEventLoop:
+    """An event loop in a thread that keeps no process from ending."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="customers", daemon=True).start()
+    return loop
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the customer's words come from. `ask` blocks, and may be called from many threads."""
+    """Where the customer's words come from. Calls run in a loop of its own, so that one can be ended at any time."""
 
     base_url: str
     model: str
@@ -36,12 +46,13 @@ class Endpoint:
     api_key_env: str
     timeout: float  # seconds a try
     max_retries: int  # of 408, 409, 429, 5xx, lost connections and time-outs; the client waits longer each time
+    _loop: asyncio.AbstractEventLoop = field(default_factory=_running_loop, init=False, repr=False, compare=False)
 
     @cached_property
-    def client(self) -> OpenAI:
+    def client(self) -> AsyncOpenAI:
         # A proxy of the environment must not see what is meant for this machine.
-        transport = DefaultHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
-        return OpenAI(
+        transport = DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
+        return AsyncOpenAI(
             api_key=os.environ.get(self.api_key_env, "").strip() or "none",
             base_url=self.base_url,
             timeout=self.timeout,
@@ -49,21 +60,31 @@ class Endpoint:
             http_client=transport,
         )
 
-    def ask(self, messages: list[dict[str, Any]]) -> str:
-        """The model's next words.
+    def call(self, messages: list[dict[str, Any]]) -> Future[str]:
+        """The model's next words, some time; from any thread.
 
         Raises:
-            EnvironmentBroken: there are none after the retries; one word says why, for the error's own text may quote
-                the key.
+            EnvironmentBroken: from the future's `result`: there are none after the retries; one word says why, for the
+                error's own text may quote the key.
         """
+        return asyncio.run_coroutine_threadsafe(self._ask(messages), self._loop)
+
+    async def _ask(self, messages: list[dict[str, Any]]) -> str:
         create: Any = self.client.chat.completions.create
+        answer = create(model=self.model, messages=messages, temperature=self.temperature)
         try:
-            return text_of(create(model=self.model, messages=messages, temperature=self.temperature))
+            # The client's time-out is between bytes; this one is of the whole call, so that a drip holds no thread.
+            return text_of(await asyncio.wait_for(answer, self.deadline))
         except Refused as refusal:
             reason = refusal.reason
-        except (OpenAIError, ValueError) as error:
+        except (OpenAIError, ValueError, asyncio.TimeoutError) as error:
             reason = reason_of(error)
         raise EnvironmentBroken(f"the customer ({self.model} at {self.base_url}) gave no answer: {reason}")
+
+    @property
+    def deadline(self) -> float:
+        """Seconds of one answer: every try, and the longest pause that the client makes of its own between two."""
+        return self.timeout * (self.max_retries + 1) + 8.0 * self.max_retries
 
 
 class EndpointCustomer(UserSimulator):  # type: ignore[misc]
@@ -72,13 +93,23 @@ class EndpointCustomer(UserSimulator):  # type: ignore[misc]
     def __init__(self, endpoint: Endpoint, task: Task):
         super().__init__(instructions=str(task.user_scenario), llm=endpoint.model)
         self._endpoint = endpoint
+        self._call: Future[str] | None = None
 
     def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
         state.messages.append(message)
         history = [{"role": m.role, "content": m.content} for m in (*state.system_messages, *state.flip_roles())]
-        said = UserMessage(role="user", content=self._endpoint.ask(history))
+        self._call = self._endpoint.call(history)
+        try:
+            said = UserMessage(role="user", content=self._call.result())
+        except CancelledError:
+            raise EnvironmentBroken("the conversation was closed while the customer was speaking") from None
         state.messages.append(said)
         return said, state
+
+    def hang_up(self) -> None:
+        """End the call that is under way: nobody waits for its words, and the thread that does is wanted elsewhere."""
+        if self._call is not None:
+            self._call.cancel()
 
 
 class ScriptedCustomer(UserSimulator):  # type: ignore[misc]
@@ -95,3 +126,5 @@ class ScriptedCustomer(UserSimulator):  # type: ignore[misc]
     def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
         transferred = "TRANSFERRED TO A HUMAN" in (message.content or "").upper()  # the policy's words for it
         return UserMessage(role="user", content=TRANSFER if transferred else next(self._lines, STOP)), state
+
+    def hang_up(self) -> None: ...

@@ -87,6 +87,8 @@ class Tau3AirlineEnvironment:
         return await self._threaded(self._outcome)
 
     async def close(self) -> None:
+        if self._run is not None:
+            self._run.user.hang_up()
         self._run = None
 
     async def _threaded(self, function: Callable[..., T], *arguments: Any) -> T:
