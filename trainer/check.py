@@ -321,7 +321,7 @@ def scoring(probe: Probe) -> str:
 
 
 async def _short_group(probe: Probe) -> Group:
-    from trainer import model as policy
+    from trainer import engines
     from trainer.rollout import run_group
 
     config = probe.config
@@ -333,7 +333,7 @@ async def _short_group(probe: Probe) -> Group:
     sampling = Sampling(config.temperature, config.top_p, min(16, config.max_completion_length))
     env = config.env.model_copy(update={"max_turns": 2})
     try:
-        engine = policy.engine(small, probe.model, probe.renderer)
+        engine = engines.make(small, probe.model, probe.renderer)
         group, _ = await run_group(engine, probe.suite, probe.renderer, task, sampling, env, length, 2)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

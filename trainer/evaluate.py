@@ -102,7 +102,7 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from trainer import checkpoint, envs
+    from trainer import checkpoint, engines, envs
     from trainer import model as policy
 
     torch.manual_seed(config.seed)
@@ -113,7 +113,7 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
     model, _, renderer = policy.load(config.model)
     if weights is not None:
         checkpoint.load(weights, model=model)
-    engine = policy.engine(config, model, renderer)
+    engine = engines.make(config, model, renderer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(highlight=False)
     with Progress(*columns, console=console, transient=True) as progress:

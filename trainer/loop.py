@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, envs, evaluate, metrics, sampling, traces, update
+from trainer import checkpoint, engines, envs, evaluate, metrics, sampling, traces, update
 from trainer import model as policy
 from trainer.clock import Clock
 from trainer.config import Config
@@ -71,7 +71,7 @@ class Run:
             tokenizer,
             renderer,
             suite,
-            policy.engine(config, model, renderer),
+            engines.make(config, model, renderer),
             writers.load(config.writer, suite, renderer),
             sampling.TaskOrder(tasks, config.seed),
             update.Learner.of(config, model, renderer, suite),

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from trainer import lora
 from trainer.extras import need
-from trainer.types import Engine, Renderer, UserError
+from trainer.types import Renderer, UserError
 
 if TYPE_CHECKING:
-    from trainer.config import Config, ModelConfig
-    from trainer.engines.hf import HFEngine
-    from trainer.engines.padded import PaddedEngine
+    from trainer.config import ModelConfig
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
@@ -138,24 +136,6 @@ def _check_whole(path: str, found: dict[str, Any]) -> None:
         raise UserError(
             f"model.path: {path} has {name} as {list(stored)}, its config.json says {list(wanted)}; give a whole model"
         )
-
-
-def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
-    """The engine that samples from `model`: `hf` where a plain cache of keys and values is all the state there is."""
-    if config.engine.name == "vllm":
-        from trainer.engines import vllm_launch
-
-        return vllm_launch.engine(config, model, renderer)
-    from trainer.engines.hf import HFEngine
-    from trainer.engines.padded import PaddedEngine
-
-    slots, length = config.engine.slots, config.model.max_length
-    plain = layer_kinds(model) == {"full_attention"} and config.model.attn_implementation in ("sdpa", "eager")
-    made: type[HFEngine] | type[PaddedEngine] = HFEngine if plain else PaddedEngine
-    try:
-        return made(model, slots=slots, stop_ids=renderer.stop_ids, max_length=length, seed=config.seed)
-    except ValueError as error:
-        raise UserError(f"model.path: {config.model.path} cannot be sampled from ({error}); choose another") from error
 
 
 def layer_kinds(model: Any) -> set[str]:

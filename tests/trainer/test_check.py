@@ -187,7 +187,7 @@ def test_a_probe_that_breaks_leaves_nothing_behind(
     def engine(config: Config, model: Any, renderer: Any) -> None:
         config.output_dir.mkdir()  # as an engine does that writes weights or a log
 
-    monkeypatch.setattr("trainer.model.engine", engine)
+    monkeypatch.setattr("trainer.engines.make", engine)
     monkeypatch.setattr("trainer.rollout.run_group", broken)
     mark, text = rows(config(folder, tmp_path / "run"))["scoring"]
     assert (mark, text) == ("FAIL", "RuntimeError: no memory")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
-from trainer import checkpoint, envs, loop
+from trainer import checkpoint, engines, envs, loop
 from trainer import model as policy
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
 from trainer.credit import writers
@@ -313,7 +313,7 @@ def test_a_model_that_no_engine_can_sample_from_is_one_line(folder: Path, tmp_pa
     model, _, renderer = policy.load(made.model)
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(UserError, match=r"model\.path: .*chunked_attention"):
-        policy.engine(made, model, renderer)
+        engines.make(made, model, renderer)
 
 
 @pytest.mark.parametrize("key", ["train_split", "eval_split"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.test_loop import config, identical, kill_at_step_3, records
-from trainer import checkpoint, configfile, envs, evaluate, loop
+from trainer import checkpoint, configfile, engines, envs, evaluate, loop
 from trainer import model as policy
 from trainer.config import Config, EnvConfig, LoraConfig, ModelConfig
 from trainer.engines.hf import HFEngine
@@ -157,7 +157,7 @@ def test_each_model_gets_its_engine(folders: dict[str, Path], tmp_path: Path) ->
     }.items():
         made = small(folders[kind], tmp_path)
         model, _, renderer = policy.load(made.model)
-        assert type(policy.engine(made, model, renderer)) is expected
+        assert type(engines.make(made, model, renderer)) is expected
 
 
 def released(folder: Path, tied: bool = False) -> Any:

@@ -24,7 +24,7 @@ import httpx
 import torch
 
 from tests.trainer.vllm_world import TOOLS, Recorded, Suite, config, idle, play, prepare
-from trainer import checkpoint, envs, loop
+from trainer import checkpoint, engines, envs, loop
 from trainer import model as policy
 from trainer.config import Config
 from trainer.engines.vllm import VLLMEngine
@@ -132,7 +132,7 @@ def main(path: str, where: str) -> None:
         prompt = renderer.prompt([{"role": "user", "content": "In one short sentence, greet me."}], TOOLS)
         asks = (prompt, tokenizer.encode(SAYS))
         begun = time.monotonic()
-        engine = policy.engine(made, model, renderer)
+        engine = engines.make(made, model, renderer)
         print(f"vLLM ({where}) started in {time.monotonic() - begun:.0f} s", flush=True)
         before, own = score(engine, *asks), own_score(model, *asks)
         assert float((before - own).abs().max()) < 1e-3, "vLLM does not have the weights that it was given"
@@ -147,7 +147,7 @@ def train(made: Config, engine: Engine) -> None:
     """The run, with the engine that is there already: a process has room for one vLLM, and so has this machine."""
     if isinstance(engine, VLLMEngine):
         kill_server_in_step(2, engine._saves)
-    policy.engine = lambda config, model, renderer: engine
+    engines.make = lambda config, model, renderer: engine
     run = loop.Run.open(made)
     engine.load_weights(run.model)
     asyncio.run(run.train())

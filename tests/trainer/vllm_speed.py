@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.trainer.vllm_world import config, play, prepare
+from trainer import engines
 from trainer import model as policy
 from trainer.config import Config
 from trainer.types import Engine, Sampling
@@ -28,14 +29,14 @@ from trainer.types import Engine, Sampling
 ROLLOUTS = 16
 
 
-def engines(given: argparse.Namespace, out: Path) -> dict[str, tuple[Engine, Any, Any, Config]]:
+def players(given: argparse.Namespace, out: Path) -> dict[str, tuple[Engine, Any, Any, Config]]:
     """name -> (engine, its model, renderer, config)"""
     made: dict[str, tuple[Engine, Any, Any, Config]] = {}
     for autocast in given.hf:
         plain = config(given.model, out / "hf")
         plain = plain.model_copy(update={"model": plain.model.model_copy(update={"autocast": autocast})})
         model, _, renderer = policy.load(plain.model)
-        made[f"hf, autocast {autocast}"] = (policy.engine(plain, model, renderer), model, renderer, plain)
+        made[f"hf, autocast {autocast}"] = (engines.make(plain, model, renderer), model, renderer, plain)
     if given.vllm == "none":
         return made
     args = ["--dtype", given.dtype, *(["--enforce-eager"] if given.eager else [])]
@@ -45,7 +46,7 @@ def engines(given: argparse.Namespace, out: Path) -> dict[str, tuple[Engine, Any
     begun = time.monotonic()
     where = "colocated" if given.vllm == "colocate" else "server"
     name = f"vllm {where}, {given.dtype}, {'eager' if given.eager else 'compiled'}"
-    made[name] = (policy.engine(served, model, renderer), model, renderer, served)
+    made[name] = (engines.make(served, model, renderer), model, renderer, served)
     print(f"{name}: started in {time.monotonic() - begun:.1f} s", flush=True)
     return made
 
@@ -63,7 +64,7 @@ def main() -> None:
     prepare(given.model)
     rates, updates = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     with TemporaryDirectory() as folder:
-        made = engines(given, Path(folder))
+        made = players(given, Path(folder))
         for turn in range(given.rounds + 1):  # the first warms up
             for name, (engine, model, renderer, each) in made.items():
                 tokens, rate, update = measure(engine, model, renderer, each, given.tokens if turn else 4)

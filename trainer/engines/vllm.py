@@ -19,17 +19,14 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import torch
 
-from trainer.engines.vllm_server import Server, ServerFailed, write_weights
+from trainer.engines.vllm_server import Process, Server, ServerFailed, write_weights
 from trainer.rollout import together
 from trainer.types import Completion, EngineLost, EnvironmentBroken, Sampling
-
-if TYPE_CHECKING:
-    from trainer.engines.vllm_launch import Launched
 
 log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -57,7 +54,7 @@ class VLLMEngine:
         model: Any,
         *,
         urls: Sequence[str] = (),
-        launched: Launched | None = None,
+        launched: Process | None = None,
         folder: Path,
         stop_ids: Iterable[int],
         max_length: int,
