@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels.backends import IMPLS
-from sgcd_kernels.credit import USE_GAMMA, check_config, credit_weights
+from sgcd_kernels.credit import check_config, credit_weights
 from sgcd_kernels.credit_config import DEFAULT, CreditConfig
+from sgcd_kernels.credit_rules import USE_GAMMA
 from sgcd_kernels.divergence import linear_divergence
 from sgcd_kernels.policy_loss import check_batch, check_options, check_sequences, linear_policy_loss
 from sgcd_kernels.registered import sgcd as registered

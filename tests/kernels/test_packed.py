@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgcd_kernels import CreditConfig, backend_status, credit, credit_weights
-from sgcd_kernels.credit import RULES
+from sgcd_kernels import CreditConfig, backend_status, credit_rules, credit_weights
+from sgcd_kernels.credit_rules import RULES
 from sgcd_kernels.packed import Packed
 from sgcd_kernels.spans import find_spans_in_cpp, find_spans_in_python
 
@@ -118,7 +118,7 @@ def test_the_operator_scans_as_the_loop_does(batch: Batch, data: st.DataObject) 
 @pytest.mark.parametrize("rule", [*RULES, "none"])
 def test_nothing_waits_for_a_gpu(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors hold no values: whatever asks for one, or whose shape depends on one, fails on them."""
-    monkeypatch.setattr(credit, "find_spans", lambda u, *rest: torch.full_like(u, -1, dtype=torch.long))
+    monkeypatch.setattr(credit_rules, "find_spans", lambda u, *rest: torch.full_like(u, -1, dtype=torch.long))
     x, cu = torch.empty(9, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
     got = credit_weights(
         x, x, cu, mask=x, turn_ids=cu.new_empty(9), advantages=x[:2], log_ratio=x, forward_kl=x, bhattacharyya=x,

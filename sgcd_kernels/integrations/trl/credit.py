@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels import CreditConfig, credit_weights, linear_divergence
-from sgcd_kernels.credit import USE_GAMMA
+from sgcd_kernels.credit_rules import USE_GAMMA
 from sgcd_kernels.integrations.trl.head import IGNORED, Unprojected
 
 

@@ -39,7 +39,7 @@ def response_credit(
     """`credit_weights` of every response; results [B, R], W = 1 outside the mask.
 
     Without `turn_ids` a turn is a run of the mask: no span reaches past a tool's answer. Of the signals reverse_kl and
-    teacher_entropy are needed, the others by the rules that read them (`sgcd_kernels.credit.NEEDS`).
+    teacher_entropy are needed, the others by the rules that read them (`sgcd_kernels.credit_rules.NEEDS`).
 
     Raises ValueError as `credit_weights` does.
     """
