@@ -106,7 +106,10 @@ def readings(body: str) -> list[str]:
     for _ in range(4):
         last = re.sub(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))", lambda m: chr(int(m[1] or m[2], 16)), texts[-1])
         texts.append(html.unescape(unquote(last)))
-    found = [*texts, *(re.sub(r'"(?:role|name)": "\w*"|"[^"]*":|SIBLING \d \w+', " ", text) for text in texts)]
+    for text in list(texts):  # read on from value to value: without our words before each, without names of fields
+        bare = re.sub(r"(?m)^(?:TASK |SIBLING \d+ \w+|[a-z_ ]{1,40}: )", "", text)
+        texts += [bare, *(re.sub(r'"[^"]*":', " ", each) for each in (text, bare))]
+    found = list(texts)
     for _ in range(2):
         for text in list(found):
             for run in re.findall(r"[A-Za-z0-9+/_-]{8,}", text):
@@ -170,6 +173,18 @@ def test_no_literal_leaves_in_pieces(literal: str, way: str) -> None:
 def test_no_literal_leaves_in_two_messages(literal: str, at: int) -> None:
     body = sent([literal], [seen(f"first {literal[:at]}"), seen(f"{literal[at:]} last")], [])
     assert not [reading for reading in readings(body) if squeezed(literal) in reading]
+
+
+@given(literals, st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_no_literal_leaves_in_a_made_up_name(literal: str, at: int) -> None:
+    """A name is the frame's word only if it is an offered tool's: any other is the policy's own, wherever it stands."""
+    first, second = literal[:at], literal[at:]
+    record = json.dumps({"name": first, "arguments": {"a": second}})
+    role: Message = {"role": first, "content": second}
+    for trace in ([call(first, {"a": second})], [seen(first), call(second)], [seen(record)], [role, call(second)]):
+        body = sent([literal], trace, [call("look"), {"role": "assistant", "content": "done"}])
+        assert not [reading for reading in readings(body) if squeezed(literal) in reading]
 
 
 CARDS = ["4111111111111111", "5500000000000004", "378282246310005", "6011000990139424"]
@@ -297,7 +312,7 @@ def test_no_spelling_is_slow(unit: str) -> None:
     cleaner = Sanitiser(["Paris", '"q"x', "12500", "Q7xQ7y"])
     start = time.process_time()
     cleaner.text(unit * (50_000 // len(unit)))
-    cleaner.prompt((unit * 250 + "\n") * (200 // len(unit)))
+    cleaner.lines([unit * 250] * (200 // len(unit)))
     assert time.process_time() - start < 2.0
 
 

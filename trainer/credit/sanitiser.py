@@ -12,13 +12,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.credit import cards
 from trainer.credit.cards import luhn
 from trainer.credit.literals import pattern
-from trainer.credit.spellings import Apart, Spans, blank, frames_of, joined, plain, replace, unwrap
+from trainer.credit.spellings import Apart, Spans, blank, joined, keys_of, plain, replace, union, unwrap
 
 MAX_DEPTH = 16  # of nested JSON; deeper is masked whole
 
@@ -86,6 +86,12 @@ EVALUATOR_LINES = re.compile(
 )
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+KINDS = ("answer", "secret", "credential", "payment", "account", "email", "evaluator")
+MARK = re.compile(rf"(\[masked (?:{'|'.join(KINDS)})\])")
+MASKED = re.compile(rf"\[?masked (?:{'|'.join(KINDS)})\]?")
+
+
 def mask(kind: str) -> str:
     return f"[masked {kind}]"
 
@@ -102,7 +108,7 @@ class Sanitiser:
         literals, secrets = list(literals), [*secrets, *own_secrets()]
         self.hits: Counter[str] = Counter()
         self.emails = emails
-        self._answers, self._secrets = pattern(map(plain, literals)), pattern(map(plain, secrets))
+        self._known = {"secret": pattern(map(plain, secrets)), "answer": pattern(map(plain, literals))}
         self._done: dict[tuple[str, int], tuple[str, Counter[str]]] = {}
         self._apart = {"answer": Apart(literals), "secret": Apart(secrets)}
 
@@ -119,7 +125,7 @@ class Sanitiser:
 
     def _masked(self, text: str, depth: int) -> str:
         text = unwrap(plain(text), lambda content: self._judge(content, depth))
-        text = self._sub(self._secrets, "secret", text)
+        text = self._whole(text, "secret")
         text = self._sub(SECRET_SHAPES, "secret", text)
         text = self._sub(EVALUATOR_BLOCKS, "evaluator", text)
         text = self._sub(EVALUATOR_LINES, "evaluator", text)
@@ -129,24 +135,24 @@ class Sanitiser:
         text = self._values(ACCOUNTS, "account", text)
         if self.emails:
             text = self._sub(EMAILS, "email", text)
-        text = self._sub(self._answers, "answer", text)
+        text = self._whole(text, "answer")
         return self._spelled(text, ())
 
-    def known(self, text: str, frames: Spans = ()) -> str:
-        """Mask the known strings alone, however spelled and across `frames`: the last pass over a reference."""
-        text = self._spelled(text, frames)
-        text = self._sub(self._secrets, "secret", plain(text))
-        return self._spelled(self._sub(self._answers, "answer", text), ())
-
-    def prompt(self, lines: str) -> str:
-        """The last pass over a prompt, lines of JSON: known strings and cards, in pieces and across fields too.
+    def lines(self, lines: Sequence[str]) -> list[str]:
+        """The last pass over masked values, one a line, JSON or prose: known strings and cards that lie across them.
 
         Escapes stay, for they hold the lines together; what they hide was masked before they were made.
         """
-        lines = self._sub(self._secrets, "secret", lines)
-        lines = self._sub(self._answers, "answer", lines)
-        lines = self._spelled(lines, ())
-        return self._spelled(lines, frames_of(lines))
+        text = "\n".join(self._whole(self._whole(line, "secret"), "answer") for line in lines)
+        text = self._spelled(text, ())
+        return self._spelled(text, keys_of(text)).split("\n")
+
+    def _whole(self, text: str, kind: str) -> str:
+        """Mask known strings in one piece. Marks are our words, and as such no place for an answer "email"."""
+        finder = self._known[kind]
+        if finder is None:
+            return text
+        return "".join(part if i % 2 else self._sub(finder, kind, part) for i, part in enumerate(MARK.split(text)))
 
     def _judge(self, content: str, depth: int) -> str | None:
         """A mask for an encoded text that holds anything to mask."""
@@ -157,7 +163,8 @@ class Sanitiser:
         return mask(next(reversed(self.hits))) if sum(self.hits.values()) > before else None
 
     def _spelled(self, text: str, frames: Spans) -> str:
-        """Mask cards, and known strings in pieces, backwards, or across `frames`."""
+        """Mask cards, and known strings in pieces, backwards, or across `frames` and marks."""
+        frames = union(frames, [match.span() for match in MARK.finditer(text)])
         found = {kind: apart.spans(text, frames) for kind, apart in self._apart.items()}
         found["payment"] = joined(text, cards.spans(blank(text, frames)))
         marks = sorted((*span, kind) for kind, spans in found.items() for span in spans)
@@ -193,14 +200,20 @@ class Sanitiser:
                     continue
         return self.text(text)
 
-    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The visible part of one chat message, masked: role, content, and the calls it makes."""
-        record: dict[str, Any] = {"role": self.text(str(message.get("role")))}
+    def message(self, message: Mapping[str, Any], tools: Collection[str] = ()) -> dict[str, Any]:
+        """The visible part of one chat message, masked: role, content, and the calls it makes.
+
+        Roles and the names of `tools` stay: they stand in every trace, so that a hole would say more than the word.
+        """
+        record: dict[str, Any] = {"role": self._name(message.get("role"), ROLES)}
         if content := message.get("content"):
             record["content"] = self.content(content) if isinstance(content, str) else self.json(content)
         functions = [(call or {}).get("function") or {} for call in message.get("tool_calls") or []]
-        calls = [{"name": self.text(str(f.get("name"))), "arguments": self._arguments(f)} for f in functions]
+        calls = [{"name": self._name(f.get("name"), tools), "arguments": self._arguments(f)} for f in functions]
         return {**record, "calls": calls} if calls else record
+
+    def _name(self, name: Any, frame: Collection[str]) -> str:
+        return name if isinstance(name, str) and name in frame else self.text(str(name))
 
     def _arguments(self, function: Mapping[str, Any]) -> Any:
         arguments = function.get("arguments")
@@ -219,18 +232,20 @@ class Sanitiser:
 
     def _sub(
         self,
-        finder: re.Pattern[str] | None,
+        finder: re.Pattern[str],
         kind: str,
         text: str,
         accept: Callable[[re.Match[str]], bool] = lambda match: True,
     ) -> str:
-        if finder is None:
-            return text
         return finder.sub(lambda match: self._hit(kind) if accept(match) else match.group(), text)
 
     def _values(self, finder: re.Pattern[str], kind: str, text: str) -> str:
-        """Mask the value of `key = value` and leave the key."""
-        return finder.sub(lambda match: match["key"] + self._hit(kind), text)
+        """Mask the value of `key = value`, unless it is masked already, and leave the key."""
+
+        def masked(match: re.Match[str]) -> str:
+            return match.group() if MASKED.fullmatch(match["value"]) else match["key"] + self._hit(kind)
+
+        return finder.sub(masked, text)
 
 
 def name_in(item: Any) -> str:

@@ -35,7 +35,7 @@ UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\uf
 TWINS = dict(zip("авекмнорстухіјѕԁɡһԛѡαβεικνορτυχ", "abekmhopctyxijsdghqwabeikvoptux"))
 GAP = re.compile(r"[\W_]+")
 FRAME = re.compile(r"[\"'\n\w{}\[\]]")
-PIECE = re.compile(r'("(?:[^"\\\n]|\\[^\n])*"(?:\s?:)?)|^(?:TASK|SIBLING \d+ \w+)\b', re.MULTILINE)
+STRING = re.compile(r'"(?:[^"\\\n]|\\[^\n])*"(?P<key>\s?:)?')
 BASE64 = re.compile(
     r"(?<![A-Za-z0-9+/_-])(?:[A-Za-z0-9+/_-]{40,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*|[A-Za-z0-9+/_-]{6,})={0,2}"
 )
@@ -104,7 +104,7 @@ class Apart:
     def spans(self, text: str, frames: Spans = ()) -> Spans:
         """The [start, end) of every run of characters that belongs to a literal, in rising order.
 
-        `frames` are no part of the text's own words (names of fields): a literal is found across them.
+        `frames` are no part of the text's own words (names of fields, marks): a literal is found across them.
         """
         if not self._needles:
             return ()
@@ -161,18 +161,20 @@ def replace(text: str, pieces: Iterable[tuple[int, int, str]]) -> str:
     return "".join([*out, text[done:]])
 
 
-def frames_of(lines: str) -> Spans:
-    """What in lines of JSON is not a value: names of fields, roles, names of tools, and the words between the lines."""
-    found, named = list[tuple[int, int]](), False
-    for match in PIECE.finditer(lines):
-        if match[1]:  # a string
-            key = match[1].endswith(":")
-            if key or named:
-                found.append(match.span())
-            named = key and match[1].rstrip(": ") in ('"role"', '"name"')
+def keys_of(lines: str) -> Spans:
+    """Where in lines of JSON the names of fields are."""
+    return [match.span() for match in STRING.finditer(lines) if match["key"]]
+
+
+def union(*spans: Spans) -> Spans:
+    """All of them, those that overlap as one."""
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(span for several in spans for span in several):
+        if runs and start < runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
         else:
-            found.append(match.span())
-    return found
+            runs.append((start, end))
+    return runs
 
 
 def unwrap(text: str, judge: Callable[[str], str | None]) -> str:

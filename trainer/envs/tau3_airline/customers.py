@@ -18,7 +18,7 @@ from tau2.data_model.tasks import Task
 from tau2.user.base import STOP, TRANSFER
 from tau2.user.user_simulator import UserSimulator
 
-from trainer.credit.endpoint import is_loopback
+from trainer.credit.endpoint import is_loopback, only_ours
 from trainer.credit.openai_writer import reason_of, text_of
 from trainer.credit.prompt import Refused
 from trainer.types import EnvironmentBroken
@@ -39,10 +39,16 @@ class Endpoint:
 
     @cached_property
     def client(self) -> OpenAI:
-        # A proxy of the environment must not see what is meant for this machine.
-        transport = DefaultHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
+        # A proxy of the environment must not see what is meant for this machine. No redirects: what the customer knows,
+        # and the key, go where the config says.
+        key = os.environ.get(self.api_key_env, "").strip() or "none"
+        transport = DefaultHttpxClient(
+            trust_env=not is_loopback(self.base_url),
+            follow_redirects=False,
+            event_hooks={"request": [lambda request: only_ours(request, key)]},
+        )
         return OpenAI(
-            api_key=os.environ.get(self.api_key_env, "").strip() or "none",
+            api_key=key,
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=self.max_retries,
