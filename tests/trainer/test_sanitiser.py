@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ PLANTED = [
     ("account", "with credit_card_4421486", "4421486"),
     ("account", "account number 12345678", "12345678"),
     ("account", "account_id: Z-99812", "Z-99812"),
+    ("account", "078-05-1120 is the number", "078-05-1120"),
+    ("account", "routing 021000021", "021000021"),
+    ("credential", "Your one-time code: 482910", "482910"),
+    ("credential", "2FA code 482910", "482910"),
+    ("credential", "username=ann&pwd%5B%5D=hunter2Zq", "hunter2Zq"),
+    ("secret", "glpat-AbCdEf0123456789xyz", "AbCdEf0123456789xyz"),
+    ("secret", "npm_AbCdEf0123456789xyzAbCdEf0123456789", "AbCdEf0123456789xyz"),
+    ("secret", "SG.abcdefghijk.lmnopqrstu", "abcdefghijk"),
+    ("secret", "dop_v1_abcdef0123456789", "abcdef0123456789"),
+    ("secret", "ya29.a0AfH6SMBx-abcdef", "a0AfH6SMBx"),
+    ("payment", "3.782822463100050e14", "3.78282246310005"),
     ("email", "write to ann.lee@example.org", "ann.lee@example.org"),
     ("evaluator", "Evaluation report\nassert state.sent == 3\n\nnext", "state.sent"),
     ("evaluator", "<evaluator_output>wanted: 7</evaluator_output>", "wanted"),
@@ -123,6 +135,83 @@ def test_spellings_of_a_number(spelling: str) -> None:
 def test_spellings_of_a_name(spelling: str) -> None:
     assert "Li" not in Sanitiser(["Zoë Li"]).text(spelling)
     assert spans("Zoë Lind", ["Zoë Li"]) == []
+
+
+SHOWN = {  # a value beside its name, and the value
+    '{"password": "n0t-a-secret"}': "n0t-a-secret",
+    "[{'account_name': 'x', 'password': 'n0t-a-secret'}]": "n0t-a-secret",
+    '{"access_token": ["Jk7dd-zz", {"old": "Jk7dd-zy"}]}': "Jk7dd-zy",
+    '{"password": "swordfish"}': "swordfish",
+    "password='correct horse battery'": "correct horse battery",
+    "your PIN is 48213": "48213",
+    "curl -H 'Authorization: Bearer abc.DEF-123456'": "abc.DEF-123456",
+    "https://ann:hunter2@host/db": "hunter2",
+    '{"account_id": "Z-99812x"}': "Z-99812x",
+    "account number 12345678": "12345678",
+}
+AGAIN = ["{{'simple_note': '{}'}}", "login_all('ann', '{}')", "I use {} for it.", '{{"note": "{}"}}', "x|{}|y"]
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=range(len(SHOWN)))  # pytest puts an id into the environment
+@pytest.mark.parametrize("frame", AGAIN)
+@pytest.mark.parametrize("spell", [str, lambda t: base64.b64encode(t.encode()).decode(), lambda t: "-".join(t)])
+def test_a_credential_that_was_shown_once_leaves_nowhere(shown: str, frame: str, spell: Callable[[str], str]) -> None:
+    """Before its name was seen, and after; in its own sibling, in another one, and in the task."""
+    secret = SHOWN[shown]
+    again = frame.format(spell(secret))
+    traces: list[tuple[list[Message], float]] = [
+        ([seen(again), call("look", {"x": again})], 0.0),
+        ([seen(shown), {"role": "assistant", "content": again}], 1.0),
+    ]
+    cleaner = Sanitiser()
+    body = build_prompt(with_messages(*traces, of=task(instruction=again)), cleaner, 48_000)[1]["content"]
+    assert secret not in body and spell(secret) not in body
+    assert sum(cleaner.hits.values()) >= 5
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        '{"password": null, "token": true, "secret": "None", "pin": 12}',
+        '{"password": "string", "api_key": "required", "cookie": ""}',
+        "the password is wrong, the token expires in 3600 seconds on 2024-05-20",
+        "the password has 12 letters and the pin is from 2024",
+        '{"balance": 1500.25, "account": "checking"}',
+        '{"account_name": "venmo", "token_type": "bearer"}',
+    ],
+)
+def test_what_ordinary_text_is_made_of_is_not_learned(shown: str) -> None:
+    text = "None of it is true or null: a string is required, wrong, venmo, bearer, checking, 12, 2024, 3600, 1500.25"
+    text += ", 2024-05-20, letters, seconds, expires"
+    made = with_messages(([seen(shown), seen(text)], 1.0), ([], 0.0))
+    assert json.dumps(text) in build_prompt(made, Sanitiser(), 48_000)[1]["content"]
+
+
+def test_secrets_of_this_process_are_known_by_name_by_place_and_by_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "/pLanted/kEy+9x",
+        "SHORT_TOKEN": "zq77ab",
+        "DATABASE_URL": "postgres://ann:pl%40nted77@db/x",
+        "CUSTOMER_LLM": "zq-planted-cust-1",
+        "WRITER_LLM": "zq-planted-writer-1",
+    }
+    for name, value in {**secrets, "TOKEN_FILE": str(tmp_path), "TOKEN_TYPE": "opaque"}.items():
+        monkeypatch.setenv(name, value)
+    planted = [*secrets.values(), "pl@nted77"]
+    said = f"{planted} and the file {tmp_path} and an opaque one"
+    made = with_messages(([seen(said)], 1.0), ([], 0.0))
+    suite = ToySuite()
+    suite.api_key_env = "CUSTOMER_LLM"  # type: ignore[attr-defined]
+    with StubEndpoint() as endpoint:
+        config = WriterConfig(
+            name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0, api_key_env="WRITER_LLM"
+        )
+        asyncio.run(writers.load(config, suite).write([made]))
+    body = endpoint.bodies[0].decode()
+    assert not [value for value in planted if value in body]
+    assert f"the file {tmp_path} and an opaque one" in body
 
 
 def test_luhn() -> None:

@@ -26,6 +26,7 @@ from trainer.credit.endpoint import is_loopback, only_ours
 from trainer.credit.prompt import Refused
 from trainer.credit.retries import LONGEST_PAUSE, Budget, TooLong, pause_after
 from trainer.credit.sanitiser import Sanitiser
+from trainer.credit.telling import SHORTEST_OWN
 from trainer.types import Group, Message, Renderer, Suite, UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class OpenAIWriter:
         self._warned: set[str] = set()
         self._loopback = is_loopback(config.base_url)
         self._key = read_key(config, self._loopback)
+        # Known whatever their variables are called: the writer's key, and the one of an environment's own endpoint.
+        names = (config.api_key_env, getattr(suite, "api_key_env", ""))
+        self._keys = [key for name in names if len(key := os.environ.get(name, "").strip()) >= SHORTEST_OWN]
 
     def state_dict(self) -> dict[str, Any]:
         """The tokens spent so far: `token_budget` is of the whole run, however often it is resumed."""
@@ -211,7 +215,7 @@ class OpenAIWriter:
         return self.config.timeout * (self.config.max_retries + 1) + LONGEST_PAUSE * self.config.max_retries
 
     def _sanitiser(self, literals: list[str]) -> Sanitiser:
-        return Sanitiser(literals, secrets=[self._key] if self._key else [])
+        return Sanitiser(literals, secrets=self._keys)
 
     def _warn_once(self, reason: str) -> None:
         """Name each kind of failure once; the error's own text may quote what must not be logged."""

@@ -101,9 +101,18 @@ Line = tuple[str, str]  # our words, and a value in one line
 
 def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Message]:
     """The messages that leave the process: sanitised, selected and cut to `max_chars`."""
-    task = cut_middle(dumped(sanitiser.text(group.task.instruction)), max(max_chars // 4, 64), MARK)
     tools = {tool["function"]["name"] for rollout in group.rollouts for tool in rollout.tools}
-    traces = {id(r): [x for m in r.messages for x in lines(sanitiser.message(m, tools), tools)] for r in group.rollouts}
+
+    def read() -> tuple[str, dict[int, list[Line]]]:
+        task = cut_middle(dumped(sanitiser.text(group.task.instruction)), max(max_chars // 4, 64), MARK)
+        return task, {
+            id(r): [line for m in r.messages for line in lines(sanitiser.message(m, tools), tools)]
+            for r in group.rollouts
+        }
+
+    task, traces = read()
+    if sanitiser.learn():
+        task, traces = read()
 
     def size(rollout: Rollout) -> int:
         return sum(map(length, traces[id(rollout)])) + 64
