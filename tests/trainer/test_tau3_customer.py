@@ -52,6 +52,7 @@ def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatc
         outcome = asyncio.run(chat(airline, "No.", "Yes, I am."))
         scenario = airline.tasks("test")[0].data["task"].user_scenario
     assert (outcome.reward, outcome.details["termination"]) == (1.0, "user_stop")
+    assert airline.api_key_env == "TAU3_TEST_KEY"  # type: ignore[attr-defined]  # by which the writer knows the key
     bodies = [json.loads(body) for body in stub.bodies]
     assert [(b["model"], b["temperature"]) for b in bodies] == [("customer", 0.25)] * 3
     assert stub.headers[0]["authorization"] == "Bearer sk-planted-key"

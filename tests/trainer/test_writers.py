@@ -360,6 +360,16 @@ def test_an_endpoint_that_drips_is_cut_off(tmp_path: Path) -> None:
     assert made.reference_info["error"] == "timeout"
 
 
+def test_an_error_is_not_read_on(tmp_path: Path) -> None:
+    """However long it is, and however slowly it comes."""
+    made = group(*MIXED)
+    start = time.monotonic()
+    with StubEndpoint(Reply(good_reply(), 500, drip=0.05)) as stub:
+        ask(stub, tmp_path, made, timeout=10.0, max_retries=0)
+    assert time.monotonic() - start < 5.0
+    assert made.reference_info["error"] == "http_500"
+
+
 def test_concurrency_is_bounded(tmp_path: Path) -> None:
     groups = [group(*MIXED, of=task(f"s{i}", f"task {i}")) for i in range(9)]
     with StubEndpoint(Reply(good_reply(), delay=0.05)) as stub:

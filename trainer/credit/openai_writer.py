@@ -225,10 +225,12 @@ class OpenAIWriter:
 
 
 async def refuse_floods(response: Any) -> None:
-    """Refuse by its headers an answer that is too large or compressed, before a byte of it is read."""
+    """Refuse by its headers an answer that is an error, too large or compressed, before a byte of it is read."""
     packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
     length = response.headers.get("Content-Length", "")
-    if packed or (length.isdecimal() and int(length) > MAX_BODY):
+    if response.is_error:
+        await response.aclose()  # its status says all; the client would read the rest however long it is
+    elif packed or (length.isdecimal() and int(length) > MAX_BODY):
         raise TooLong
 
 
