@@ -21,7 +21,7 @@ from trainer.credit import writers
 from trainer.credit.endpoint import only_ours
 from trainer.credit.literals import spans
 from trainer.credit.prompt import build_prompt
-from trainer.credit.sanitiser import Sanitiser, luhn
+from trainer.credit.sanitiser import MAX_TOLD, Sanitiser, luhn
 from trainer.types import Message
 
 from .siblings import ToySuite, call, group, seen, task, with_messages
@@ -167,6 +167,23 @@ def test_a_credential_that_was_shown_once_leaves_nowhere(shown: str, frame: str,
     body = build_prompt(with_messages(*traces, of=task(instruction=again)), cleaner, 48_000)[1]["content"]
     assert secret not in body and spell(secret) not in body
     assert sum(cleaner.hits.values()) >= 5
+
+
+def test_a_group_of_too_many_credentials_stays_here(tmp_path: Path) -> None:
+    """Up to a bound they are looked for in reasonable time; beyond it nothing leaves."""
+    secrets = [f"kx{i}-zq{i * i}" for i in range(MAX_TOLD + 1)]
+    named, bare = "\n".join(f"password: {x}" for x in secrets[1:]), " ".join(secrets[1:] * 10)
+    cleaner = Sanitiser()
+    start = time.process_time()
+    body = build_prompt(with_messages(([seen(named), seen(bare)], 1.0), ([], 0.0)), cleaner, 480_000)[1]["content"]
+    assert time.process_time() - start < 6.0
+    assert "zq" not in body
+    assert cleaner.hits["credential"] >= 11 * MAX_TOLD
+    made = with_messages(([seen(f"{named}\npassword: {secrets[0]}")], 1.0), ([], 0.0))
+    with StubEndpoint() as endpoint:
+        config = WriterConfig(name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0)
+        asyncio.run(writers.load(config, ToySuite()).write([made]))
+    assert (endpoint.bodies, made.reference_info["error"]) == ([], "unclean")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ ACCOUNT_SHAPES = re.compile(
     r"|(?i:\b(?:account|acct|a/c)\.?\s{0,3}(?:no\.?|number|id|#)?\s{0,3}[:#]?\s{0,3}\d[\d -]{4,40}\d)"
 )
 DIGITS = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?!\d)")
+MAX_TOLD = 400  # strings that one group may show as credentials and accounts
 MAX_DECODED = 3  # encodings within encodings; deeper is masked whole
 NAMES, VALUES = (
     ("name", "key", "field", "label", "type", "title", "attribute"),
@@ -99,6 +100,10 @@ def mask(kind: str) -> str:
     return f"[masked {kind}]"
 
 
+class TooMany(Exception):
+    """A group with more credentials than can be looked for in every text."""
+
+
 class Sanitiser:
     """Masks texts and messages of one task and counts what it masked, by kind."""
 
@@ -119,9 +124,14 @@ class Sanitiser:
         """Take what was masked beside its name for known from now on; whether there is any, so that a second pass pays.
 
         A trace shows `"password": "n0t-a-secret"` once, and then says n0t-a-secret wherever it likes.
+
+        Raises:
+            TooMany: to look for so many takes too long, and what cannot be cleaned does not leave.
         """
         if not any(self._told.values()):
             return False
+        if sum(map(len, self._told.values())) > MAX_TOLD:
+            raise TooMany
         for kind, strings in self._told.items():
             self._know(kind, strings)
         self._done.clear()

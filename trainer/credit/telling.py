@@ -17,12 +17,14 @@ from urllib.parse import unquote
 PART = re.compile(r"[^\s,;:=()\[\]{}<>|\"'`\\]+")
 ENDS = " \t\n\"'`\\.,;:!?()[]{}<>"
 ORDINARY = re.compile(r"(?:19|20)\d\d(?:-\d\d(?:-\d\d.*)?)?|\d{1,2}/\d{1,2}/\d{2,4}|\d+\.\d+|[A-Za-z]+")
-PLACEHOLDERS = {
-    *("string", "required", "optional", "missing", "invalid", "incorrect", "correct", "unknown", "undefined", "hidden"),
-    *("redacted", "masked", "password", "passcode", "secret", "account", "example", "changeme", "number", "boolean"),
-    *("expired", "default", "bearer", "enabled", "disabled", "active", "pending", "verified", "primary", "checking"),
-    *("savings", "visible", "private", "public", "please", "reset", "updated", "changed", "success", "failure"),
-}
+PLACEHOLDERS = frozenset(
+    """
+    string boolean number required optional missing invalid incorrect correct unknown undefined default example
+    hidden redacted masked visible private public password passcode secret token access_token credential credentials
+    account checking savings primary bearer changeme please reset updated changed expired enabled disabled active
+    pending verified success failure
+    """.split()
+)
 URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 SHORTEST_OWN = 6  # characters of a value of the environment; a shorter one would be found in every text
 
@@ -37,7 +39,8 @@ def telling(kind: str, value: Any, *, whole: bool) -> Iterator[str]:
         parts = [part for found in PART.findall(text) if (part := found.strip(ENDS))]
         alone = whole or len(text.split()) == 1
         yield from (part for part in parts if unusual(kind, part, alone=alone))
-        if kind != "account" and whole and len(text) >= SHORTEST_OWN and text.lower() not in PLACEHOLDERS:
+        ordinary = text.lower() in PLACEHOLDERS or "masked " in text
+        if kind != "account" and whole and len(text) >= SHORTEST_OWN and not ordinary:
             yield text
 
 
