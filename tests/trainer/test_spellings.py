@@ -116,7 +116,7 @@ SPLIT: dict[str, Callable[[str], Any]] = {  # into something that JSON holds
     "list": list,
     "halves": lambda t: [t[: len(t) // 2], t[len(t) // 2 :]],
     "fields": lambda t: {"first": t[: len(t) // 2], "second": t[len(t) // 2 :]},
-    "keys": lambda t: {t[: len(t) // 2]: 1, t[len(t) // 2 :]: 2},
+    "keys": lambda t: {t[: len(t) // 2]: None, t[len(t) // 2 :]: None},
     "nested": lambda t: {"a": {"b": t[:2], "c": [t[2:4], {"d": t[4:]}]}},
     "codes": lambda t: [ord(c) for c in t],
     "JSON in a string": lambda t: {"note": json.dumps({"first": t[:3], "second": json.dumps([t[3:]])})},

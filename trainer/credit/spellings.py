@@ -231,7 +231,7 @@ def _code(number: str, base: int) -> str:
         code = int(number, base)
     except ValueError:
         return " "
-    return chr(code) if 32 <= code < 0x3000 else " "
+    return chr(code) if 32 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF else " "
 
 
 def from_base64(run: str) -> Iterator[str]:
@@ -253,9 +253,11 @@ def from_base64(run: str) -> Iterator[str]:
 
 
 def readable(data: bytes) -> str:
-    """The text that bytes are, a few odd ones aside; "" where they are none. Without zeros UTF-16 may be ASCII."""
-    data = data.replace(b"\0", b"")
-    text = data.decode("utf-8", "ignore")
+    """The text that bytes are, a few odd ones aside; "" where they are none. Zeros in every other place are UTF-16."""
+    encoding = "utf-8"
+    if 4 * data.count(0) >= len(data):
+        encoding = "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
+    text = data.decode(encoding, "ignore").replace("\0", "")
     odd = sum(char not in "\n\t\r" and unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in text)
-    lost = len(data) - len(text.encode())
+    lost = len(data) - data.count(0) - len(text.encode(encoding).replace(b"\0", b""))
     return text if len(text) >= 3 and odd + lost <= 0.1 * len(data) else ""
