@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = 3 * FP32  # bytes a trained parameter: the weight and Adam's two moments
 TRACE = 130  # bytes a token in rollouts/*.jsonl, scores included: 113 were measured in workday, docs/paper.md
-CHARS_PER_TOKEN = 3  # as the writer's budget counts
+CHARS_PER_TOKEN = 3  # a low estimate; the writer reserves a token a byte and gives back what was not used
 SCENARIO = 2_000  # tokens of a customer's instructions, the benchmark's guidelines included
 BENCHED = Path("bench/results")
 

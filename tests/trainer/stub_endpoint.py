@@ -58,6 +58,7 @@ class StubEndpoint:
         self.script = list(script) or [Reply(good_reply())]
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
+        self.wire: list[bytes] = []  # the whole request: its line, its headers, its body
         self.times: list[float] = []
         self.peak = 0
         self._busy = 0
@@ -96,6 +97,7 @@ class StubEndpoint:
             step = self.script[min(len(self.bodies), len(self.script) - 1)]
             self.bodies.append(body)
             self.headers.append({name.lower(): value for name, value in handler.headers.items()})
+            self.wire.append(f"{handler.requestline}\r\n{handler.headers.as_string()}".encode() + body)
             self.times.append(time.monotonic())
             self._busy += 1
             self.peak = max(self.peak, self._busy)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.config import WriterConfig
 from trainer.credit import writers
+from trainer.credit.endpoint import only_ours
 from trainer.credit.literals import spans
-from trainer.credit.sanitiser import Sanitiser, luhn
+from trainer.credit.prompt import build_prompt
+from trainer.credit.sanitiser import MAX_TOLD, Sanitiser, luhn
 from trainer.types import Message
 
 from .siblings import ToySuite, call, group, seen, task, with_messages
@@ -44,6 +48,17 @@ PLANTED = [
     ("account", "with credit_card_4421486", "4421486"),
     ("account", "account number 12345678", "12345678"),
     ("account", "account_id: Z-99812", "Z-99812"),
+    ("account", "078-05-1120 is the number", "078-05-1120"),
+    ("account", "routing 021000021", "021000021"),
+    ("credential", "Your one-time code: 482910", "482910"),
+    ("credential", "2FA code 482910", "482910"),
+    ("credential", "username=ann&pwd%5B%5D=hunter2Zq", "hunter2Zq"),
+    ("secret", "glpat-AbCdEf0123456789xyz", "AbCdEf0123456789xyz"),
+    ("secret", "npm_AbCdEf0123456789xyzAbCdEf0123456789", "AbCdEf0123456789xyz"),
+    ("secret", "SG.abcdefghijk.lmnopqrstu", "abcdefghijk"),
+    ("secret", "dop_v1_abcdef0123456789", "abcdef0123456789"),
+    ("secret", "ya29.a0AfH6SMBx-abcdef", "a0AfH6SMBx"),
+    ("payment", "3.782822463100050e14", "3.78282246310005"),
     ("email", "write to ann.lee@example.org", "ann.lee@example.org"),
     ("evaluator", "Evaluation report\nassert state.sent == 3\n\nnext", "state.sent"),
     ("evaluator", "<evaluator_output>wanted: 7</evaluator_output>", "wanted"),
@@ -122,6 +137,100 @@ def test_spellings_of_a_name(spelling: str) -> None:
     assert spans("Zoë Lind", ["Zoë Li"]) == []
 
 
+SHOWN = {  # a value beside its name, and the value
+    '{"password": "n0t-a-secret"}': "n0t-a-secret",
+    "[{'account_name': 'x', 'password': 'n0t-a-secret'}]": "n0t-a-secret",
+    '{"access_token": ["Jk7dd-zz", {"old": "Jk7dd-zy"}]}': "Jk7dd-zy",
+    '{"password": "swordfish"}': "swordfish",
+    "password='correct horse battery'": "correct horse battery",
+    "your PIN is 48213": "48213",
+    "curl -H 'Authorization: Bearer abc.DEF-123456'": "abc.DEF-123456",
+    "https://ann:hunter2@host/db": "hunter2",
+    '{"account_id": "Z-99812x"}': "Z-99812x",
+    "account number 12345678": "12345678",
+}
+AGAIN = ["{{'simple_note': '{}'}}", "login_all('ann', '{}')", "I use {} for it.", '{{"note": "{}"}}', "x|{}|y"]
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=range(len(SHOWN)))  # pytest puts an id into the environment
+@pytest.mark.parametrize("frame", AGAIN)
+@pytest.mark.parametrize("spell", [str, lambda t: base64.b64encode(t.encode()).decode(), lambda t: "-".join(t)])
+def test_a_credential_that_was_shown_once_leaves_nowhere(shown: str, frame: str, spell: Callable[[str], str]) -> None:
+    """Before its name was seen, and after; in its own sibling, in another one, and in the task."""
+    secret = SHOWN[shown]
+    again = frame.format(spell(secret))
+    traces: list[tuple[list[Message], float]] = [
+        ([seen(again), call("look", {"x": again})], 0.0),
+        ([seen(shown), {"role": "assistant", "content": again}], 1.0),
+    ]
+    cleaner = Sanitiser()
+    body = build_prompt(with_messages(*traces, of=task(instruction=again)), cleaner, 48_000)[1]["content"]
+    assert secret not in body and spell(secret) not in body
+    assert sum(cleaner.hits.values()) >= 5
+
+
+def test_a_group_of_too_many_credentials_stays_here(tmp_path: Path) -> None:
+    """Up to a bound they are looked for in reasonable time; beyond it nothing leaves."""
+    secrets = [f"kx{i}-zq{i * i}" for i in range(MAX_TOLD + 1)]
+    named, bare = "\n".join(f"password: {x}" for x in secrets[1:]), " ".join(secrets[1:] * 10)
+    cleaner = Sanitiser()
+    start = time.process_time()
+    body = build_prompt(with_messages(([seen(named), seen(bare)], 1.0), ([], 0.0)), cleaner, 480_000)[1]["content"]
+    assert time.process_time() - start < 6.0
+    assert "zq" not in body
+    assert cleaner.hits["credential"] >= 11 * MAX_TOLD
+    made = with_messages(([seen(f"{named}\npassword: {secrets[0]}")], 1.0), ([], 0.0))
+    with StubEndpoint() as endpoint:
+        config = WriterConfig(name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0)
+        asyncio.run(writers.load(config, ToySuite()).write([made]))
+    assert (endpoint.bodies, made.reference_info["error"]) == ([], "unclean")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        '{"password": null, "token": true, "secret": "None", "pin": 12}',
+        '{"password": "string", "api_key": "required", "cookie": ""}',
+        "the password is wrong, the token expires in 3600 seconds on 2024-05-20",
+        "the password has 12 letters and the pin is from 2024",
+        '{"balance": 1500.25, "account": "checking"}',
+        '{"account_name": "venmo", "token_type": "bearer"}',
+    ],
+)
+def test_what_ordinary_text_is_made_of_is_not_learned(shown: str) -> None:
+    text = "None of it is true or null: a string is required, wrong, venmo, bearer, checking, 12, 2024, 3600, 1500.25"
+    text += ", 2024-05-20, letters, seconds, expires"
+    made = with_messages(([seen(shown), seen(text)], 1.0), ([], 0.0))
+    assert json.dumps(text) in build_prompt(made, Sanitiser(), 48_000)[1]["content"]
+
+
+def test_secrets_of_this_process_are_known_by_name_by_place_and_by_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "/pLanted/kEy+9x",
+        "SHORT_TOKEN": "zq77ab",
+        "DATABASE_URL": "postgres://ann:pl%40nted77@db/x",
+        "CUSTOMER_LLM": "zq-planted-cust-1",
+        "WRITER_LLM": "zq-planted-writer-1",
+    }
+    for name, value in {**secrets, "TOKEN_FILE": str(tmp_path), "TOKEN_TYPE": "opaque"}.items():
+        monkeypatch.setenv(name, value)
+    planted = [*secrets.values(), "pl@nted77"]
+    said = f"{planted} and the file {tmp_path} and an opaque one"
+    made = with_messages(([seen(said)], 1.0), ([], 0.0))
+    suite = ToySuite()
+    suite.api_key_env = "CUSTOMER_LLM"  # type: ignore[attr-defined]
+    with StubEndpoint() as endpoint:
+        config = WriterConfig(
+            name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0, api_key_env="WRITER_LLM"
+        )
+        asyncio.run(writers.load(config, suite).write([made]))
+    body = endpoint.bodies[0].decode()
+    assert not [value for value in planted if value in body]
+    assert f"the file {tmp_path} and an opaque one" in body
+
+
 def test_luhn() -> None:
     assert luhn("4111111111111111")
     assert not luhn("4111111111111112")
@@ -153,6 +262,9 @@ def test_no_text_is_slow(unit: str) -> None:
 
 
 # ---- the whole way, over the wire
+
+# What OpenAI's client takes from the environment and sends along, to whatever host it is told.
+OPENAI_VARIABLES = ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS", "OPENAI_ADMIN_KEY"]
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +314,61 @@ def test_no_planted_literal_ever_leaves(
             traces.append((messages, reward))
     made = with_messages(*traces, of=task(instruction=f"find {planted[0]} now"))
     config = WriterConfig(name="openai", base_url=stub.base_url, cache_dir=tmp_path / "none", max_retries=0)
-    before = len(stub.bodies)
-    asyncio.run(writers.load(config, ToySuite(planted)).write([made]))
-    sent = b"".join(stub.bodies[before:]).lower()
+    before = len(stub.wire)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPENAI_VARIABLES:
+            patch.setenv(name, f"X-{planted[0]}: {planted[-1]}" if "HEADERS" in name else planted[0].encode().hex())
+        asyncio.run(writers.load(config, ToySuite(planted)).write([made]))
+    sent = b"".join(stub.wire[before:]).lower()
+    assert planted[0].encode().hex().encode() not in sent
     assert made.reference_info["sanitiser_hits"]["answer"] >= 2 * len(planted)
     assert not [form for literal in planted for form in forms(literal) if form in sent]
+
+
+WORDS_OF_OURS = [
+    "1",
+    "3",
+    "5",
+    "TASK",
+    "SIBLING",
+    "succeeded",
+    "failed",
+    "tool",
+    "assistant",
+    "call",
+    "look",
+    "no tool",
+]
+WORDS_OF_OURS += ["role", "content", "arguments", "masked", "answer", "email", "masked email", "left out"]
+
+
+@pytest.mark.parametrize("literal", WORDS_OF_OURS)
+@pytest.mark.parametrize("room", [480_000, 4_000, 3_000])
+def test_an_answer_leaves_no_hole_in_our_own_words(literal: str, room: int) -> None:
+    """Whoever knows the frame would read the hole: SIBLING 1, SIBLING 2, SIBLING [masked answer], SIBLING 4."""
+    said = [seen(json.dumps({"of": "ann@example.org", "x": "zz " * 400})), {"role": "odd", "content": "ok"}]
+    calls = [call("look", {"w": "x"}), call("made_up", {"w": "x"})]
+    made = with_messages(*[([*calls, *said] * (3 + i), float(i % 2)) for i in range(6)])
+    asked = [build_prompt(made, Sanitiser(literals), room) for literals in ([literal], [])]
+    assert asked[0] == asked[1]
+    assert len(asked[0][1]["content"]) < room
+
+
+@pytest.mark.parametrize("literal", ["1", "2", "after", "Steps", "worked", "Check before", "masked", "answer", "Dana"])
+def test_an_answer_leaves_no_hole_in_the_frame_of_a_reference(literal: str, tmp_path: Path) -> None:
+    """Not when it is written, and not when it is read from the cache."""
+    steps = ["look", "tell [masked answer] to Dana", "act"]
+    shown = []
+    with StubEndpoint(Reply(good_reply(steps=steps))) as endpoint:
+        for literals in ([literal], [literal], []):
+            made = group(*[(["look"], float(i % 2)) for i in range(2)])
+            folder = tmp_path / str(bool(literals))
+            config = WriterConfig(name="openai", base_url=endpoint.base_url, cache_dir=folder, max_retries=0)
+            asyncio.run(writers.load(config, ToySuite(literals)).write([made]))
+            shown.append(made.reference)
+    assert len(endpoint.bodies) == 2
+    assert shown[0] == shown[1] == shown[2].replace("Dana", "[masked answer]" if literal == "Dana" else "Dana")
+    assert "2. tell [masked answer] to" in shown[0]
 
 
 @pytest.mark.parametrize(("kind", "text", "secret"), PLANTED)
@@ -220,6 +382,40 @@ def test_no_planted_secret_leaves(kind: str, text: str, secret: str, stub: StubE
     data = json.loads(stub.bodies[-1])["messages"][1]["content"]
     assert secret not in data
     assert made.reference_info["sanitiser_hits"][kind] >= 4
+
+
+def test_headers_are_ours_whatever_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    custom = "X-Planted: PLANTED\nUser-Agent: PLANTED\nAuthorization: PLANTED\nHost: planted.example.org"
+    for name in OPENAI_VARIABLES:
+        monkeypatch.setenv(name, custom if "HEADERS" in name else "PLANTED")
+    monkeypatch.setenv("OPENAI_API_KEY", "the-key")
+    made = group((["look"], 1.0), ([], 0.0))
+    with StubEndpoint() as endpoint:
+        config = WriterConfig(name="openai", base_url=endpoint.base_url, cache_dir=tmp_path, max_retries=0)
+        asyncio.run(writers.load(config, ToySuite()).write([made]))
+    assert made.reference
+    assert b"planted" not in endpoint.wire[0].lower()
+    assert endpoint.headers[0]["authorization"] == "Bearer the-key"
+    assert endpoint.wire[0].startswith(b"POST /v1/chat/completions HTTP/1.1")
+
+
+def test_only_openai_is_told_an_organisation() -> None:
+    given = {"OpenAI-Organization": "org", "OpenAI-Project": "proj", "X-Other": "x", "Authorization": "y"}
+    for url, told in (
+        ("https://api.openai.com/v1/x", True),
+        ("http://api.openai.com/v1/x", False),
+        ("https://api.openai.com.example.org/v1/x", False),
+        ("http://127.0.0.1:8000/v1/x", False),
+    ):
+        request = httpx.Request("POST", url, headers=given, json={"a": 1})
+        only_ours(request, "key")
+        assert (request.headers.get("openai-organization"), request.headers.get("openai-project")) == (
+            ("org", "proj") if told else (None, None)
+        )
+        assert "x-other" not in request.headers
+        assert request.headers["authorization"] == "Bearer key"
+        assert request.headers["host"] == url.split("/")[2]
+        assert request.headers["content-length"] == str(len(request.content))
 
 
 def test_a_reference_that_spells_the_answer_is_masked(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import html
 import json
 import re
@@ -12,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -23,6 +25,7 @@ from trainer.config import WriterConfig
 from trainer.credit import writers
 from trainer.credit.cards import luhn
 from trainer.credit.cards import spans as card_spans
+from trainer.credit.literals import compile_literals, spans
 from trainer.credit.prompt import build_prompt
 from trainer.credit.sanitiser import Sanitiser
 from trainer.credit.spellings import plain
@@ -37,6 +40,21 @@ TO_CYRILLIC = str.maketrans("aeopcxyAEOPCXTHKMB", "".join(map(chr, (
     0x430, 0x435, 0x43E, 0x440, 0x441, 0x445, 0x443,
     0x410, 0x415, 0x41E, 0x420, 0x421, 0x425, 0x422, 0x41D, 0x41A, 0x41C, 0x412,
 ))))  # fmt: skip
+# Letters of Cherokee and Armenian that are drawn as these are; letters of other shapes.
+TO_OTHERS = str.maketrans("ABCDEGHJKLMPRTVWZonuhgq", "".join(map(chr, (
+    0x13AA, 0x13F4, 0x13DF, 0x13A0, 0x13AC, 0x13C0, 0x13BB, 0x13AB, 0x13E6, 0x13DE, 0x13B7, 0x13E2, 0x13A1, 0x13A2,
+    0x13D9, 0x13D4, 0x13C3, 0x585, 0x578, 0x57D, 0x570, 0x581, 0x566,
+))))  # fmt: skip
+SMALL_CAPITALS = str.maketrans("abcdeghijklmnopqrtuvwyz", "".join(map(chr, (
+    0x1D00, 0x299, 0x1D04, 0x1D05, 0x1D07, 0x262, 0x29C, 0x26A, 0x1D0A, 0x1D0B, 0x29F, 0x1D0D, 0x274, 0x1D0F, 0x1D18,
+    0xA7AF, 0x280, 0x1D1B, 0x1D1C, 0x1D20, 0x1D21, 0x28F, 0x1D22,
+))))  # fmt: skip
+
+
+def moved(first: int) -> Spell:
+    """Every Latin letter as the one of its place in a block that begins at `first`."""
+    return lambda t: "".join(chr(first + ord(c.upper()) - 65) if c.isascii() and c.isalpha() else c for c in t)
+
 
 WHOLE: dict[str, Spell] = {
     "as it is": lambda t: t,
@@ -76,13 +94,31 @@ WHOLE: dict[str, Spell] = {
     "hex": lambda t: t.encode().hex(),
     "hex apart": lambda t: t.encode().hex(" ").upper(),
     "0x": lambda t: " ".join(f"0x{b:02x}" for b in t.encode()),
+    "base32": lambda t: base64.b32encode(t.encode()).decode(),
+    "UTF-16 in hex": lambda t: t.encode("utf-16-le").hex(),
+    "UTF-16 in base64": lambda t: base64.b64encode(t.encode("utf-16-be")).decode(),
+    "octal": lambda t: "".join(f"\\{b:03o}" for b in t.encode()),
+    "quoted-printable": lambda t: "".join(f"={b:02X}" for b in t.encode()),
+    "CSS": lambda t: "".join(f"\\{ord(c):x} " for c in t),
+    "codes": lambda t: ", ".join(str(ord(c)) for c in t),
+    "chr": lambda t: "+".join(f"chr({ord(c)})" for c in t),
+    "small capitals": lambda t: t.lower().translate(SMALL_CAPITALS),
+    "black circles": moved(0x1F150),
+    "black squares": moved(0x1F170),
+    "flags": moved(0x1F1E6),
+    "other twins": lambda t: t.translate(TO_OTHERS),
+}
+BACK = {
+    **{other: chr(latin) for latin, other in (*TO_CYRILLIC.items(), *TO_OTHERS.items(), *SMALL_CAPITALS.items())},
+    **{first + i: chr(97 + i) for first in (0x1F150, 0x1F170, 0x1F1E6) for i in range(26)},
 }
 SPLIT: dict[str, Callable[[str], Any]] = {  # into something that JSON holds
     "list": list,
     "halves": lambda t: [t[: len(t) // 2], t[len(t) // 2 :]],
     "fields": lambda t: {"first": t[: len(t) // 2], "second": t[len(t) // 2 :]},
-    "keys": lambda t: {t[: len(t) // 2]: 1, t[len(t) // 2 :]: 2},
+    "keys": lambda t: {t[: len(t) // 2]: None, t[len(t) // 2 :]: None},
     "nested": lambda t: {"a": {"b": t[:2], "c": [t[2:4], {"d": t[4:]}]}},
+    "codes": lambda t: [ord(c) for c in t],
     "JSON in a string": lambda t: {"note": json.dumps({"first": t[:3], "second": json.dumps([t[3:]])})},
 }
 
@@ -96,7 +132,7 @@ literals = st.one_of(
 def squeezed(text: str) -> str:
     """Letters and digits alone, without case and accents; the attacker's own."""
     bare = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    latin = "".join(bare).translate({v: k for k, v in TO_CYRILLIC.items()}).casefold()
+    latin = "".join(bare).translate(BACK).casefold()
     return "".join(str(unicodedata.decimal(c, c)) for c in latin if c.isalnum())
 
 
@@ -106,7 +142,10 @@ def readings(body: str) -> list[str]:
     for _ in range(4):
         last = re.sub(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))", lambda m: chr(int(m[1] or m[2], 16)), texts[-1])
         texts.append(html.unescape(unquote(last)))
-    found = [*texts, *(re.sub(r'"(?:role|name)": "\w*"|"[^"]*":|SIBLING \d \w+', " ", text) for text in texts)]
+    for text in list(texts):  # read on from value to value: without our words before each, without names of fields
+        bare = re.sub(r"(?m)^(?:TASK |SIBLING \d+ \w+|[a-z_ ]{1,40}: )", "", text)
+        texts += [bare, *(re.sub(r'"[^"]*":', " ", each) for each in (text, bare))]
+    found = list(texts)
     for _ in range(2):
         for text in list(found):
             for run in re.findall(r"[A-Za-z0-9+/_-]{8,}", text):
@@ -117,6 +156,14 @@ def readings(body: str) -> list[str]:
             for run in re.findall(r"(?:(?:0x)?[0-9a-fA-F]{2}[ :]?){5,}", text):
                 digits = re.sub(r"0x|[ :]", "", run)
                 found.append(bytes.fromhex(digits[: len(digits) // 2 * 2]).decode("utf-8", "ignore"))
+            for run in re.findall(r"[A-Z2-7]{8,}", text):
+                decoded = base64.b32decode(run[: len(run) // 8 * 8])
+                found.append(decoded.decode("utf-8", "ignore"))
+            for row in re.findall(r"(?:[0-9a-fA-F]{2,4}[\W_]{1,9}(?:chr\()?){4,}[0-9a-fA-F]{2,4}", text):
+                for base in (8, 10, 16):
+                    with contextlib.suppress(ValueError):
+                        codes = [int(number, base) for number in re.findall(r"[0-9a-fA-F]{2,}", row.replace("chr", ""))]
+                        found.append("".join(chr(code) for code in codes if code))
         found = list(dict.fromkeys(t for t in found if len(t) >= 5))
     words = [squeezed(text) for text in found]
     return [*words, *(word[::-1] for word in words)]
@@ -170,6 +217,75 @@ def test_no_literal_leaves_in_pieces(literal: str, way: str) -> None:
 def test_no_literal_leaves_in_two_messages(literal: str, at: int) -> None:
     body = sent([literal], [seen(f"first {literal[:at]}"), seen(f"{literal[at:]} last")], [])
     assert not [reading for reading in readings(body) if squeezed(literal) in reading]
+
+
+@given(literals, st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_no_literal_leaves_in_a_made_up_name(literal: str, at: int) -> None:
+    """A name is the frame's word only if it is an offered tool's: any other is the policy's own, wherever it stands."""
+    first, second = literal[:at], literal[at:]
+    record = json.dumps({"name": first, "arguments": {"a": second}})
+    role: Message = {"role": first, "content": second}
+    for trace in ([call(first, {"a": second})], [seen(first), call(second)], [seen(record)], [role]):
+        body = sent([literal], trace, [call("look"), {"role": "assistant", "content": "done"}])
+        assert not [reading for reading in readings(body) if squeezed(literal) in reading]
+
+
+@pytest.mark.parametrize(
+    ("literal", "spellings"),
+    [
+        ("12500", ["12,500", "12.500,00", "12 500", "12.5k", "12.5 K", "1.25e4", "12500.00", "0.0125 million"]),
+        ("$1,250", ["1250", "1,250.00", "1.25k"]),
+        ("16280.0", ["16279.999999999998", "16,280", "1.628e4"]),
+        ("-1628", ["1628", "-1,628.00"]),
+        ("2024-05-20", ["20/05/2024", "05/20/2024", "5/20/2024", "20.05.2024", "20240520", "2024-05-20T10:00:00Z",
+                        "May 20, 2024", "20 May 2024", "the 20th of May 2024", "20-may-2024", "MAY 20th 2024"]),
+        ("September 3, 2024", ["2024-09-03", "3 Sept. 2024".replace("Sept", "Sep"), "09/03/2024"]),
+    ],
+)  # fmt: skip
+def test_a_number_and_a_date_are_found_by_their_value(literal: str, spellings: list[str]) -> None:
+    for text in spellings:
+        body = sent([literal], [seen(f"it is {text}."), call("look", {"x": text}), seen(json.dumps([text, 7]))], [])
+        assert text not in body, text
+        assert body.count("[masked answer]") >= 3
+
+
+@pytest.mark.parametrize(
+    ("literal", "text"),
+    [
+        ("12500", "12.5 kg, 125001, 1.25e5, 12501, 912500, 12.5, a12500b"),
+        ("2024-05-20", "2024-05-21, 20/06/2024, May 2024, 20 May 2023, 120/05/2024; May 20"),
+        ("3", "13, 30, 3rd, 3000, 3k, v3"),
+    ],
+)
+def test_other_numbers_and_dates_stay(literal: str, text: str) -> None:
+    assert Sanitiser([literal]).text(text) == text
+
+
+TEXTS = st.text(string.printable + "\u0131\u017f\u212a\u00e9\u00df", max_size=12)
+
+
+@given(st.lists(st.one_of(literals, TEXTS), max_size=6), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_quick_look_for_literals_loses_none(planted: list[str], data: st.DataObject) -> None:
+    """What the pattern of all literals finds is found with the pattern of those alone that a text may have."""
+    ways = st.sampled_from([str.upper, str.lower, str.swapcase, json.dumps, quote, html.escape, lambda t: t])
+    parts = [data.draw(ways)(data.draw(st.sampled_from(planted or [""]))) for _ in range(3)]
+    text = data.draw(st.sampled_from(["", " ", "_", "x", "\\n", "%20", "\\u0131"])).join(parts)
+    whole = tuple(sorted({t.strip() for t in planted if t.strip()}))
+    found = spans(text, planted)
+    for match in compile_literals(whole).finditer(text) if whole else ():
+        assert any(start <= match.start() and match.end() <= end for start, end in found)
+
+
+def test_many_literals_are_not_slow() -> None:
+    random = Random(0)
+    words = ["".join(random.choices(string.ascii_lowercase, k=random.randint(3, 9))) for _ in range(2_000)]
+    text = " ".join(random.choices(words, k=10_000))
+    cleaner = Sanitiser([" ".join(random.sample(words, 2)) for _ in range(1_000)])
+    start = time.process_time()
+    cleaner.text(text)
+    assert time.process_time() - start < 1.0
 
 
 CARDS = ["4111111111111111", "5500000000000004", "378282246310005", "6011000990139424"]
@@ -288,6 +404,12 @@ UNITS = [
     "\u200b",
     "é",
     "0x41,",
+    "123,",
+    "chr(65)+",
+    "1e",
+    "May 2024 ",
+    "2024-",
+    "AB2",
     "%2541",
 ]
 
@@ -297,7 +419,7 @@ def test_no_spelling_is_slow(unit: str) -> None:
     cleaner = Sanitiser(["Paris", '"q"x', "12500", "Q7xQ7y"])
     start = time.process_time()
     cleaner.text(unit * (50_000 // len(unit)))
-    cleaner.prompt((unit * 250 + "\n") * (200 // len(unit)))
+    cleaner.lines([unit * 250] * (200 // len(unit)))
     assert time.process_time() - start < 2.0
 
 

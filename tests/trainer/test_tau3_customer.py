@@ -47,14 +47,18 @@ async def chat(airline: Suite, *words: str) -> Outcome:
 
 def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAU3_TEST_KEY", "sk-planted-key")
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
+        monkeypatch.setenv(name, "X-Else: of another endpoint")
     with StubEndpoint(*says("I want to cancel.", "Are you sure?", "Fine. ###STOP###")) as stub:
         airline = suite(stub, user_api_key_env="TAU3_TEST_KEY")
         outcome = asyncio.run(chat(airline, "No.", "Yes, I am."))
         scenario = airline.tasks("test")[0].data["task"].user_scenario
     assert (outcome.reward, outcome.details["termination"]) == (1.0, "user_stop")
+    assert airline.api_key_env == "TAU3_TEST_KEY"  # type: ignore[attr-defined]  # by which the writer knows the key
     bodies = [json.loads(body) for body in stub.bodies]
     assert [(b["model"], b["temperature"]) for b in bodies] == [("customer", 0.25)] * 3
     assert stub.headers[0]["authorization"] == "Bearer sk-planted-key"
+    assert not [wire for wire in stub.wire if b"of another endpoint" in wire]
     assert "# User Simulation Guidelines" in bodies[0]["messages"][0]["content"]
     assert scenario is not None
     assert [(m["role"], m["content"]) for m in bodies[2]["messages"][1:]] == [

@@ -6,18 +6,23 @@ import asyncio
 import gzip
 import json
 import logging
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import WriterConfig
+from trainer.credit import retries as retries_module
 from trainer.credit import writers
 from trainer.credit.contrast import EMPTY_SHELL, contrast, format_reference
+from trainer.credit.retries import Budget, pause_after
 from trainer.credit.selection import cut_middle, select
 from trainer.types import Group, UserError
 
@@ -312,12 +317,12 @@ def test_a_poisoned_cache_is_trusted_no_more_than_an_answer(tmp_path: Path) -> N
     with StubEndpoint() as stub:
         ask(stub, tmp_path, group(*MIXED), suite=ToySuite(["Paris"]))
         for path in tmp_path.rglob("*.json"):
-            entry = {"reference": "say P a r i s " + "x" * 10**6, "literals": [3, "look", {"a": 1}, "Dana"]}
-            path.write_text(json.dumps(entry))
+            reply = {"steps": ["say P a r i s " + "x" * 10**6] * 60, "masked": ["look", "a", "Dana"]}
+            path.write_text(json.dumps({"reply": reply}))
         made = group(*MIXED)
         ask(stub, tmp_path, made, suite=ToySuite(["Paris"]), max_tokens=1_024)
         assert len(stub.bodies) == 1
-    assert made.reference.startswith("say [masked answer] x") and len(made.reference) <= 4 * 1_024
+    assert "1. say [masked answer] x" in made.reference and len(made.reference) <= 4 * 1_024
     assert made.reference_info["literals"] == ["Dana"]
 
 
@@ -355,6 +360,16 @@ def test_an_endpoint_that_drips_is_cut_off(tmp_path: Path) -> None:
     assert made.reference_info["error"] == "timeout"
 
 
+def test_an_error_is_not_read_on(tmp_path: Path) -> None:
+    """However long it is, and however slowly it comes."""
+    made = group(*MIXED)
+    start = time.monotonic()
+    with StubEndpoint(Reply(good_reply(), 500, drip=0.05)) as stub:
+        ask(stub, tmp_path, made, timeout=10.0, max_retries=0)
+    assert time.monotonic() - start < 5.0
+    assert made.reference_info["error"] == "http_500"
+
+
 def test_concurrency_is_bounded(tmp_path: Path) -> None:
     groups = [group(*MIXED, of=task(f"s{i}", f"task {i}")) for i in range(9)]
     with StubEndpoint(Reply(good_reply(), delay=0.05)) as stub:
@@ -372,6 +387,104 @@ def test_the_token_budget_holds(tmp_path: Path) -> None:
     assert writer.budget.spent <= 2_500
     assert 0 < calls < 8
     assert sum(g.reference_info.get("error") == "budget_spent" for g in groups) == 8 - calls
+
+
+FATES = {
+    "ok": Reply(good_reply()),
+    "costly": Reply(completion(json.dumps({"steps": ["look"]}), tokens=1_500)),
+    "lies": Reply(completion(json.dumps({"steps": ["look"]}), tokens=10**9)),
+    "late": Reply(good_reply(), delay=0.15),
+    "drop": Reply(drop=True),
+    "busy": Reply(b"{}", 429, headers=QUICK),
+    "broken": Reply(b"{}", 500, headers=QUICK),
+    "cut": Reply(good_reply(), cut=30),
+    "html": Reply(b"<html>"),
+}
+
+
+@given(
+    st.lists(st.sampled_from(list(FATES)), min_size=1, max_size=12),
+    st.integers(1, 20_000),
+    st.integers(0, 3),
+    st.integers(1, 4),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_token_budget_holds_whatever_becomes_of_a_try(
+    fates: list[str], limit: int, retries: int, concurrency: int
+) -> None:
+    """Spent and reserved together never exceed it, and what the endpoint can have charged is within what was spent."""
+    seen_states: list[tuple[int, int]] = []
+
+    class Watched(Budget):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if hasattr(self, "reserved"):
+                seen_states.append((self.spent, self.reserved))
+
+    groups = [group(*MIXED, of=task(f"s{i}", f"task {i}")) for i in range(5)]
+    with tempfile.TemporaryDirectory() as folder, StubEndpoint(*(FATES[fate] for fate in fates)) as stub:
+        fields = {"token_budget": limit, "max_tokens": 100, "timeout": 0.1, "max_retries": retries}
+        config = configured(stub, Path(folder), concurrency=concurrency, **fields)
+        writer: Any = writers.load(config, ToySuite())
+        writer.budget = Watched(limit)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(retries_module, "LONGEST_PAUSE", 0.01)
+            run(writer, *groups)
+        happened = [fates[min(i, len(fates) - 1)] for i in range(len(stub.bodies))]
+    assert all(spent + reserved <= limit for spent, reserved in seen_states)
+    assert writer.budget.reserved == 0
+    charged = {"ok": 100, "costly": 1_500, "lies": 100, "late": 100, "drop": 100, "cut": 100, "html": 100}
+    assert writer.budget.spent >= sum(charged.get(fate, 0) for fate in happened)
+    assert all(g.reference or g.reference_info["error"] for g in groups)
+
+
+def test_a_try_that_timed_out_is_counted_though_the_next_succeeds(tmp_path: Path) -> None:
+    made = group(*MIXED)
+    with StubEndpoint(Reply(good_reply(), delay=1.0), Reply(good_reply())) as stub:
+        writer = ask(stub, tmp_path, made, timeout=0.3)
+        sizes = [len("".join(m["content"] for m in json.loads(body)["messages"])) for body in stub.bodies]
+    assert made.reference
+    assert len(sizes) == 2
+    assert writer.budget.spent > sizes[0] + 100
+    assert made.reference_info["tokens"] == writer.budget.spent - sizes[1] // 8 + 100
+
+
+@pytest.mark.parametrize(
+    ("error", "pause"),
+    [
+        ((429, {"Retry-After": "3"}), 3.0),
+        ((429, {"Retry-After": "3", "retry-after-ms": "20"}), 0.02),
+        ((503, {"Retry-After": "-1"}), 0.0),
+        ((503, {"Retry-After": "86400"}), None),
+        ((503, {"Retry-After": "nan"}), None),
+        ((429, {"Retry-After": "Fri, 01 Jan 2016 00:00:00 GMT"}), 0.0),
+        ((429, {"Retry-After": "soon"}), 2.0),
+        ((408, {}), 2.0),
+        ((409, {}), 2.0),
+        ((500, {}), 2.0),
+        ((400, {}), None),
+        ((401, {"Retry-After": "1"}), None),
+        ((404, {}), None),
+    ],
+)
+def test_pauses_between_tries(error: tuple[int, dict[str, str]], pause: float | None) -> None:
+    response = httpx.Response(error[0], headers=error[1], request=httpx.Request("POST", "http://x"))
+    raised: Any = openai.APIStatusError("", response=response, body=None)  # type: ignore[arg-type]
+    given_pause = pause_after(raised, 3)
+    assert given_pause == pause or (pause == 2.0 and given_pause is not None and 1.5 <= given_pause <= 2.0)
+    lost: Any = openai.APITimeoutError(request=response.request)  # type: ignore[arg-type]
+    assert all(0 < (pause_after(lost, tries) or 0) <= 8 for tries in range(1, 50))
+    assert pause_after(ValueError(), 1) is None
+
+
+def test_an_endpoint_that_asks_for_more_patience_than_there_is_left(tmp_path: Path) -> None:
+    made = group(*MIXED)
+    start = time.monotonic()
+    with StubEndpoint(Reply(b"{}", 503, headers={"Retry-After": "60"})) as stub:
+        ask(stub, tmp_path, made, timeout=0.3, max_retries=1)
+        assert len(stub.bodies) == 1
+    assert time.monotonic() - start < 2.0
+    assert made.reference_info["error"] == "http_503"
 
 
 def test_the_token_budget_is_of_the_whole_run(tmp_path: Path) -> None:
@@ -425,6 +538,12 @@ def test_a_damaged_cache_entry_is_written_anew(tmp_path: Path) -> None:
         ask(stub, tmp_path, made)
         assert made.reference
         assert len(stub.bodies) == 2
+        for number, damage in enumerate(({"reply": {"steps": 3}}, {"reply": None}, {}), 3):
+            for path in tmp_path.rglob("*.json"):
+                path.write_text(json.dumps(damage))
+            ask(stub, tmp_path, made)
+            assert made.reference
+            assert len(stub.bodies) == number
     assert not list(tmp_path.rglob("*.tmp"))
 
 

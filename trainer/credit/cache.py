@@ -1,4 +1,4 @@
-"""References on disk, keyed by the content that led to them. Writing is atomic; a damaged entry is as good as none."""
+"""Replies on disk, keyed by the content that led to them. Writing is atomic; a damaged entry is as good as none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReferenceCache:
             entry = json.loads(self.path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return entry if isinstance(entry, dict) and isinstance(entry.get("reference"), str) else None
+        return entry if isinstance(entry, dict) else None
 
     def put(self, key: str, entry: dict[str, Any]) -> None:
         """Store an entry. A full or read-only disk costs the cache, never the run."""

@@ -32,7 +32,8 @@ def spans(text: str) -> list[tuple[int, int]]:
         for first, last in windows(text, groups):
             found.update(groups[first : last + 1])
     for match in FLOAT.finditer(text):  # 4111111111111111 as a program prints it that took it for a measurement
-        digits = (match[1] + match[2]).ljust(int(match[3]) + 1, "0")
+        digits, size = (match[1] + match[2]).rstrip("0"), int(match[3]) + 1
+        digits = digits.ljust(size, "0")
         if NUMBER.fullmatch(digits) and luhn(digits):
             found.add(match.span())
     return sorted(found)

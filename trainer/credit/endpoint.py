@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.types import UserError
 
 PATIENCE = 10.0  # seconds: a list of models takes no thought
+STREAMING = "X-Stainless-Raw-Response"  # by which the client tells itself not to read an answer whole
+OPENAI = "api.openai.com"  # the only host that an organisation and a project of OpenAI's mean something to
 
 
 def is_loopback(base_url: str) -> bool:
@@ -18,6 +21,43 @@ def is_loopback(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def transport(base_url: str, key: str, **hooks: Any) -> Any:
+    """The HTTP client under OpenAI's: no header but ours, and nowhere but where the config says.
+
+    A proxy of the environment must not see what is meant for this machine, and no redirect is followed.
+    """
+    from openai import DefaultAsyncHttpxClient
+
+    async def ours(request: Any) -> None:
+        only_ours(request, key)
+
+    return DefaultAsyncHttpxClient(
+        trust_env=not is_loopback(base_url), follow_redirects=False, event_hooks={"request": [ours], **hooks}
+    )
+
+
+def only_ours(request: Any, key: str) -> None:
+    """Put our own headers in the place of all that a request has.
+
+    OpenAI's client sends $OPENAI_ORG_ID, $OPENAI_PROJECT_ID and whatever $OPENAI_CUSTOM_HEADERS says to any host.
+    """
+    own = {
+        "Host": request.url.netloc.decode(),
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(request.content)),
+        "User-Agent": "sgcd_kernels",
+        "Authorization": f"Bearer {key}",
+    }
+    if request.headers.get(STREAMING) == "stream":
+        own[STREAMING] = "stream"
+    if request.url.scheme == "https" and request.url.host == OPENAI:
+        names = ("OpenAI-Organization", "OpenAI-Project")
+        own |= {name: request.headers[name] for name in names if name in request.headers}
+    request.headers = type(request.headers)(own)
 
 
 def reach(what: str, base_url: str, model: str, key_env: str) -> str:

@@ -1,4 +1,4 @@
-"""Finding a literal in text however it is spelled there: escaped, quoted, in other case, with thousands separators.
+"""Finding a literal in text however it is spelled there: escaped, quoted, in other case, a number or a date otherwise.
 
 One definition serves the sanitiser (no literal may leave) and the literal mask (tokens that spell one keep W = 1).
 """
@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import quote
 
+from trainer.credit.spellings import plain, squeeze, union
+from trainer.credit.values import date_of, number_of, number_spans, spell_date
+
 # A literal counts where a word begins and ends. The last letter of an escape such as \n or \u0020, as JSON within JSON
 # leaves it, is not part of a word; neither is an underscore or a percent escape.
 BEFORE = r"(?:(?<![^\W_])|(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})|(?<=%[0-9a-fA-F]{2}))"
 AFTER = r"(?![^\W_])"
+WRITTEN_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 SPACE = r"(?:\s|\\{1,8}[nrt]|\\{1,8}u00a0|\\{1,8}u0020|%20|\+|&nbsp;)+"
 ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "#(?:39|x27)"}
 
@@ -42,8 +46,10 @@ def spell_number(text: str) -> str:
 
 def spell_literal(literal: str) -> str:
     """A pattern for one literal, with its borders."""
-    if re.fullmatch(r"\d+(?:\.\d+)?", literal):
+    if WRITTEN_NUMBER.fullmatch(literal):
         return f"{BEFORE}{spell_number(literal)}{AFTER}"
+    if day := date_of(literal):
+        return f"{re.escape(literal)}|{BEFORE}(?:{spell_date(day)}){AFTER}"
     body = SPACE.join("".join(spell(c) for c in word) for word in literal.split())
     # An identifier (long, with digits) is given away wherever it stands, so it needs no borders.
     if len(literal) >= 6 and any(c.isdigit() for c in literal) and not literal.isdigit():
@@ -55,17 +61,41 @@ def spell_literal(literal: str) -> str:
 
 @lru_cache(maxsize=4096)
 def compile_literals(literals: tuple[str, ...]) -> re.Pattern[str]:
+    """A pattern that finds any of `literals`, of which there is one at least."""
     ordered = sorted(literals, key=lambda text: (-len(text), text))  # the longest first: it may contain the others
     return re.compile("|".join(spell_literal(text) for text in ordered), re.IGNORECASE)
 
 
-def pattern(literals: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of `literals`; None when there are none."""
-    found = tuple(sorted({text.strip() for text in literals if text.strip()}))
-    return compile_literals(found) if found else None
+def trace(literal: str) -> str:
+    """Letters and digits that are in a text, squeezed, wherever any spelling of `literal` is in it."""
+    if day := date_of(literal):
+        return str(day.year)
+    return squeeze(plain(literal.partition(".")[0] if WRITTEN_NUMBER.fullmatch(literal) else literal))
+
+
+class Literals:
+    """Known strings. Only those whose letters a text has at all are looked for: a pattern costs time for each."""
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        self._traces = {text: trace(text) for literal in sorted(set(literals)) if (text := literal.strip())}
+        self._numbers = {number for text in self._traces if (number := number_of(text))}
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The [start, end) of every literal in `text`, in rising order."""
+        if not self._traces:
+            return []
+        bare = plain(text)
+        squeezed = {squeeze(text), squeeze(bare) if bare != text else ""}
+        there = tuple(lit for lit, mark in self._traces.items() if any(mark in words for words in squeezed))
+        found = [match.span() for match in compile_literals(there).finditer(text)] if there else []
+        return [*union(found, number_spans(text, self._numbers))] if self._numbers else found
+
+
+@lru_cache(maxsize=256)
+def literals_of(literals: tuple[str, ...]) -> Literals:
+    return Literals(literals)
 
 
 def spans(text: str, literals: Iterable[str]) -> list[tuple[int, int]]:
     """The [start, end) of every literal in `text`."""
-    finder = pattern(literals)
-    return [match.span() for match in finder.finditer(text)] if finder else []
+    return literals_of(tuple(literals)).spans(text)

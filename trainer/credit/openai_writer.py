@@ -12,18 +12,21 @@ import json
 import logging
 import os
 import time
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import openai
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 
 from trainer.chat.compact import CompactRenderer
 from trainer.credit import prompt as prompts
 from trainer.credit.cache import ReferenceCache, key_of
-from trainer.credit.endpoint import is_loopback
+from trainer.credit.endpoint import is_loopback, transport
 from trainer.credit.prompt import Refused
+from trainer.credit.retries import LONGEST_PAUSE, Budget, TooLong, pause_after
 from trainer.credit.sanitiser import Sanitiser
+from trainer.credit.telling import SHORTEST_OWN
 from trainer.types import Group, Message, Renderer, Suite, UserError
 
 if TYPE_CHECKING:
@@ -31,27 +34,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 << 20  # bytes of an answer
-CHARS_PER_TOKEN = 3  # a low estimate of text per token, so that the budget errs to the safe side
-MOST_CHARS_PER_TOKEN = 8  # a high one: no endpoint has read a prompt with fewer tokens, whatever it says
-
-
-class Budget:
-    """Tokens of the whole run. A call reserves its worst case first, so concurrent calls cannot overspend."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.spent = 0
-        self._reserved = 0
-
-    def reserve(self, tokens: int) -> bool:
-        if self.limit is not None and self.spent + self._reserved + tokens > self.limit:
-            return False
-        self._reserved += tokens
-        return True
-
-    def settle(self, reserved: int, spent: int) -> None:
-        self._reserved -= reserved
-        self.spent += spent
+MOST_CHARS_PER_TOKEN = 8  # no endpoint has read a prompt with fewer tokens, whatever it says
+FRAME_TOKENS = 16  # that a chat template may put around a message
+NOT_SENT = ("ConnectError", "ConnectTimeout")  # whichever HTTP library the client brings
+POLL = 0.02  # seconds between looks at what others have given back
 
 
 class OpenAIWriter:
@@ -66,8 +52,10 @@ class OpenAIWriter:
         self.budget = Budget(config.token_budget)
         self.cache = ReferenceCache(config.cache_dir)
         self._warned: set[str] = set()
-        self._loopback = is_loopback(config.base_url)
-        self._key = read_key(config, self._loopback)
+        self._key = read_key(config, is_loopback(config.base_url))
+        # Known whatever their variables are called: the writer's key, and the one of an environment's own endpoint.
+        names = (config.api_key_env, getattr(suite, "api_key_env", ""))
+        self._keys = [key for name in names if len(key := os.environ.get(name, "").strip()) >= SHORTEST_OWN]
 
     def state_dict(self) -> dict[str, Any]:
         """The tokens spent so far: `token_budget` is of the whole run, however often it is resumed."""
@@ -92,18 +80,14 @@ class OpenAIWriter:
             await asyncio.gather(*(self._write_one(client, gate, group) for group in mixed))
 
     def _client(self) -> AsyncOpenAI:
-        # A proxy of the environment must not see what is meant for this machine. No redirects: a prompt goes where the
-        # config says. No compression: a megabyte of zeros must not become a gigabyte here.
-        transport = DefaultAsyncHttpxClient(
-            trust_env=not self._loopback, follow_redirects=False, event_hooks={"response": [refuse_floods]}
-        )
+        # No compression: a megabyte of zeros must not become a gigabyte here.
+        http = transport(self.config.base_url, self._key or "none", response=[refuse_floods])
         return AsyncOpenAI(
             api_key=self._key or "none",
             base_url=self.config.base_url,
             timeout=self.config.timeout,
-            max_retries=self.config.max_retries,  # 408, 409, 429, 5xx, time-outs; Retry-After is honoured
-            http_client=transport,
-            default_headers={"Accept-Encoding": "identity"},
+            max_retries=0,  # `_ask` tries again, for every try has its own share of the budget
+            http_client=http,
         )
 
     async def _write_one(self, client: AsyncOpenAI, gate: asyncio.Semaphore, group: Group) -> None:
@@ -140,48 +124,74 @@ class OpenAIWriter:
     ) -> str:
         key = key_of(prompts.VERSION, self.config.model, self.config.max_tokens, self.words_only, messages)
         tools = [tool["function"]["name"] for tool in group.rollouts[0].tools]
-        most = 4 * self.config.max_tokens
-        if entry := self.cache.get(key):  # the folder may be shared: an entry is trusted no more than an answer
-            info.update(cached=True, literals=self._shields(entry.get("literals"), tools))
-            return self._sanitiser(literals).known(str(entry["reference"]))[:most]
-        async with gate:
-            text = await self._ask(client, messages, info)
-        reply = prompts.parse_reply(text)
-        incoming = self._sanitiser(literals)
-        reference = prompts.render_reply(reply, incoming, tools, words_only=self.words_only, max_chars=most)
-        info.update(literals=self._shields(reply.masked, tools), reply_hits=dict(incoming.hits))
-        self.cache.put(key, {"reference": reference, "literals": info["literals"], "model": self.config.model})
+        told = prompts.read_entry(self.cache.get(key))
+        info["cached"] = told is not None
+        if told is None:
+            async with gate:
+                told = prompts.parse_reply(await self._ask(client, messages, info))
+        reply, incoming = prompts.only_tools(told, tools), self._sanitiser(literals)
+        if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
+            reply = prompts.clean_reply(told, incoming)
+        reference = (
+            prompts.render_words(reply) if self.words_only else prompts.render_prose(reply, 4 * self.config.max_tokens)
+        )
+        if not reference:
+            raise Refused("empty")
+        reply.masked = self._shields(told.masked, tools)
+        info.update(literals=reply.masked, reply_hits=dict(incoming.hits))
+        if not info["cached"]:
+            self.cache.put(key, {"reply": reply.model_dump(), "model": self.config.model})
         return reference
 
-    def _shields(self, wanted: Any, tools: list[str]) -> list[str]:
+    def _shields(self, wanted: list[str], tools: list[str]) -> list[str]:
         """The strings among those an endpoint wants masked that may be: no secret, no tool, nothing of a letter or two.
 
         They take tokens out of the credit, so a list of everything would make every weight 1.
         """
-        texts = [text for text in wanted if isinstance(text, str)] if isinstance(wanted, list) else []
-        clean = [self._sanitiser([]).text(text)[:80].strip() for text in texts[: prompts.MAX_ITEMS]]
+        clean = [self._sanitiser([]).text(text)[:80].strip() for text in wanted[: prompts.MAX_ITEMS]]
         return [text for text in clean if len(text) >= 3 and "[masked" not in text and text not in tools]
 
     async def _ask(self, client: AsyncOpenAI, messages: list[Message], info: dict[str, Any]) -> str:
         """One call within the budget of tokens and seconds; gives the text of the answer."""
-        chars = sum(len(m["content"]) for m in messages)
-        estimate = chars // CHARS_PER_TOKEN + self.config.max_tokens
-        if not self.budget.reserve(estimate):
-            raise Refused("budget_spent")
-        tokens = least = 0
+        left = self._deadline()  # the client's time-out is between bytes: an endpoint that drips must not hold the run
+        most = sum(len(m["content"].encode()) + FRAME_TOKENS for m in messages) + self.config.max_tokens
+        for tries in count(1):
+            await self._reserve(most)
+            start = time.monotonic()
+            try:
+                return text_of(await self._try(client, messages, most, left, info))
+            except openai.APIError as error:
+                pause = pause_after(error, tries)
+                left -= time.monotonic() - start + (pause or 0.0)
+                if pause is None or left <= 0 or tries > self.config.max_retries:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _reserve(self, most: int) -> None:
+        """Wait for so many tokens: others hold what they may not need, and take no longer than their deadline."""
+        while not self.budget.reserve(most):
+            if not self.budget.allows(most):
+                raise Refused("budget_spent")
+            await asyncio.sleep(POLL)
+
+    async def _try(
+        self, client: AsyncOpenAI, messages: list[Message], most: int, left: float, info: dict[str, Any]
+    ) -> Any:
+        """One request of at most `left` seconds. Its reserve is spent where nobody knows what it did cost."""
+        tokens = spent = most
         try:
-            # The client's time-out is between bytes; this one is the whole call with its retries, so that an endpoint
-            # that drips cannot hold the run.
-            answer = await asyncio.wait_for(self._call(client, messages), self._deadline())
-            tokens, least = usage_of(answer, estimate), chars // MOST_CHARS_PER_TOKEN
-        except (asyncio.TimeoutError, openai.APIConnectionError) as error:
-            if type(error.__cause__).__name__ != "ConnectError":  # it may have worked, and charged, at every try
-                tokens = estimate * (self.config.max_retries + 1)
+            answer = await asyncio.wait_for(self._call(client, messages), left)
+            tokens = usage_of(answer, most)
+            spent = max(tokens, sum(len(m["content"]) for m in messages) // MOST_CHARS_PER_TOKEN)
+            return answer
+        except openai.APIError as error:
+            if isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__ in NOT_SENT:
+                tokens = spent = 0
             raise
         finally:
-            self.budget.settle(estimate, max(tokens, least))
-            info["tokens"] = tokens
-        return text_of(answer)
+            self.budget.settle(most, spent)
+            info["tokens"] += tokens
 
     async def _call(self, client: AsyncOpenAI, messages: list[Message]) -> Any:
         create: Any = client.chat.completions.with_streaming_response.create
@@ -192,11 +202,11 @@ class OpenAIWriter:
         return ChatCompletion.construct(**answer) if isinstance(answer, dict) else None
 
     def _deadline(self) -> float:
-        """Seconds of one reference: every try, and the longest pause that the client makes of its own between two."""
-        return self.config.timeout * (self.config.max_retries + 1) + 8.0 * self.config.max_retries
+        """Seconds of one reference: every try, and the longest pause of our own choosing between two."""
+        return self.config.timeout * (self.config.max_retries + 1) + LONGEST_PAUSE * self.config.max_retries
 
     def _sanitiser(self, literals: list[str]) -> Sanitiser:
-        return Sanitiser(literals, secrets=[self._key] if self._key else [])
+        return Sanitiser(literals, secrets=self._keys)
 
     def _warn_once(self, reason: str) -> None:
         """Name each kind of failure once; the error's own text may quote what must not be logged."""
@@ -205,15 +215,13 @@ class OpenAIWriter:
             log.warning("writer %s: %s; such groups train with W = 1", self.config.model, reason)
 
 
-class TooLong(Exception):
-    """An answer of more bytes than any reference needs, or one that would unpack to who knows how many."""
-
-
 async def refuse_floods(response: Any) -> None:
-    """Refuse by its headers an answer that is too large or compressed, before a byte of it is read."""
+    """Refuse by its headers an answer that is an error, too large or compressed, before a byte of it is read."""
     packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
     length = response.headers.get("Content-Length", "")
-    if packed or (length.isdecimal() and int(length) > MAX_BODY):
+    if response.is_error:
+        await response.aclose()  # its status says all; the client would read the rest however long it is
+    elif packed or (length.isdecimal() and int(length) > MAX_BODY):
         raise TooLong
 
 
@@ -254,10 +262,10 @@ def text_of(answer: Any) -> str:
     return content
 
 
-def usage_of(answer: Any, estimate: int) -> int:
-    """Tokens as the endpoint counts them; where it says nothing credible, the estimate."""
+def usage_of(answer: Any, most: int) -> int:
+    """Tokens as the endpoint counts them; where it says nothing credible, the most that it can have been."""
     total = getattr(getattr(answer, "usage", None), "total_tokens", None)
-    return total if isinstance(total, int) and 0 < total <= 4 * estimate else estimate
+    return total if isinstance(total, int) and 0 < total <= most else most
 
 
 def reason_of(error: Exception) -> str:

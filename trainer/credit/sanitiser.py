@@ -9,16 +9,16 @@ the experiment, so every rule leans to the first.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.credit import cards
 from trainer.credit.cards import luhn
-from trainer.credit.literals import pattern
-from trainer.credit.spellings import Apart, Spans, blank, frames_of, joined, plain, replace, unwrap
+from trainer.credit.literals import Literals
+from trainer.credit.spellings import Apart, Spans, blank, joined, keys_of, plain, replace, union, unwrap, unwrap_codes
+from trainer.credit.telling import own_secrets, telling
 
 MAX_DEPTH = 16  # of nested JSON; deeper is masked whole
 
@@ -31,6 +31,7 @@ EVALUATOR_KEY = re.compile(
 CREDENTIAL_WORD = (
     r"(?:pass(?:word|wd|phrase|code)|pwd|secret|credential|api[ _-]?key|(?:access|private)[ _-]?key|token(?!s)"
     r"|authori[sz]ation|cookie|session[ _-]?id|(?:recovery|verification|security|access|backup)[ _-]?code"
+    r"|(?:one[ -]?time|2fa|mfa|two[ -]factor|log[ -]?in)[ _-]?(?:code|pin)|passwort|mot de passe"
     r"|(?<![a-z])(?:auth|otp|pin|cvv|cvc|pass|pw)(?![a-z]))"
 )
 CREDENTIAL_KEY = re.compile(rf"(?i){CREDENTIAL_WORD}")
@@ -43,7 +44,7 @@ ACCOUNT_KEY = re.compile(rf"(?i){ACCOUNT_WORD}")
 # Between a credential's name and its value: `password: x`, `the password for my account is x`, a row of a table or of a
 # list, an element, the next line, `--password x`; and after a mere space what has a digit in it.
 GIVEN = (
-    r"[\w-]{0,24}(?:\\{0,8}[\"'])?(?:\s{1,8}\w{1,24}){0,4}?\s{0,8}"
+    r"[\w-]{0,24}(?:\[\])?(?:\\{0,8}[\"'])?(?:\s{1,8}\w{1,24}){0,4}?\s{0,8}"
     r"(?:[:=]{1,3}>?|[-=]>|[|>(\t\n]|,(?=\s{0,8}\\{0,8}[\"'])|\b(?:is|are|was)\b|(?<=\s)(?=[^\s\d]{0,40}\d))"
     r"[\s\[({<]{0,8}"
 )
@@ -53,6 +54,7 @@ SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]{0,24}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,24}PRIVATE KEY-----|$)"
     r"|\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}|\bgh[oprsu]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{12,}|\bxox[abeoprs]-[A-Za-z0-9-]{8,}|\bhf_[A-Za-z0-9]{16,}|\bAIza[\w-]{20,}"
+    r"|\bglpat-[\w-]{16,}|\bnpm_[A-Za-z0-9]{16,}|\bdo[opr]_v1_[a-f0-9]{16,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
     r"|\beyJ[\w-]{8,4000}\.[\w-]{8,4000}(?:\.[\w-]*)?"
     r"|(?i:\b(?:bearer|basic)\s{1,8}[A-Za-z0-9._~+/=-]{6,})"
     r"|(?<=://)[^/\s:@\"']{1,200}:[^/\s@\"']{1,200}(?=@)"
@@ -63,9 +65,11 @@ ACCOUNTS = re.compile(rf"(?i)(?P<key>{ACCOUNT_WORD}{GIVEN})(?P<value>{VALUE})")
 ACCOUNT_SHAPES = re.compile(
     r"\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?\b"
     r"|\b(?:acct|account|card|credit_card|gift_card|certificate|paypal|iban|pm|cus|ba)_\w*\d\w*\b"
+    r"|(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])|(?i:\brouting\b[^\d\n]{0,20}\d{9}\b)"
     r"|(?i:\b(?:account|acct|a/c)\.?\s{0,3}(?:no\.?|number|id|#)?\s{0,3}[:#]?\s{0,3}\d[\d -]{4,40}\d)"
 )
 DIGITS = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?!\d)")
+MAX_TOLD = 400  # strings that one group may show as credentials and accounts
 MAX_DECODED = 3  # encodings within encodings; deeper is masked whole
 NAMES, VALUES = (
     ("name", "key", "field", "label", "type", "title", "attribute"),
@@ -86,25 +90,53 @@ EVALUATOR_LINES = re.compile(
 )
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+KINDS = ("answer", "secret", "credential", "payment", "account", "email", "evaluator")
+MARK = re.compile(rf"(\[masked (?:{'|'.join(KINDS)})\])")
+MASKED = re.compile(rf"\[?masked (?:{'|'.join(KINDS)})\]?")
+
+
 def mask(kind: str) -> str:
     return f"[masked {kind}]"
 
 
-def own_secrets() -> list[str]:
-    """The values of this process's environment variables that are named as credentials are."""
-    return [v for k, v in os.environ.items() if len(v) >= 8 and CREDENTIAL_KEY.search(k) and not v.startswith("/")]
+class TooMany(Exception):
+    """A group with more credentials than can be looked for in every text."""
 
 
 class Sanitiser:
     """Masks texts and messages of one task and counts what it masked, by kind."""
 
     def __init__(self, literals: Iterable[str] = (), *, secrets: Iterable[str] = (), emails: bool = True) -> None:
-        literals, secrets = list(literals), [*secrets, *own_secrets()]
         self.hits: Counter[str] = Counter()
         self.emails = emails
-        self._answers, self._secrets = pattern(map(plain, literals)), pattern(map(plain, secrets))
         self._done: dict[tuple[str, int], tuple[str, Counter[str]]] = {}
-        self._apart = {"answer": Apart(literals), "secret": Apart(secrets)}
+        self._told: dict[str, set[str]] = {"credential": set(), "account": set()}
+        self._known: dict[str, Literals] = {}
+        self._apart: dict[str, Apart] = {}
+        self._know("secret", [*secrets, *own_secrets(CREDENTIAL_KEY)])
+        self._know("answer", list(literals))
+
+    def _know(self, kind: str, strings: Collection[str]) -> None:
+        self._known[kind], self._apart[kind] = Literals(map(plain, strings)), Apart(strings)
+
+    def learn(self) -> bool:
+        """Take what was masked beside its name for known from now on; whether there is any, so that a second pass pays.
+
+        A trace shows `"password": "n0t-a-secret"` once, and then says n0t-a-secret wherever it likes.
+
+        Raises:
+            TooMany: to look for so many takes too long, and what cannot be cleaned does not leave.
+        """
+        if not any(self._told.values()):
+            return False
+        if sum(map(len, self._told.values())) > MAX_TOLD:
+            raise TooMany
+        for kind, strings in self._told.items():
+            self._know(kind, strings)
+        self._done.clear()
+        self.hits.clear()
+        return True
 
     def text(self, text: str, depth: int = 0) -> str:
         """Mask one text; `depth` says inside how many encodings it was found."""
@@ -119,34 +151,44 @@ class Sanitiser:
 
     def _masked(self, text: str, depth: int) -> str:
         text = unwrap(plain(text), lambda content: self._judge(content, depth))
-        text = self._sub(self._secrets, "secret", text)
-        text = self._sub(SECRET_SHAPES, "secret", text)
+        text = self._whole(text, ("secret",))
+        text = self._sub(SECRET_SHAPES, "secret", text, lambda m: self._tell("credential", m.group()))
         text = self._sub(EVALUATOR_BLOCKS, "evaluator", text)
         text = self._sub(EVALUATOR_LINES, "evaluator", text)
         text = self._values(CREDENTIALS, "credential", text)
         text = self._sub(DIGITS, "payment", text, lambda m: luhn(re.sub(r"\D", "", m.group())))
-        text = self._sub(ACCOUNT_SHAPES, "account", text)
+        text = self._sub(ACCOUNT_SHAPES, "account", text, lambda m: self._tell("account", m.group()))
         text = self._values(ACCOUNTS, "account", text)
         if self.emails:
             text = self._sub(EMAILS, "email", text)
-        text = self._sub(self._answers, "answer", text)
+        text = self._whole(text, self._known)
         return self._spelled(text, ())
 
-    def known(self, text: str, frames: Spans = ()) -> str:
-        """Mask the known strings alone, however spelled and across `frames`: the last pass over a reference."""
-        text = self._spelled(text, frames)
-        text = self._sub(self._secrets, "secret", plain(text))
-        return self._spelled(self._sub(self._answers, "answer", text), ())
-
-    def prompt(self, lines: str) -> str:
-        """The last pass over a prompt, lines of JSON: known strings and cards, in pieces and across fields too.
+    def lines(self, lines: Sequence[str]) -> list[str]:
+        """The last pass over masked values, one a line, JSON or prose: known strings and cards that lie across them.
 
         Escapes stay, for they hold the lines together; what they hide was masked before they were made.
         """
-        lines = self._sub(self._secrets, "secret", lines)
-        lines = self._sub(self._answers, "answer", lines)
-        lines = self._spelled(lines, ())
-        return self._spelled(lines, frames_of(lines))
+        lines = [unwrap_codes(line, lambda content: self._judge(content, 0)) for line in lines]
+        text = "\n".join(self._whole(line, self._known) for line in lines)
+        text = self._spelled(text, ())
+        return self._spelled(text, keys_of(text)).split("\n")
+
+    def _whole(self, text: str, kinds: Iterable[str]) -> str:
+        """Mask known strings in one piece. Marks are our words, and as such no place for an answer "email"."""
+        for kind in kinds:
+            parts = MARK.split(text)
+            text = "".join(part if i % 2 else self._known_in(part, kind) for i, part in enumerate(parts))
+        return text
+
+    def _known_in(self, text: str, kind: str) -> str:
+        spans = self._known[kind].spans(text)
+        return replace(text, [(start, end, self._hit(kind)) for start, end in spans]) if spans else text
+
+    def _tell(self, kind: str, value: Any, *, whole: bool = False) -> bool:
+        """Note what is masked, for `learn`."""
+        self._told[kind].update(telling(kind, value, whole=whole))
+        return True
 
     def _judge(self, content: str, depth: int) -> str | None:
         """A mask for an encoded text that holds anything to mask."""
@@ -157,7 +199,8 @@ class Sanitiser:
         return mask(next(reversed(self.hits))) if sum(self.hits.values()) > before else None
 
     def _spelled(self, text: str, frames: Spans) -> str:
-        """Mask cards, and known strings in pieces, backwards, or across `frames`."""
+        """Mask cards, and known strings in pieces, backwards, or across `frames` and marks."""
+        frames = union(frames, [match.span() for match in MARK.finditer(text)])
         found = {kind: apart.spans(text, frames) for kind, apart in self._apart.items()}
         found["payment"] = joined(text, cards.spans(blank(text, frames)))
         marks = sorted((*span, kind) for kind, spans in found.items() for span in spans)
@@ -193,14 +236,20 @@ class Sanitiser:
                     continue
         return self.text(text)
 
-    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The visible part of one chat message, masked: role, content, and the calls it makes."""
-        record: dict[str, Any] = {"role": self.text(str(message.get("role")))}
+    def message(self, message: Mapping[str, Any], tools: Collection[str] = ()) -> dict[str, Any]:
+        """The visible part of one chat message, masked: role, content, and the calls it makes.
+
+        Roles and the names of `tools` stay: they stand in every trace, so that a hole would say more than the word.
+        """
+        record: dict[str, Any] = {"role": self._name(message.get("role"), ROLES)}
         if content := message.get("content"):
             record["content"] = self.content(content) if isinstance(content, str) else self.json(content)
         functions = [(call or {}).get("function") or {} for call in message.get("tool_calls") or []]
-        calls = [{"name": self.text(str(f.get("name"))), "arguments": self._arguments(f)} for f in functions]
+        calls = [{"name": self._name(f.get("name"), tools), "arguments": self._arguments(f)} for f in functions]
         return {**record, "calls": calls} if calls else record
+
+    def _name(self, name: Any, frame: Collection[str]) -> str:
+        return name if isinstance(name, str) and name in frame else self.text(str(name))
 
     def _arguments(self, function: Mapping[str, Any]) -> Any:
         arguments = function.get("arguments")
@@ -210,6 +259,8 @@ class Sanitiser:
         key = plain(key)
         kind = kind_of_key(key) or (named if key.lower() in VALUES else None)
         if kind and value not in (None, "", [], {}):
+            if kind in self._told:
+                self._tell(kind, value, whole=True)
             return self._hit(kind)
         return self.json(value, depth + 1)
 
@@ -219,18 +270,23 @@ class Sanitiser:
 
     def _sub(
         self,
-        finder: re.Pattern[str] | None,
+        finder: re.Pattern[str],
         kind: str,
         text: str,
         accept: Callable[[re.Match[str]], bool] = lambda match: True,
     ) -> str:
-        if finder is None:
-            return text
         return finder.sub(lambda match: self._hit(kind) if accept(match) else match.group(), text)
 
     def _values(self, finder: re.Pattern[str], kind: str, text: str) -> str:
-        """Mask the value of `key = value` and leave the key."""
-        return finder.sub(lambda match: match["key"] + self._hit(kind), text)
+        """Mask the value of `key = value`, unless it is masked already, and leave the key."""
+
+        def masked(match: re.Match[str]) -> str:
+            if MASKED.fullmatch(match["value"]):
+                return match.group()
+            self._tell(kind, match["value"], whole=match["quote"] is not None)
+            return match["key"] + self._hit(kind)
+
+        return finder.sub(masked, text)
 
 
 def name_in(item: Any) -> str:

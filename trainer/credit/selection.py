@@ -6,10 +6,12 @@ clean ones), with more failures the longer failures (those that went far before 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+LEFT_OUT = "[...]"  # no letter and no digit: an answer could be any word of ours, or a count of characters
 
 
 def select(
@@ -35,9 +37,16 @@ def in_order(items: Sequence[T], chosen: Sequence[T]) -> list[T]:
     return [item for item in items if id(item) in wanted]
 
 
-def cut_middle(text: str, limit: int) -> str:
-    """Shorten one text to about `limit` characters by its middle, and say so: beginnings and ends say most."""
+def cut_middle(text: str, limit: int, whole: re.Pattern[str] | None = None) -> str:
+    """Shorten one text to about `limit` characters by its middle, and mark it: beginnings and ends say most.
+
+    What `whole` finds is not cut in two: it is left out.
+    """
     if len(text) <= limit:
         return text
     half = max(limit // 2, 1)
-    return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"
+    first, last = half, len(text) - half
+    for match in whole.finditer(text) if whole else ():
+        first = match.start() if match.start() < first < match.end() else first
+        last = match.end() if match.start() < last < match.end() else last
+    return f"{text[:first]} {LEFT_OUT} {text[last:]}"

@@ -1,8 +1,9 @@
 """The ways in which a text can spell something without seeming to: undone where that keeps the text, else searched.
 
 `plain` undoes what a reader undoes without thinking: escapes of JSON, URLs and HTML to any depth, look-alike digits and
-letters, characters that cannot be seen. `apart` finds a literal whose characters stand apart, backwards, or in several
-fields; `decoded` reads runs of base64 and hex. A cipher of the writer's own making is found by nothing here.
+letters, characters that cannot be seen. `Apart` finds a literal whose characters stand apart, backwards, or in several
+fields; `unwrap` reads runs of base64, base32 and hex, and rows of character codes. A cipher of the writer's own making
+is found by nothing here.
 
 Everything is linear in the text's length.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import html
 import re
 import unicodedata
@@ -31,15 +33,22 @@ ENTITY = re.compile(r"&(?:#\d|#[xX][0-9a-fA-F]|[A-Za-z]{2})")
 CONTROLS = {c: None for c in [*range(32), 127] if chr(c) not in "\n\t"}
 # Drawn as nothing though no control or format character: joiners, fillers, selectors of a glyph's variant.
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-# Letters of Cyrillic and Greek that are drawn as Latin ones are.
-TWINS = dict(zip("авекмнорстухіјѕԁɡһԛѡαβεικνορτυχ", "abekmhopctyxijsdghqwabeikvoptux"))
+# Letters of Cyrillic, Greek, Armenian and Cherokee that are drawn as Latin ones are, and a dotless i.
+TWINS = dict(zip("авекмнорстухіјѕԁɡһԛѡαβεικνορτυχı", "abekmhopctyxijsdghqwabeikvoptuxi"))
+TWINS |= dict(zip("օոսհցզքյլ" + "ᎪᏴᏟᎠᎬᏀᎻᎥᎫᏦᏞᎷᎾᏢᎡᏒᏚᎢᏙᏔᏃ", "onuhgqpjl" + "abcdeghijklmoprrstvwz"))
+# A letter of another shape, by its name in Unicode: small capitals, in a black circle or square, of a flag.
+SHAPED = re.compile(r"(?:LATIN LETTER SMALL CAPITAL|LATIN CAPITAL LETTER|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])$")
 GAP = re.compile(r"[\W_]+")
 FRAME = re.compile(r"[\"'\n\w{}\[\]]")
-PIECE = re.compile(r'("(?:[^"\\\n]|\\[^\n])*"(?:\s?:)?)|^(?:TASK|SIBLING \d+ \w+)\b', re.MULTILINE)
+STRING = re.compile(r'"(?:[^"\\\n]|\\[^\n])*"(?P<key>\s?:)?')
 BASE64 = re.compile(
     r"(?<![A-Za-z0-9+/_-])(?:[A-Za-z0-9+/_-]{40,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*|[A-Za-z0-9+/_-]{6,})={0,2}"
 )
 HEX = re.compile(r"(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{0,2}(?:0x)?[0-9a-fA-F]{2}){3,}[0-9a-fA-F]?")
+BASE32 = re.compile(r"[A-Z2-7]{8,}")
+# A row of numbers that may be codes of characters, in any base: chr(90)+chr(97), \132\141, =5A=61, [90, 97]
+CODE = r"(?:0[xob])?[0-9a-fA-F]{2,6}"
+CODES = re.compile(rf"(?<![0-9A-Za-z]){CODE}(?:[^0-9A-Za-z]{{1,12}}(?:(?:chr|[uUx])[^0-9A-Za-z]{{0,2}})?{CODE}){{3,}}")
 
 
 def plain(text: str) -> str:
@@ -75,6 +84,8 @@ def _seen(char: str) -> str:
     kind = unicodedata.category(char)
     if kind == "Nd":
         return str(unicodedata.decimal(char))
+    if shaped := SHAPED.search(unicodedata.name(char, "")):
+        return shaped[1]
     return "" if kind in ("Cf", "Cs", "Co", "Cc") else char
 
 
@@ -104,7 +115,7 @@ class Apart:
     def spans(self, text: str, frames: Spans = ()) -> Spans:
         """The [start, end) of every run of characters that belongs to a literal, in rising order.
 
-        `frames` are no part of the text's own words (names of fields): a literal is found across them.
+        `frames` are no part of the text's own words (names of fields, marks): a literal is found across them.
         """
         if not self._needles:
             return ()
@@ -161,22 +172,24 @@ def replace(text: str, pieces: Iterable[tuple[int, int, str]]) -> str:
     return "".join([*out, text[done:]])
 
 
-def frames_of(lines: str) -> Spans:
-    """What in lines of JSON is not a value: names of fields, roles, names of tools, and the words between the lines."""
-    found, named = list[tuple[int, int]](), False
-    for match in PIECE.finditer(lines):
-        if match[1]:  # a string
-            key = match[1].endswith(":")
-            if key or named:
-                found.append(match.span())
-            named = key and match[1].rstrip(": ") in ('"role"', '"name"')
+def keys_of(lines: str) -> Spans:
+    """Where in lines of JSON the names of fields are."""
+    return [match.span() for match in STRING.finditer(lines) if match["key"]]
+
+
+def union(*spans: Spans) -> Spans:
+    """All of them, those that overlap as one."""
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(span for several in spans for span in several):
+        if runs and start < runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
         else:
-            found.append(match.span())
-    return found
+            runs.append((start, end))
+    return runs
 
 
 def unwrap(text: str, judge: Callable[[str], str | None]) -> str:
-    """Put `judge`'s word in the place of each run of base64 or hex about whose content it has one."""
+    """Put `judge`'s word in the place of each run of base64, hex or codes about whose content it has one."""
 
     def base(match: re.Match[str]) -> str:
         run = match.group()
@@ -193,11 +206,40 @@ def unwrap(text: str, judge: Callable[[str], str | None]) -> str:
                 return word
         return match.group()
 
-    return BASE64.sub(base, HEX.sub(sixteen, text))
+    return BASE64.sub(base, HEX.sub(sixteen, unwrap_codes(text, judge)))
+
+
+def unwrap_codes(text: str, judge: Callable[[str], str | None]) -> str:
+    """`unwrap` for rows of codes alone: they may lie across the elements of a list."""
+
+    def row(match: re.Match[str]) -> str:
+        contents = from_codes(re.findall(CODE, re.sub(r"chr|[uUx]", " ", match.group())))
+        return next((word for content in contents if (word := judge(content))), match.group())
+
+    return CODES.sub(row, text)
+
+
+def from_codes(numbers: Sequence[str]) -> Iterator[str]:
+    """The texts that a row of numbers may spell, in the bases in which people write them; no code is a space."""
+    for base in (10, 16, 8):
+        yield "".join(_code(number, base) for number in numbers)
+
+
+@lru_cache(maxsize=4096)
+def _code(number: str, base: int) -> str:
+    try:
+        code = int(number, base)
+    except ValueError:
+        return " "
+    return chr(code) if 32 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF else " "
 
 
 def from_base64(run: str) -> Iterator[str]:
-    """The texts that a run may spell, wherever in it the code begins."""
+    """The texts that a run may spell, wherever in it the code begins; all capitals may be base32."""
+    if BASE32.fullmatch(run.rstrip("=")):
+        letters = run.rstrip("=")
+        with contextlib.suppress(binascii.Error):
+            yield readable(base64.b32decode(letters + "=" * (-len(letters) % 8)))
     letters = re.sub(r"[=\s]", "", run).translate({ord("-"): "+", ord("_"): "/"})
     for start in range(min(4, len(letters))):
         piece = letters[start:]
@@ -211,10 +253,11 @@ def from_base64(run: str) -> Iterator[str]:
 
 
 def readable(data: bytes) -> str:
-    """The text that bytes are; "" where they are none."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return ""
+    """The text that bytes are, a few odd ones aside; "" where they are none. Zeros in every other place are UTF-16."""
+    encoding = "utf-8"
+    if 4 * data.count(0) >= len(data):
+        encoding = "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
+    text = data.decode(encoding, "ignore").replace("\0", "")
     odd = sum(char not in "\n\t\r" and unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in text)
-    return text if len(text) >= 3 and odd <= 0.1 * len(text) else ""
+    lost = len(data) - data.count(0) - len(text.encode(encoding).replace(b"\0", b""))
+    return text if len(text) >= 3 and odd + lost <= 0.1 * len(data) else ""

@@ -11,17 +11,17 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from openai import AsyncOpenAI, OpenAIError
 from tau2.data_model.message import UserMessage
 from tau2.data_model.tasks import Task
 from tau2.user.base import STOP, TRANSFER
 from tau2.user.user_simulator import UserSimulator
 
-from trainer.credit.endpoint import is_loopback
+from trainer.credit.endpoint import transport
 from trainer.credit.openai_writer import reason_of, text_of
 from trainer.credit.prompt import Refused
 from trainer.types import EnvironmentBroken
@@ -29,8 +29,9 @@ from trainer.types import EnvironmentBroken
 Customer = Callable[[Task], UserSimulator]  # a fresh one for each conversation
 
 
-def _running_loop() -> asyncio.AbstractEventLoop:
-    """An event loop in a thread that keeps no process from ending."""
+@cache
+def _calls() -> asyncio.AbstractEventLoop:
+    """The event loop of all calls, in a thread that keeps no process from ending."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="customers", daemon=True).start()
     return loop
@@ -38,7 +39,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the customer's words come from. Calls run in a loop of its own, so that one can be ended at any time."""
+    """Where the customer's words come from. Calls run in a loop of their own, so that one can be ended at any time."""
 
     base_url: str
     model: str
@@ -46,18 +47,16 @@ class Endpoint:
     api_key_env: str
     timeout: float  # seconds a try
     max_retries: int  # of 408, 409, 429, 5xx, lost connections and time-outs; the client waits longer each time
-    _loop: asyncio.AbstractEventLoop = field(default_factory=_running_loop, init=False, repr=False, compare=False)
 
     @cached_property
     def client(self) -> AsyncOpenAI:
-        # A proxy of the environment must not see what is meant for this machine.
-        transport = DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
+        key = os.environ.get(self.api_key_env, "").strip() or "none"
         return AsyncOpenAI(
-            api_key=os.environ.get(self.api_key_env, "").strip() or "none",
+            api_key=key,
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=self.max_retries,
-            http_client=transport,
+            http_client=transport(self.base_url, key),
         )
 
     def call(self, messages: list[dict[str, Any]]) -> Future[str]:
@@ -67,7 +66,7 @@ class Endpoint:
             EnvironmentBroken: from the future's `result`: there are none after the retries; one word says why, for the
                 error's own text may quote the key.
         """
-        return asyncio.run_coroutine_threadsafe(self._ask(messages), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._ask(messages), _calls())
 
     async def _ask(self, messages: list[dict[str, Any]]) -> str:
         create: Any = self.client.chat.completions.create

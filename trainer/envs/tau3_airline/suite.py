@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from trainer.credit.endpoint import is_loopback
-from trainer.credit.literals import pattern
+from trainer.credit.literals import spans
 from trainer.envs.tau3_airline import package
 from trainer.types import Environment, Message, Task, TaskClass, UserError, all_of
 
@@ -68,6 +68,7 @@ class Tau3AirlineSuite:
         folder = package.data_folder()
         self._episode = package.load()
         self._airline = self._episode.airline(folder)
+        self.api_key_env = user_api_key_env  # what it holds never goes to another endpoint
         self._customer = self._cast(user, *endpoint)
         self._waits_for = f"the customer ({user_model} at {user_base_url})" if user == "llm" else ""
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=self.name)
@@ -148,8 +149,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _occurs(text: str, where: str) -> bool:
-    finder = pattern([text])
-    return finder is not None and finder.search(where) is not None
+    return bool(spans(where, [text]))
 
 
 def _check(name: str, value: Any, fits: bool, need: str) -> None:
