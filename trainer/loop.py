@@ -49,7 +49,7 @@ class Run:
     learner: update.Learner
     pulse: Pulse
     step: int = 0  # steps that are finished
-    saved: int = 0  # the step of the newest checkpoint, 0 for none
+    saved: tuple[int, Any] = (0, None)  # step and writer's state of the newest checkpoint
     unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
     skipped: int = 0  # updates in a row
     told_too_long: bool = False
@@ -97,10 +97,10 @@ class Run:
                 optimiser=self.learner.optimiser,
                 generators={"engine": self.engine.generator},
             )
-            self.saved = self.step
             self.order.load_state_dict(extra["order"])
             if "writer" in extra:
                 self.writer.load_state_dict(extra["writer"])
+            self.saved = self.step, self.writer.state_dict()
         last = checkpoint.rewind(folder, self.step if newest else -1)
         if last < self.step:
             self.unlogged = extra.get("metrics", {})
@@ -153,9 +153,7 @@ class Run:
                 with clock("reference"):
                     await self.writer.write(batch.train)
         except STOPS:
-            self.order.load_state_dict(position)
-            self.engine.generator.set_state(drawn)
-            self.keep({}, logger)
+            self.undo(position, drawn, logger)
             raise
         if sleeps := config.engine.vllm_enable_sleep_mode:
             self.engine.sleep()
@@ -163,7 +161,11 @@ class Run:
         scored: list[list[metrics.Scored]] = []
         if batch.train:
             losses, scored = self.learner.update(batch.train, step, clock)
-            self.count_skipped(bool(losses["update/skipped"]), logger)
+            try:
+                self.count_skipped(bool(losses["update/skipped"]), logger)
+            except UserError:  # the weights have not moved
+                self.undo(position, drawn, logger)
+                raise
             if losses["sampling/sampling_logp_difference/mean"] > DRIFTED:
                 logger.say(f"WARNING: step {step}: engine and trainer differ in their log-probs; has it these weights?")
             found |= losses | self.credit_metrics(batch.train, scored, logger)
@@ -182,6 +184,12 @@ class Run:
             del times["time/sgcd_overhead"]
         tokens = sum(len(r.ids) for g in batch.sampled for r in g.rollouts)
         return {**found, **times, "perf/rollout_tokens_per_s": tokens / clock.wall["rollout"]}
+
+    def undo(self, position: Any, drawn: torch.Tensor, logger: MetricLogger) -> None:
+        """Go back to where the step began, and leave a checkpoint of that."""
+        self.order.load_state_dict(position)
+        self.engine.generator.set_state(drawn)
+        self.keep({}, logger)
 
     def count_skipped(self, skipped: bool, logger: MetricLogger) -> None:
         """Say that an update was left out; a `UserError` when it keeps happening."""
@@ -257,10 +265,11 @@ class Run:
         return result.metrics
 
     def keep(self, found: dict[str, float], logger: MetricLogger) -> None:
-        """See to it that there is a checkpoint of the finished steps."""
-        if self.step > self.saved:
+        """See to it that there is a checkpoint of the finished steps, and of what the writer has spent since."""
+        state = self.step, self.writer.state_dict()
+        if self.step and state != self.saved:
             logger.say(f"checkpoint: {self.save(found)}")
-            self.saved = self.step
+            self.saved = state
 
     def save(self, found: dict[str, float]) -> Path:
         """Write the state that the next step starts from, and the metrics of this one, which are not logged yet."""

@@ -442,6 +442,32 @@ def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
     assert identical(whole.output_dir, cut.output_dir)
 
 
+def test_what_the_writer_spent_in_a_step_that_is_undone_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each stop and start would give some of its budget back."""
+    spent = [0]
+
+    class Spender(writers.NoneWriter):
+        def state_dict(self) -> dict[str, Any]:
+            return {"spent": spent[0]}
+
+        async def write(self, groups: list[Group]) -> None:
+            await super().write(groups)
+            spent[0] += 7
+            if spent[0] > 7:
+                raise UserError("the endpoint is gone")
+
+    monkeypatch.setattr(writers, "load", lambda *_: Spender())
+    made = config(folder, tmp_path, arm="sgcd", save_steps=1, eval_on_start=False, eval_steps=0)
+    with pytest.raises(UserError, match="endpoint is gone"):
+        loop.train(made)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.name == "step_1"
+    state = torch.load(newest / "state" / "state.pt", weights_only=True)
+    assert state["extra"]["writer"] == {"spent": 14}
+
+
 def test_one_task_that_always_breaks_stops_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,13 +495,15 @@ def test_updates_without_a_finite_gradient_are_skipped_told_and_stopped(
         return {**found, "update/skipped": float(step <= spoilt)}, scored
 
     monkeypatch.setattr(loop.update.Learner, "update", spoil)
-    made = config(folder, tmp_path, eval_on_start=False)
+    made = config(folder, tmp_path, eval_on_start=False, save_steps=0)
     if spoilt < loop.MAX_SKIPPED:
         loop.train(made)
         assert [line["update/skipped"] for line in records(tmp_path)] == [1, 1, 0]
     else:
         with pytest.raises(UserError, match="step 3: the gradient is not finite, 3 times in a row"):
             loop.train(made)
+        newest = checkpoint.latest(tmp_path)
+        assert newest is not None and newest.name == "step_2", "no step is lost"
     assert capsys.readouterr().out.count("the gradient is not finite") == 2
 
 

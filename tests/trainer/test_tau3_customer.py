@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ async def chat(airline: Suite, *words: str) -> Outcome:
     for word in words:
         await environment.step({"role": "assistant", "content": word})
     return await environment.outcome()
+
+
+def test_conversations_that_begin_together_share_one_loop() -> None:
+    """Each asks from a thread of its own; a client that two loops share breaks."""
+    from trainer.envs.tau3_airline import customers
+
+    made = customers._made_once
+    made.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: id(customers._calls()), range(64)))) == 1
+
+
+def test_a_conversation_that_is_closed_before_it_speaks_waits_for_nobody() -> None:
+    from tau2.data_model.message import AssistantMessage
+
+    from trainer.envs.tau3_airline import customers
+
+    with StubEndpoint(Reply(completion("late"), delay=5.0)) as stub:
+        endpoint = customers.Endpoint(stub.base_url, "customer", 0.0, "NO_KEY", 20.0, 0)
+        customer = customers.EndpointCustomer(endpoint, suite(stub).tasks("test")[0].data["task"])
+        state = customer.get_init_state()
+        customer.hang_up()
+        begun = time.monotonic()
+        with pytest.raises(EnvironmentBroken, match="closed while the customer was speaking"):
+            customer.generate_next_message(AssistantMessage(role="assistant", content="Hi."), state)
+    assert time.monotonic() - begun < 2
 
 
 def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:

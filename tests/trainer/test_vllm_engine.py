@@ -277,6 +277,25 @@ def test_a_straggler_is_dropped_not_scored(servers: list[Process], tmp_path: Pat
     assert eng.servers[0].version == eng.version, "the server is well"
 
 
+def test_a_server_with_a_queue_is_not_taken_for_one_that_hangs(
+    servers: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token that it is asked for waits behind others, which are answered meanwhile."""
+    eng = engine(servers[:1], tmp_path, timeout=1.0, max_retries=0)
+    draw(eng, 1)
+    servers[0].fault("slow", 2)  # the turn, and the token
+
+    async def both() -> list[Any]:
+        slow = asyncio.ensure_future(eng.generate(PROMPT, 1, DRAW))
+        await asyncio.sleep(1.5)
+        return await asyncio.gather(slow, eng.generate(PROMPT, 1, DRAW), return_exceptions=True)
+
+    slow, quick = asyncio.run(both())
+    assert isinstance(slow, EnvironmentBroken)
+    assert len(quick) == 1
+    assert eng.servers[0].version == eng.version
+
+
 def test_a_server_that_was_restarted_is_not_believed_until_it_has_the_weights(
     servers: list[Process], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import WriterConfig
+from trainer.credit import prompt as prompts
 from trainer.credit import retries as retries_module
 from trainer.credit import writers
 from trainer.credit.contrast import EMPTY_SHELL, contrast, format_reference
@@ -433,8 +434,17 @@ def test_the_token_budget_holds_whatever_becomes_of_a_try(
         happened = [fates[min(i, len(fates) - 1)] for i in range(len(stub.bodies))]
     assert all(spent + reserved <= limit for spent, reserved in seen_states)
     assert writer.budget.reserved == 0
-    charged = {"ok": 100, "costly": 1_500, "lies": 100, "late": 100, "drop": 100, "cut": 100, "html": 100}
-    assert writer.budget.spent >= sum(charged.get(fate, 0) for fate in happened)
+    charged = {
+        "ok": 100,
+        "costly": 1_500,
+        "lies": 100,
+        "late": 100,
+        "drop": 100,
+        "cut": 100,
+        "html": 100,
+        "broken": 100,
+    }
+    assert writer.budget.spent >= sum(charged[fate] for fate in happened)
     assert all(g.reference or g.reference_info["error"] for g in groups)
 
 
@@ -447,6 +457,21 @@ def test_a_try_that_timed_out_is_counted_though_the_next_succeeds(tmp_path: Path
     assert len(sizes) == 2
     assert writer.budget.spent > sizes[0] + 100
     assert made.reference_info["tokens"] == writer.budget.spent - sizes[1] // 8 + 100
+
+
+def test_no_deadline_runs_while_prompts_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made one after the other, and of long groups that takes seconds each."""
+    build = prompts.build_prompt
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return build(*arguments)
+
+    monkeypatch.setattr(prompts, "build_prompt", slow)
+    groups = [group(*MIXED, of=task(f"s{i}", f"task {i}")) for i in range(5)]
+    with StubEndpoint(Reply(good_reply())) as stub:
+        ask(stub, tmp_path, *groups, timeout=0.5, max_retries=0)
+    assert all(g.reference for g in groups)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 4 << 20  # bytes of an answer
 MOST_CHARS_PER_TOKEN = 8  # no endpoint has read a prompt with fewer tokens, whatever it says
 FRAME_TOKENS = 16  # that a chat template may put around a message
+MAY_HAVE_WORKED = (500, 502, 504)  # what a gateway says, too, when the model behind it has answered too late
 NOT_SENT = ("ConnectError", "ConnectTimeout")  # whichever HTTP library the client brings
 POLL = 0.02  # seconds between looks at what others have given back
 
@@ -76,8 +77,9 @@ class OpenAIWriter:
         if not mixed:
             return
         gate = asyncio.Semaphore(self.config.concurrency)
+        asked = [(group, messages) for group in mixed if (messages := self._prompt(group))]  # before any deadline runs
         async with self._client() as client:
-            await asyncio.gather(*(self._write_one(client, gate, group) for group in mixed))
+            await asyncio.gather(*(self._write_one(client, gate, *each) for each in asked))
 
     def _client(self) -> AsyncOpenAI:
         # No compression: a megabyte of zeros must not become a gigabyte here.
@@ -90,22 +92,27 @@ class OpenAIWriter:
             http_client=http,
         )
 
-    async def _write_one(self, client: AsyncOpenAI, gate: asyncio.Semaphore, group: Group) -> None:
-        """Write one reference; any failure becomes a word in `reference_info`."""
-        info: dict[str, Any] = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
-        group.reference_info = info
+    def _prompt(self, group: Group) -> list[Message]:
+        """What is asked about a group; nothing, and a word in `reference_info`, where it cannot be cleaned."""
+        info = group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
         try:
-            literals = self.suite.answer_literals(group.task)
-            outgoing = self._sanitiser(literals)
+            outgoing = self._sanitiser(self.suite.answer_literals(group.task))
             messages = prompts.build_prompt(group, outgoing, self.config.max_prompt_chars)
         except Exception as error:  # what cannot be cleaned does not leave
             info["error"] = "unclean"
             self._warn_once(f"unclean ({type(error).__name__} while a prompt was made)")
-            return
+            return []
         info["sanitiser_hits"] = dict(outgoing.hits)
+        return messages
+
+    async def _write_one(
+        self, client: AsyncOpenAI, gate: asyncio.Semaphore, group: Group, messages: list[Message]
+    ) -> None:
+        """Write one reference; any failure becomes a word in `reference_info`."""
+        info = group.reference_info
         start = time.perf_counter()
         try:
-            group.reference = await self._reference(client, gate, group, messages, literals, info)
+            group.reference = await self._reference(client, gate, group, messages, info)
         except Refused as refusal:
             info["error"] = refusal.reason
         except Exception as error:
@@ -119,7 +126,6 @@ class OpenAIWriter:
         gate: asyncio.Semaphore,
         group: Group,
         messages: list[Message],
-        literals: list[str],
         info: dict[str, Any],
     ) -> str:
         key = key_of(prompts.VERSION, self.config.model, self.config.max_tokens, self.words_only, messages)
@@ -129,7 +135,8 @@ class OpenAIWriter:
         if told is None:
             async with gate:
                 told = prompts.parse_reply(await self._ask(client, messages, info))
-        reply, incoming = prompts.only_tools(told, tools), self._sanitiser(literals)
+        reply = prompts.only_tools(told, tools)
+        incoming = self._sanitiser(self.suite.answer_literals(group.task))
         if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
             reply = prompts.clean_reply(told, incoming)
         reference = (
@@ -186,7 +193,8 @@ class OpenAIWriter:
             spent = max(tokens, sum(len(m["content"]) for m in messages) // MOST_CHARS_PER_TOKEN)
             return answer
         except openai.APIError as error:
-            if isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__ in NOT_SENT:
+            refused = isinstance(error, openai.APIStatusError) and error.status_code not in MAY_HAVE_WORKED
+            if refused or type(error.__cause__).__name__ in NOT_SENT:
                 tokens = spent = 0
             raise
         finally:

@@ -195,7 +195,8 @@ class VLLMEngine:
         server.version, server.losses = "", losses + 1
         log.warning("%s is left out: %s", server.url, why)
         if hangs and server.process:
-            await asyncio.to_thread(server.process.stop)
+            async with server.lock:  # nobody starts the next one while this one dies
+                await asyncio.to_thread(server.process.stop)
 
     def _next(self) -> Server:
         """The servers in turn, those that have the weights; any, if none has."""

@@ -51,6 +51,7 @@ class Server:
 
     url: str
     version: str = ""
+    answers: int = 0  # completions that it has given
     losses: int = 0  # how often it was left out: a request that began before knows that others have seen to it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     process: Process | None = None  # one that we started is started again when it has died
@@ -94,16 +95,16 @@ class Server:
                 raise UserError(f"engine: {self.url} refuses a request: {error}") from None
             raise
         completion = read_completion(answer, request["sampling_params"]["max_tokens"], stop_ids, version)
-        self.starts = 0
+        self.answers, self.starts = self.answers + 1, 0
         return completion
 
     async def samples(self, http: httpx.AsyncClient, request: dict[str, Any], seconds: float) -> bool:
-        """Whether it gives a single token within `seconds`: alive down to the engine behind the HTTP."""
-        one = {**request, "sampling_params": {**request["sampling_params"], "max_tokens": 1}}
+        """Whether it gives a single token within `seconds`, or others a completion: the token may have to queue."""
+        before, one = self.answers, {**request, "sampling_params": {**request["sampling_params"], "max_tokens": 1}}
         try:
             await self.call(http, "POST", GENERATE, seconds, json=one)
         except (ServerFailed, asyncio.TimeoutError):
-            return False
+            return self.answers > before
         return True
 
     async def there(self, http: httpx.AsyncClient) -> bool:

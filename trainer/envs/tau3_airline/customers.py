@@ -29,9 +29,17 @@ from trainer.types import EnvironmentBroken
 Customer = Callable[[Task], UserSimulator]  # a fresh one for each conversation
 
 
-@cache
+ONE_AT_A_TIME = threading.Lock()
+
+
 def _calls() -> asyncio.AbstractEventLoop:
     """The event loop of all calls, in a thread that keeps no process from ending."""
+    with ONE_AT_A_TIME:  # conversations ask from threads of their own
+        return _made_once()
+
+
+@cache
+def _made_once() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="customers", daemon=True).start()
     return loop
@@ -93,11 +101,14 @@ class EndpointCustomer(UserSimulator):  # type: ignore[misc]
         super().__init__(instructions=str(task.user_scenario), llm=endpoint.model)
         self._endpoint = endpoint
         self._call: Future[str] | None = None
+        self._closed = False
 
     def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
         state.messages.append(message)
         history = [{"role": m.role, "content": m.content} for m in (*state.system_messages, *state.flip_roles())]
         self._call = self._endpoint.call(history)
+        if self._closed:
+            self._call.cancel()
         try:
             said = UserMessage(role="user", content=self._call.result())
         except CancelledError:
@@ -106,7 +117,8 @@ class EndpointCustomer(UserSimulator):  # type: ignore[misc]
         return said, state
 
     def hang_up(self) -> None:
-        """End the call that is under way: nobody waits for its words, and the thread that does is wanted elsewhere."""
+        """End the call that is under way, and any later one: nobody waits for its words, and its thread is wanted."""
+        self._closed = True
         if self._call is not None:
             self._call.cancel()
 
