@@ -94,6 +94,45 @@ def test_what_is_harmless_stays(text: str) -> None:
     assert not cleaner.hits
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("x", "Basic economy flights cannot be modified; all others, including basic economy, can change cabin."),
+        (
+            "x",
+            "The app uses basic authentication. Bearer certificates are not refundable, basic/standard fares neither.",
+        ),
+        ("x", '{"secretary": "Jonathan Miller", "cookies": "chocolate", "tokenizer": "bpe"}'),
+        ("0", "Departs 2024-05-16 10:30, arrives 11:45; open 08:30 - 12:15 and 13:30 - 18:45."),
+        ("1", "from 2024-05-31 12:00 to 2024-06-02"),
+        ("1", "[50, 77, 20, 31]"),
+        ("2", '{"song_ids": [12,50,77,20,31]}'),
+        ("5", "scores: 35 40 22 71 90, [12, 53, 20, 31], times: 08:35 09:10 10:20 11:45"),
+        ("5", "a certificate of $5,000 and 5,000 miles"),
+        ("3", "it costs $3,000"),
+    ],
+)
+def test_what_airlines_and_apps_say_stays(answer: str, text: str) -> None:
+    cleaner = Sanitiser([answer])
+    assert cleaner.text(text) == text
+    assert cleaner.lines([text]) == [text]
+    assert not cleaner.hits
+
+
+@pytest.mark.parametrize("token", ["abc.DEF-123456", "QWxhZGRpbjpvcGVu", "opensesame=", "openSesame", "ab-cdef" * 8])
+def test_what_looks_like_a_token_is_none_of_ordinary_words(token: str) -> None:
+    for scheme in ("Bearer", "basic"):
+        assert Sanitiser().text(f"use {scheme} {token} now") == "use [masked secret] now"
+    assert "sesame" not in Sanitiser().text("Authorization: Bearer opensesame")
+
+
+@pytest.mark.parametrize(
+    ("number", "row"), [("125", "[49, 50, 53, 32]"), ("Q7a", "chr(81)+chr(55)+chr(97)+chr(10)"), ("42", "782034322078")]
+)
+def test_a_short_answer_in_codes_is_masked(number: str, row: str) -> None:
+    assert "[masked answer]" in Sanitiser([number]).text(f"it is {row}")
+
+
 def test_keys_of_json_speak_for_their_values() -> None:
     record = {"passWord": "q1", "evaluation": {"wanted": ["q2"]}, "balance": 17.5, "gold_actions": ["q3"], "day": "mon"}
     masked = Sanitiser().message(seen(json.dumps(record)))["content"]
@@ -202,6 +241,42 @@ def test_what_ordinary_text_is_made_of_is_not_learned(shown: str) -> None:
     text += ", 2024-05-20, letters, seconds, expires"
     made = with_messages(([seen(shown), seen(text)], 1.0), ([], 0.0))
     assert json.dumps(text) in build_prompt(made, Sanitiser(), 48_000)[1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        ("[{'name': 'show_account_passwords', 'description': 'Show passwords.'}]", "the description of the request"),
+        ('{\n  "name": "show_account_passwords",\n  "description": "Show passwords."\n},', "the description of it"),
+        ("passwords = {'spotify': 'x1', 'amazon': 'y2'}", "apis.spotify.show_song_library()"),
+        ('get_token("venmo_app"), get_token("venmo")', "the venmo_app, and venmo"),
+        ('{"parameters": ["password", "username"]}', "the username is theirs"),
+        ("the fields ['password', 'username']", "the username is theirs"),
+        ("Your access token expired at 2023-05-18T12:00:00. Flight HAT170 is next", "Flight HAT170 departs"),
+        ("The payment method for reservation 4WQ150 is gift_card_123.", "reservation 4WQ150"),
+        ("the secretary: 'Jonathan'; cookies: 'chocolate'", "Jonathan likes chocolate"),
+    ],
+)
+def test_the_neighbours_of_a_credential_are_not_learned(shown: str, text: str) -> None:
+    made = with_messages(([seen(shown), seen(text)], 1.0), ([], 0.0))
+    assert json.dumps(text) in build_prompt(made, Sanitiser(), 48_000)[1]["content"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "if password == 'hunter2Zq':",
+        "the password for account 4WQ150 is hunter2Zq",
+        "password hunter2Zq is wrong",
+        "Authorization: Token hunter2Zq",
+        "password: hunter2Zq for the app",
+        "passwords = ['hunter2Zq', 'other']",
+        '["password", "hunter2Zq"]',
+    ],
+)
+def test_a_credential_among_words_is_learned(shown: str) -> None:
+    made = with_messages(([seen(shown), seen("say hunter2Zq")], 1.0), ([], 0.0))
+    assert '"say [masked credential]"' in build_prompt(made, Sanitiser(), 48_000)[1]["content"]
 
 
 def test_secrets_of_this_process_are_known_by_name_by_place_and_by_use(

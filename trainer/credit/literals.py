@@ -47,7 +47,7 @@ def spell_number(text: str) -> str:
 def spell_literal(literal: str) -> str:
     """A pattern for one literal, with its borders."""
     if WRITTEN_NUMBER.fullmatch(literal):
-        return f"{BEFORE}{spell_number(literal)}{AFTER}"
+        return f"{BEFORE}{spell_number(literal)}{AFTER}(?!,000(?!\\d))"  # 5,000 is no 5
     if day := date_of(literal):
         return f"{re.escape(literal)}|{BEFORE}(?:{spell_date(day)}){AFTER}"
     body = SPACE.join("".join(spell(c) for c in word) for word in literal.split())

@@ -29,8 +29,9 @@ EVALUATOR_KEY = re.compile(
     r"|result|state|value)|(?:reference|true)_(?:solution|answer|label)|test_(?:report|result)|unit_?test|reward$|is_correct)"
 )
 CREDENTIAL_WORD = (
-    r"(?:pass(?:word|wd|phrase|code)|pwd|secret|credential|api[ _-]?key|(?:access|private)[ _-]?key|token(?!s)"
-    r"|authori[sz]ation|cookie|session[ _-]?id|(?:recovery|verification|security|access|backup)[ _-]?code"
+    r"(?:pass(?:word|wd|phrase|code)|pwd|secret(?!ar[iy]|iv|ion|ly)|credential|api[ _-]?key"
+    r"|(?:access|private)[ _-]?key|token(?!s|i[sz])|authori[sz]ation|cookie(?!s)|session[ _-]?id"
+    r"|(?:recovery|verification|security|access|backup)[ _-]?code"
     r"|(?:one[ -]?time|2fa|mfa|two[ -]factor|log[ -]?in)[ _-]?(?:code|pin)|passwort|mot de passe"
     r"|(?<![a-z])(?:auth|otp|pin|cvv|cvc|pass|pw)(?![a-z]))"
 )
@@ -44,11 +45,13 @@ ACCOUNT_KEY = re.compile(rf"(?i){ACCOUNT_WORD}")
 # Between a credential's name and its value: `password: x`, `the password for my account is x`, a row of a table or of a
 # list, an element, the next line, `--password x`; and after a mere space what has a digit in it.
 GIVEN = (
-    r"[\w-]{0,24}(?:\[\])?(?:\\{0,8}[\"'])?(?:\s{1,8}\w{1,24}){0,4}?\s{0,8}"
-    r"(?:[:=]{1,3}>?|[-=]>|[|>(\t\n]|,(?=\s{0,8}\\{0,8}[\"'])|\b(?:is|are|was)\b|(?<=\s)(?=[^\s\d]{0,40}\d))"
+    r"[\w-]{0,24}(?:\[\])?(?:\\{0,8}[\"'])?(?P<words>(?:\s{1,8}\w{1,24}){0,4}?)\s{0,8}"
+    r"(?:[:=]{1,3}>?|[-=]>|[|>(\t\n]|,(?=\s{0,8}\\{0,8}[\"'])|\b(?:is|are|was)\b|(?P<bare>(?<=\s)(?=[^\s\d]{0,40}\d)))"
     r"[\s\[({<]{0,8}"
 )
 VALUE = r"(?:(?P<quote>\\{0,8}[\"'])(?:(?!(?<!\\)(?P=quote))[^\n]){0,2000}(?P=quote)?|[^\n,;&}\])\"'<|]{1,400})"
+IS_KEY = re.compile(r"\s{0,8}[:=]")
+OF_ANOTHER = re.compile(r"\S{1,200}\s{1,8}(?:is|are|was|were|[:=]{1,2})\s{1,8}")  # the password of ann77 `is` x
 
 SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]{0,24}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,24}PRIVATE KEY-----|$)"
@@ -56,7 +59,8 @@ SECRET_SHAPES = re.compile(
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{12,}|\bxox[abeoprs]-[A-Za-z0-9-]{8,}|\bhf_[A-Za-z0-9]{16,}|\bAIza[\w-]{20,}"
     r"|\bglpat-[\w-]{16,}|\bnpm_[A-Za-z0-9]{16,}|\bdo[opr]_v1_[a-f0-9]{16,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
     r"|\beyJ[\w-]{8,4000}\.[\w-]{8,4000}(?:\.[\w-]*)?"
-    r"|(?i:\b(?:bearer|basic)\s{1,8}[A-Za-z0-9._~+/=-]{6,})"
+    r"|(?i:\b(?:bearer|basic)\s{1,8})(?=[A-Za-z._~+/-]{0,400}(?:[\d=]|(?<=[a-z])[A-Z]|(?<=[A-Z]{2})[a-z])|[\w.~+/-]{32})"
+    r"[A-Za-z0-9._~+/=-]{6,}"
     r"|(?<=://)[^/\s:@\"']{1,200}:[^/\s@\"']{1,200}(?=@)"
     r"|(?<=\s)(?:-u|--user)[ =]{1,4}[^\s:]{1,200}:\S{1,400}"
 )
@@ -150,7 +154,7 @@ class Sanitiser:
         return self._done[key][0]
 
     def _masked(self, text: str, depth: int) -> str:
-        text = unwrap(plain(text), lambda content: self._judge(content, depth))
+        text = unwrap(plain(text), lambda content, least: self._judge(content, depth, least))
         text = self._whole(text, ("secret",))
         text = self._sub(SECRET_SHAPES, "secret", text, lambda m: self._tell("credential", m.group()))
         text = self._sub(EVALUATOR_BLOCKS, "evaluator", text)
@@ -169,7 +173,7 @@ class Sanitiser:
 
         Escapes stay, for they hold the lines together; what they hide was masked before they were made.
         """
-        lines = [unwrap_codes(line, lambda content: self._judge(content, 0)) for line in lines]
+        lines = [unwrap_codes(line, lambda content, least: self._judge(content, 0, least)) for line in lines]
         text = "\n".join(self._whole(line, self._known) for line in lines)
         text = self._spelled(text, ())
         return self._spelled(text, keys_of(text)).split("\n")
@@ -185,18 +189,23 @@ class Sanitiser:
         spans = self._known[kind].spans(text)
         return replace(text, [(start, end, self._hit(kind)) for start, end in spans]) if spans else text
 
-    def _tell(self, kind: str, value: Any, *, whole: bool = False) -> bool:
+    def _tell(self, kind: str, value: Any, *, whole: bool = False, alone: bool = True) -> bool:
         """Note what is masked, for `learn`."""
-        self._told[kind].update(telling(kind, value, whole=whole))
+        self._told[kind].update(telling(kind, value, whole=whole, alone=alone))
         return True
 
-    def _judge(self, content: str, depth: int) -> str | None:
-        """A mask for an encoded text that holds anything to mask."""
+    def _judge(self, content: str, depth: int, least: int) -> str | None:
+        """A mask for an encoded text of whose characters at least so many are to be masked."""
         if depth >= MAX_DECODED:
             return self._hit("secret")
-        before = sum(self.hits.values())
-        self.text(content, depth + 1)
-        return mask(next(reversed(self.hits))) if sum(self.hits.values()) > before else None
+        before = self.hits.copy()
+        kept = MARK.split(self.text(content, depth + 1))[::2]
+        if self.hits == before:
+            return None
+        if len(plain(content)) - sum(map(len, kept)) < least:
+            self.hits = before
+            return None
+        return mask(next(reversed(self.hits)))
 
     def _spelled(self, text: str, frames: Spans) -> str:
         """Mask cards, and known strings in pieces, backwards, or across `frames` and marks."""
@@ -219,7 +228,8 @@ class Sanitiser:
             named = kind_of_name(value)
             return {self.text(str(k)): self._field(str(k), v, depth, named) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._field(str(before), item, depth) for before, item in zip(["", *map(name_in, value)], value)]
+            names = ["", *map(name_in, value)]
+            return [self._field(str(name), item, depth, whole=False) for name, item in zip(names, value)]
         if isinstance(value, str):
             return self.content(value, depth + 1)
         shown = json.dumps(value, default=str)
@@ -255,12 +265,12 @@ class Sanitiser:
         arguments = function.get("arguments")
         return self.content(arguments) if isinstance(arguments, str) else self.json(arguments)
 
-    def _field(self, key: str, value: Any, depth: int, named: str | None = None) -> Any:
+    def _field(self, key: str, value: Any, depth: int, named: str | None = None, *, whole: bool = True) -> Any:
         key = plain(key)
         kind = kind_of_key(key) or (named if key.lower() in VALUES else None)
         if kind and value not in (None, "", [], {}):
             if kind in self._told:
-                self._tell(kind, value, whole=True)
+                self._tell(kind, value, whole=whole)
             return self._hit(kind)
         return self.json(value, depth + 1)
 
@@ -283,10 +293,30 @@ class Sanitiser:
         def masked(match: re.Match[str]) -> str:
             if MASKED.fullmatch(match["value"]):
                 return match.group()
-            self._tell(kind, match["value"], whole=match["quote"] is not None)
+            if match["quote"] is None:
+                self._tell(kind, first_word(kind, match), alone=len(match["value"].split()) == 1)
+            elif not is_key(match):
+                self._tell(kind, match["value"], whole=match["key"].rstrip()[-1] not in "({[,")
             return match["key"] + self._hit(kind)
 
         return finder.sub(masked, text)
+
+
+def is_key(match: re.Match[str]) -> bool:
+    """Whether what a credential's name is followed by is the name of another thing: passwords = {"spotify": ...}."""
+    key = match["key"].rstrip(" ")
+    inside = key[-1] == "\n" or key.rstrip()[-1] in "({[,"
+    return inside and IS_KEY.match(match.string, match.end()) is not None
+
+
+def first_word(kind: str, match: re.Match[str]) -> str:
+    """Of a value without quotes the one word that is the value: what follows it is the rest of a sentence."""
+    value = match["value"]
+    if match["bare"] is not None and match["words"]:  # the payment method for reservation 4WQ150
+        another = OF_ANOTHER.match(value)
+        value = value[another.end() :] if another else "" if kind == "account" else value
+    words = value.split()
+    return " ".join(words[: 2 if words and words[0].isalpha() and match["bare"] is None else 1])  # Token x, the x
 
 
 def name_in(item: Any) -> str:

@@ -49,6 +49,9 @@ BASE32 = re.compile(r"[A-Z2-7]{8,}")
 # A row of numbers that may be codes of characters, in any base: chr(90)+chr(97), \132\141, =5A=61, [90, 97]
 CODE = r"(?:0[xob])?[0-9a-fA-F]{2,6}"
 CODES = re.compile(rf"(?<![0-9A-Za-z]){CODE}(?:[^0-9A-Za-z]{{1,12}}(?:(?:chr|[uUx])[^0-9A-Za-z]{{0,2}})?{CODE}){{3,}}")
+NO_CODE = "\0"
+ROW = re.compile(f"[^{NO_CODE}]{{4}}")
+LEAST = 3  # characters of a find in a row of numbers
 
 
 def plain(text: str) -> str:
@@ -188,41 +191,50 @@ def union(*spans: Spans) -> Spans:
     return runs
 
 
-def unwrap(text: str, judge: Callable[[str], str | None]) -> str:
-    """Put `judge`'s word in the place of each run of base64, hex or codes about whose content it has one."""
+def unwrap(text: str, judge: Callable[[str, int], str | None]) -> str:
+    """Put `judge`'s word in the place of each run of base64, hex or codes about whose content it has one.
+
+    It is told besides how many characters a find must have: in rows of ordinary numbers shorter ones are chance.
+    """
 
     def base(match: re.Match[str]) -> str:
         run = match.group()
         if run.islower() or (run.isalpha() and run[1:].islower()):  # a word, or the name of a tool
             return run
-        return next((word for content in from_base64(run) if (word := judge(content))), run)
+        return next((word for content in from_base64(run) if (word := judge(content, 1))), run)
 
     def sixteen(match: re.Match[str]) -> str:
         digits = re.sub(r"0x|[^0-9a-fA-F]", "", match.group())
+        least = LEAST if digits.isdigit() and not match.group().isalnum() else 1
         for start in (0, 1):
             piece = digits[start : start + (len(digits) - start) // 2 * 2]
             content = readable(bytes.fromhex(piece))
-            if content and (word := judge(content)):
+            if content and (word := judge(content, least)):
                 return word
         return match.group()
 
     return BASE64.sub(base, HEX.sub(sixteen, unwrap_codes(text, judge)))
 
 
-def unwrap_codes(text: str, judge: Callable[[str], str | None]) -> str:
+def unwrap_codes(text: str, judge: Callable[[str, int], str | None]) -> str:
     """`unwrap` for rows of codes alone: they may lie across the elements of a list."""
 
     def row(match: re.Match[str]) -> str:
         contents = from_codes(re.findall(CODE, re.sub(r"chr|[uUx]", " ", match.group())))
-        return next((word for content in contents if (word := judge(content))), match.group())
+        return next((word for content in contents if (word := judge(content, LEAST))), match.group())
 
     return CODES.sub(row, text)
 
 
 def from_codes(numbers: Sequence[str]) -> Iterator[str]:
-    """The texts that a row of numbers may spell, in the bases in which people write them; no code is a space."""
+    """The texts that a row of numbers may spell, in the bases in which people write them; no code is a space.
+
+    Four codes in a row there must be: dates and times have one now and then.
+    """
     for base in (10, 16, 8):
-        yield "".join(_code(number, base) for number in numbers)
+        content = "".join(_code(number, base) for number in numbers)
+        if ROW.search(content):
+            yield content.replace(NO_CODE, " ")
 
 
 @lru_cache(maxsize=4096)
@@ -230,8 +242,10 @@ def _code(number: str, base: int) -> str:
     try:
         code = int(number, base)
     except ValueError:
+        return NO_CODE
+    if code in (0, 9, 10, 13):
         return " "
-    return chr(code) if 32 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF else " "
+    return chr(code) if 32 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF else NO_CODE
 
 
 def from_base64(run: str) -> Iterator[str]:

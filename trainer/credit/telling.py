@@ -29,15 +29,18 @@ URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 SHORTEST_OWN = 6  # characters of a value of the environment; a shorter one would be found in every text
 
 
-def telling(kind: str, value: Any, *, whole: bool) -> Iterator[str]:
-    """The telling parts of a masked value; `whole` says that it is a value from end to end, as quotes or JSON show."""
+def telling(kind: str, value: Any, *, whole: bool, alone: bool = True) -> Iterator[str]:
+    """The telling parts of a masked value.
+
+    `whole` says that it is a value from end to end, as quotes or JSON show, `alone` that no sentence goes on behind it.
+    """
     if isinstance(value, Mapping | list | tuple):
         for leaf in value.values() if isinstance(value, Mapping) else value:
-            yield from telling(kind, leaf, whole=whole)
+            yield from telling(kind, leaf, whole=whole, alone=alone)
     elif value is not None and not isinstance(value, bool):
         text = str(value).strip(ENDS)
         parts = [part for found in PART.findall(text) if (part := found.strip(ENDS))]
-        alone = whole or len(text.split()) == 1
+        alone = whole or (alone and len(text.split()) == 1)
         yield from (part for part in parts if unusual(kind, part, alone=alone))
         ordinary = text.lower() in PLACEHOLDERS or "masked " in text
         if kind != "account" and whole and len(text) >= SHORTEST_OWN and not ordinary:

@@ -43,7 +43,8 @@ def readings(match: re.Match[str]) -> Iterator[float]:
     else:
         *parts, last = re.split(r"\D", match["groups"])
         yield float(f"{''.join(parts)}{last}.{fraction}e{power}")
-        if len(set(re.findall(r"\D", match["groups"]))) == len(parts) <= 2:  # 12.500 and 12,500.125, not 1,250,000
+        marks = set(re.findall(r"\D", match["groups"]))
+        if len(marks) == len(parts) <= 2 and last != "000":  # 12.500 and 12,500.125, not 1,250,000 and 5,000
             yield float(f"{''.join(parts)}.{last}e{power}")
 
 
