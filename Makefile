@@ -69,9 +69,10 @@ test-vllm: $(READY_REAL) $(READY_VLLM)
 	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_real $(SMOLLM2_BASE) colocate
 	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/test_vllm_colocated.py $(ARGS)
 
+# vLLM as it comes, which is compiled and so takes minutes to start: ARGS=--eager does not.
 bench-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --eager --vllm $(PY_VLLM) $(ARGS)
-	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --eager $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --vllm $(PY_VLLM) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
