@@ -52,7 +52,7 @@ class CreditConfig:
     egrsd_floor: float = 0.1
     dgpo_kappa: float = 1.0  # arXiv 2605.03327
     dgpo_tau: float = 0.5
-    turn_epsilon: float = 0.2  # (R) e of W = 1 + e tanh(z), z a turn's standard score
+    turn_epsilon: float = 0.2  # (R) e of W = 1 + e tanh(sign(A) z), z a turn's standard score
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, get_args(Rule))

@@ -64,9 +64,12 @@ def save(
     _write_state(beside, step, optimiser, generators or {}, extra or {})
     _flush(beside)
     target = folder / f"step_{step}"
-    _discard(target)
+    gone = _aside(target)
+    if target.exists():  # a step that is saved again: the old one is there until the new one is
+        target.rename(gone)
     beside.rename(target)
     _fsync(folder)
+    shutil.rmtree(gone, ignore_errors=True)
     if save_total_limit is not None:
         for old in _complete(folder)[:-save_total_limit]:
             _discard(old)
@@ -288,10 +291,13 @@ def _sweep(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    if path.exists():
-        gone = path.with_name(f"{_TEMPORARY}old-{path.name}")
-        path.rename(gone)
-        shutil.rmtree(gone)
+    gone = _aside(path)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}old-{path.name}")
 
 
 def _flush(folder: Path) -> None:

@@ -105,6 +105,24 @@ def test_latest_is_by_number_and_the_limit_removes_the_oldest(tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]
 
 
+def test_a_step_that_is_saved_again_is_there_while_the_old_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing gigabytes takes seconds, in which a kill must find a checkpoint."""
+    run, remove, seen = Run(), checkpoint.shutil.rmtree, list[bool]()
+    target = run.save(tmp_path, 1)
+
+    def watched(path: Path, **options: Any) -> None:
+        if path.exists():
+            seen.append(target.is_dir())
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    run.save(tmp_path, 1)
+    assert seen == [True]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
