@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sgcd_kernels.credit_config import CreditConfig
+from sgcd_kernels.credit.config import CreditConfig
 
 
 def logits(

@@ -16,7 +16,7 @@ from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import build_attention_mask_from_nested, no_padding_2_padding
 
-from sgcd_kernels.credit_config import CreditConfig
+from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.integrations.verl.alignment import check_same_responses, predicting_states, response_lengths
 from sgcd_kernels.integrations.verl.credit import credit_config, credit_metrics, response_credit
 from sgcd_kernels.integrations.verl.lm_head import SIGNALS, patch_lm_head

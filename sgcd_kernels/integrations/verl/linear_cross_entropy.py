@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels.logprob import linear_logprob
-from sgcd_kernels.validation import check_choice
+from sgcd_kernels.core.validation import check_choice
 
 REDUCTIONS = ("none", "sum", "mean")
 
