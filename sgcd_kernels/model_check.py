@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.logit_transform import check_unscaled
 from sgcd_kernels.core.validation import check_dtype
+from sgcd_kernels.logit_transform import check_unscaled
 
 # transformers' names of layers that see earlier tokens through a running state, or a convolution, and not by attention.
 _RECURRENT = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}

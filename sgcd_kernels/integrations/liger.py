@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
+from sgcd_kernels.core.validation import check_choice, check_tensor
 from sgcd_kernels.credit import check_config
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig
 from sgcd_kernels.logprob import linear_logprob
 from sgcd_kernels.policy_loss import linear_policy_loss
 from sgcd_kernels.sgcd import sgcd_loss
-from sgcd_kernels.core.validation import check_choice, check_tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")

@@ -100,7 +100,7 @@ def logprob_op(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int,
     x, y = project_targets(hidden, head, targets, ignore_index)
     with no_autocast(hidden.device):
         values, _ = backend_for(impl, "logprob_forward", x).logprob_forward(x, y)
-    return LogprobStats(*(x.scatter(value, targets.shape) for value in values))
+    return LogprobStats(*(x.scatter(value, targets.shape) for value in values if value is not None))
 
 
 def _fake_backward(

@@ -310,7 +310,9 @@ def _log_probs(
         part = Projection(x.hidden, x.head, left if x.rows is None else x.rows[left])
         own, _ = backend_for(impl, "logprob_forward", part).logprob_forward(part, y[left])
         logp, entropy, lse = (
-            total.index_copy(0, left, values) for total, values in zip((logp, entropy, lse), own, strict=True)
+            total.index_copy(0, left, values)
+            for total, values in zip((logp, entropy, lse), own, strict=True)
+            if values is not None
         )
     return LogprobValues(logp, entropy, lse), None
 

@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
+from sgcd_kernels.backends.protocol import DivergenceOptions
 from sgcd_kernels.backends.registry import IMPLS, backend_status
 from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments, runs_of
 from sgcd_kernels.core.surrogate import PolicyLossConfig
-from sgcd_kernels.core.validation import check_all_per_token, check_choice, check_float, check_int, check_pair
-from sgcd_kernels.core.validation import check_tensor, checked_targets
+from sgcd_kernels.core.validation import (
+    check_all_per_token,
+    check_choice,
+    check_float,
+    check_int,
+    check_pair,
+    check_tensor,
+    checked_targets,
+)
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig
 from sgcd_kernels.credit.rules import Credit, never_acts
-from sgcd_kernels.credit.summary import CreditSums, credit_sums, credit_summary, warn_if_inert
+from sgcd_kernels.credit.summary import CreditSums, credit_summary, credit_sums, warn_if_inert
 from sgcd_kernels.credit.weights import CreditSignals, check_config, config_for_op, credit_op
-from sgcd_kernels.ops.divergence import DivergenceOptions, DivergenceStats, divergence_op, teacher_head
+from sgcd_kernels.ops.divergence import DivergenceStats, divergence_op, teacher_head
 from sgcd_kernels.ops.policy_loss import (
     KnownLse,
     PolicyOptions,
@@ -102,7 +110,7 @@ def sgcd_loss(
     >>> bool(metrics["credit/mean_weight"] > 1), metrics["credit/inert"].item()
     (True, 0.0)
     """
-    per_token = {name: options.pop(name, None) for name in _PER_TOKEN}  # type: ignore[misc]
+    per_token = {name: options.pop(name, None) for name in _PER_TOKEN}
     settings = Settings.of("sgcd_loss", weight, options)
     tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)  # type: ignore[arg-type]
     teacher = Teacher(teacher_hidden, teacher_head(settings.head, teacher_weight, teacher_bias), has_teacher)
@@ -232,9 +240,7 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
     credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl)
     credit = Credit(*(x.reshape(shape) for x in credit))
     weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip)
-    return Scored(
-        batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums
-    )
+    return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
 
 
 def _check_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
@@ -272,9 +278,18 @@ class Batch(NamedTuple):
 
 def _fake_batch(head: LMHead, tokens: PolicyTokens, *_: object) -> Batch:
     targets, wide = tokens.targets, torch.promote_types(tokens.advantages.dtype, torch.float32)
-    dtypes = (torch.long, torch.long, torch.bool, torch.bool, wide)
-    runs = targets.new_empty(targets.numel(), dtype=torch.long)
-    return Batch(*(targets.new_empty(targets.shape, dtype=dtype) for dtype in dtypes), runs)
+
+    def like_targets(dtype: torch.dtype) -> Tensor:
+        return targets.new_empty(targets.shape, dtype=dtype)
+
+    return Batch(
+        targets=like_targets(torch.long),
+        scored_targets=like_targets(torch.long),
+        has_teacher=like_targets(torch.bool),
+        eligible=like_targets(torch.bool),
+        advantages=like_targets(wide),
+        runs=targets.new_empty(targets.numel(), dtype=torch.long),
+    )
 
 
 @register(_fake_batch)
@@ -291,8 +306,14 @@ def batch_op(
     eligible = with_teacher.clone() if credit_mask is None else with_teacher & (credit_mask.reshape(-1) != 0)
     wide = torch.promote_types(tokens.advantages.dtype, torch.float32)
     advantages = segments.per_token(tokens.advantages.to(dtype=wide, device=device), shape)
-    like_targets = (flat.clone(), flat.masked_fill(~with_teacher, ignore_index), with_teacher, eligible, advantages.clone())
-    return Batch(*(x.reshape(shape) for x in like_targets), runs_of(loss_tokens))
+    return Batch(
+        targets=flat.clone().reshape(shape),
+        scored_targets=flat.masked_fill(~with_teacher, ignore_index).reshape(shape),
+        has_teacher=with_teacher.reshape(shape),
+        eligible=eligible.reshape(shape),
+        advantages=advantages.clone().reshape(shape),
+        runs=runs_of(loss_tokens),
+    )
 
 
 class Weighed(NamedTuple):

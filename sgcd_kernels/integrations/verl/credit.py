@@ -8,10 +8,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from sgcd_kernels.credit.weights import credit_weights
+from sgcd_kernels.core.validation import check_choice
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig
 from sgcd_kernels.credit.rules import Credit
-from sgcd_kernels.core.validation import check_choice
+from sgcd_kernels.credit.weights import credit_weights
 
 OPTIONAL = ("forward_kl", "bhattacharyya", "student_entropy")  # signals that `credit_weights` takes as they are
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.logprob import linear_logprob
 from sgcd_kernels.core.validation import check_choice
+from sgcd_kernels.logprob import linear_logprob
 
 REDUCTIONS = ("none", "sum", "mean")
 
