@@ -1,4 +1,4 @@
-"""`credit_weights`: one definition for all devices (`credit.rules`). Nothing waits for a GPU, nothing has a gradient."""
+"""`credit_weights`: one definition for all devices (`credit.rules`), without a gradient. Nothing waits for a GPU."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def credit_weights(
 
     These weights may fall below 1, and `gamma` and `clip` do not apply. Saliency is r for gear and 0 otherwise.
 
-    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that is
-    missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU no
-    value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise from 0
-    to N.
+    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that
+    is missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU
+    no value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise
+    from 0 to N.
 
     Gradients: none
     Backends: torch; the span scan and the quantiles by `impl`

@@ -60,7 +60,7 @@ def linear_logprob(
 
     >>> import torch
     >>> hidden, weight = torch.eye(2, 4, requires_grad=True), torch.zeros(8, 4)
-    >>> stats = linear_logprob(hidden, weight, torch.tensor([3, -100]))  # eight equal logits; the second token is ignored
+    >>> stats = linear_logprob(hidden, weight, torch.tensor([3, -100]))  # 8 equal logits; the second token is ignored
     >>> [round(x, 4) for x in stats.logp.tolist()], [round(x, 4) for x in stats.entropy.tolist()]
     ([-2.0794, 0.0], [2.0794, 0.0])
     >>> stats.logp.sum().backward()

@@ -90,9 +90,9 @@ def linear_policy_loss(
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
     - Tokens that are masked or ignored are not computed: whatever they hold, a NaN or a target outside the vocabulary,
       has no influence. With none left, loss and gradients are 0. A NaN at a loss token makes the loss NaN.
-    - Metrics, over the loss tokens: `clip_ratio/low_mean`, `high_mean`, `region_mean` (fraction of tokens whose gradient
-      the clip cuts off: below, above, either), `ratio/mean`, `min`, `max`, `num_tokens`, `kl` (with beta) and `entropy`
-      (without `lse`).
+    - Metrics, over the loss tokens: `clip_ratio/low_mean`, `high_mean`, `region_mean` (fraction of tokens whose
+      gradient the clip cuts off: below, above, either), `ratio/mean`, `min`, `max`, `num_tokens`, `kl` (with beta) and
+      `entropy` (without `lse`).
     - `group`: `weight` and `bias` are this rank's rows of a vocab-sharded head, targets are global ids.
 
     Gradients: hidden, weight, bias

@@ -110,9 +110,10 @@ def sgcd_loss(
     >>> bool(metrics["credit/mean_weight"] > 1), metrics["credit/inert"].item()
     (True, 0.0)
     """
-    per_token = {name: options.pop(name, None) for name in _PER_TOKEN}
-    settings = Settings.of("sgcd_loss", weight, options)
-    tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)  # type: ignore[arg-type]
+    named: dict[str, Any] = dict(options)
+    per_token = {name: named.pop(name, None) for name in _PER_TOKEN}
+    settings = Settings.of("sgcd_loss", weight, named)
+    tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)
     teacher = Teacher(teacher_hidden, teacher_head(settings.head, teacher_weight, teacher_bias), has_teacher)
     inputs = CreditInputs(teacher, credit_mask, turn_ids, config)
     result = weighted_policy_loss(hidden, settings, tokens, inputs, reuse_lse=reuse_lse)
