@@ -138,6 +138,7 @@ class CreditInputs(NamedTuple):
     credit_mask: Tensor | None = None  # like targets
     turn_ids: Tensor | None = None  # like targets
     config: CreditConfig = DEFAULT
+    warn: bool = True  # if credit is inert
 
 
 class SGCDTokens(NamedTuple):
@@ -240,7 +241,7 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
     turns = batch.runs if inputs.turn_ids is None else inputs.turn_ids.reshape(-1)
     credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl)
     credit = Credit(*(x.reshape(shape) for x in credit))
-    weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip)
+    weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip, inputs.warn)
     return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
 
 
@@ -337,10 +338,13 @@ def _fake_weigh(batch: Batch, credit: Credit, divergence: Tensor, *_: object) ->
 
 
 @register(_fake_weigh)
-def weigh_op(batch: Batch, credit: Credit, divergence: Tensor, teacher_entropy: Tensor, clip: float) -> Weighed:
+def weigh_op(
+    batch: Batch, credit: Credit, divergence: Tensor, teacher_entropy: Tensor, clip: float, warn: bool
+) -> Weighed:
     # One op: the compiler would drop a warning that nothing depends on, but not the advantages.
     sums = credit_sums(credit, divergence, teacher_entropy, batch.eligible, clip)
-    warn_if_inert(sums)
+    if warn:
+        warn_if_inert(sums)
     return Weighed(batch.advantages * credit.weights, batch.has_teacher & (sums.weighted > 0), sums)
 
 
