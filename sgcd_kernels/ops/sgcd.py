@@ -1,7 +1,7 @@
 """SGCD in one call: score student and teacher, turn divergence into credit, take the weighted policy loss.
 
-`sgcd_loss` takes plain keywords; `score_and_weigh` and `weighted_policy_loss` are its two halves on bundles, for loops
-that need credit per token, or have a loss of their own.
+`sgcd_loss` takes plain keywords. Its two halves, `score_and_weigh` and `weighted_policy_loss`, take bundles: for loops
+that need the credit of each token, or that have a loss of their own.
 """
 
 from __future__ import annotations
@@ -115,8 +115,10 @@ def sgcd_loss(
     settings = Settings.of("sgcd_loss", weight, named)
     tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)
     teacher = Teacher(teacher_hidden, teacher_head(settings.head, teacher_weight, teacher_bias), has_teacher)
-    inputs = CreditInputs(teacher, credit_mask, turn_ids, config)
-    result = weighted_policy_loss(hidden, settings, tokens, inputs, reuse_lse=reuse_lse)
+    if not isinstance(reuse_lse, bool):
+        raise ValueError(f"reuse_lse is {reuse_lse!r}, needs True or False")
+    scored = score_and_weigh(hidden, settings, tokens, CreditInputs(teacher, credit_mask, turn_ids, config))
+    result = weighted_policy_loss(hidden, settings, tokens, scored, reuse_lse=reuse_lse)
     return result.loss, result.metrics
 
 
@@ -161,7 +163,6 @@ class SGCDResult(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     tokens: SGCDTokens
-    sums: CreditSums | None  # what `credit/*` are computed from; None where nothing was scored
 
 
 class Scored(NamedTuple):
@@ -193,19 +194,16 @@ def weighted_policy_loss(
     hidden: Tensor,  # [N, H] or [B, T, H]
     settings: Settings,
     tokens: PolicyTokens,
-    inputs: CreditInputs,
+    scored: Scored | None,
     *,
     reuse_lse: bool = True,
 ) -> SGCDResult:
-    """`sgcd_loss` on bundles, with what it knows of each token."""
-    if not isinstance(reuse_lse, bool):
-        raise ValueError(f"reuse_lse is {reuse_lse!r}, needs True or False")
+    """The policy loss of the weighted advantages, or of `tokens` as they are where nothing was scored."""
     check_policy_inputs(hidden, tokens, settings)
-    scored = score_and_weigh(hidden, settings, tokens, inputs)
     if scored is None:
         result = policy_loss(hidden, tokens, settings, KnownLse())
         assert result.entropy is not None
-        return SGCDResult(result.loss, result.metrics.named(), _unscored(result.logp, result.entropy), None)
+        return SGCDResult(result.loss, result.metrics.named(), unscored_tokens(result.logp, result.entropy))
     tokens = tokens._replace(targets=scored.targets, advantages=scored.advantages, mask=None)
     known = KnownLse(scored.stats.student_lse, scored.lse_known) if reuse_lse else KnownLse()
     result = policy_loss(hidden, tokens, settings, known)
@@ -213,14 +211,15 @@ def weighted_policy_loss(
     loss_tokens = scored.targets != settings.ignore_index
     entropy = torch.where(loss_tokens, per_token.student_entropy, 0.0).sum() / loss_tokens.sum().clamp(min=1)
     metrics = result.metrics.named() | {"entropy": entropy} | credit_summary(scored.sums)
-    return SGCDResult(result.loss, metrics, per_token, scored.sums)
+    return SGCDResult(result.loss, metrics, per_token)
 
 
 @torch.no_grad()
 def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> Scored | None:
     """Divergences, credit and weighted advantages; None where credit cannot act, and nothing is scored."""
+    check_policy_inputs(hidden, tokens, settings)
+    _check_credit_inputs(hidden, settings, tokens, inputs)
     teacher, config, shape = inputs.teacher, inputs.config, tokens.targets.shape
-    _check_inputs(hidden, settings, tokens, inputs)
     if teacher.hidden is None or never_acts(config):
         return None
     bounds = tokens.cu_seqlens
@@ -245,7 +244,7 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
     return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
 
 
-def _check_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
+def _check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
     teacher, leading = inputs.teacher, tokens.targets.shape
     check_config(inputs.config)
     if teacher.hidden is not None:
@@ -261,7 +260,8 @@ def _check_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inpu
             raise ValueError(f"has_teacher has shape {got}, needs {needs}")
 
 
-def _unscored(logp: Tensor, entropy: Tensor) -> SGCDTokens:
+def unscored_tokens(logp: Tensor, entropy: Tensor) -> SGCDTokens:
+    """Of a batch without teachers."""
     zeros = torch.zeros_like(logp)
     ids = torch.full_like(logp, -1, dtype=torch.long)
     return SGCDTokens(logp, logp, entropy, entropy, zeros, zeros + 1, zeros, ids)
