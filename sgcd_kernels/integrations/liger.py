@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
 from sgcd_kernels.core.validation import check_choice, check_tensor
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
-from sgcd_kernels.credit.weights import check_config
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.ops.logprob import linear_logprob
 from sgcd_kernels.ops.policy_loss import linear_policy_loss
 from sgcd_kernels.ops.sgcd import sgcd_loss

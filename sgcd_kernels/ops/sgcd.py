@@ -13,23 +13,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
-from sgcd_kernels.backends.protocol import DivergenceOptions
-from sgcd_kernels.backends.registry import IMPLS, backend_status
+from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_status
 from sgcd_kernels.core.surrogate import PolicyLossConfig
 from sgcd_kernels.core.validation import check_choice, check_float, check_int
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.rules import Credit, never_acts
 from sgcd_kernels.credit.summary import CreditSums, credit_summary
-from sgcd_kernels.credit.weights import CreditSignals, check_config, config_for_op, credit_op
+from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
 from sgcd_kernels.ops.divergence import DivergenceStats, divergence_op, teacher_head
-from sgcd_kernels.ops.policy_loss import (
-    KnownLse,
-    PolicyOptions,
-    PolicyTokens,
-    Settings,
-    check_policy_inputs,
-    policy_loss,
-)
+from sgcd_kernels.ops.policy_inputs import PolicyOptions, PolicyTokens, Settings, check_policy_inputs
+from sgcd_kernels.ops.policy_loss import KnownLse, policy_loss
 from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher, batch_op, check_credit_inputs, weigh_op
 
 

@@ -11,11 +11,10 @@ from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments, runs_of
 from sgcd_kernels.core.validation import check_all_per_token, check_pair, check_tensor, checked_targets
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.rules import Credit
 from sgcd_kernels.credit.summary import CreditSums, credit_sums, warn_if_inert
-from sgcd_kernels.credit.weights import check_config
-from sgcd_kernels.ops.policy_loss import PolicyTokens, Settings
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
 
 
 class Teacher(NamedTuple):

@@ -12,7 +12,7 @@ from sgcd_kernels.core.surrogate import PolicyLossConfig
 from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.credit.summary import CreditSums, credit_summary, warn_if_inert
 from sgcd_kernels.integrations.trl.head import IGNORED, Unprojected
-from sgcd_kernels.ops.policy_loss import PolicyTokens, Settings
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
 from sgcd_kernels.ops.sgcd import score_and_weigh
 from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher
 
