@@ -1,4 +1,4 @@
-"""The floor: an op's products with the head and nothing else, by the library's GEMM; and our own walk without its fold.
+"""The matmul baseline: an op's products with the head by torch.mm and nothing else; and the C++ backend's bare sweep.
 
 Only tokens with a loss are multiplied, gathered beforehand; tokens go in blocks, so that the products need no more
 memory than any careful implementation.
@@ -12,16 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import OPS, Case
+from bench.cases import PRODUCTS, Case
 from bench.inputs import Inputs
-from bench.providers import ours
-from bench.registry import Outputs, provides
+from bench.providers import Outputs, ours, provides
 from sgcd_kernels import linear_logprob
 
 BLOCK = 8192  # tokens
 
 
-def products(hidden: Tensor, weight: Tensor, count: float) -> None:
+def multiply(hidden: Tensor, weight: Tensor, count: float) -> None:
     """`count` products of hidden [n, H] and weight [V, H]: one each of logits, d hidden, d weight; then logits."""
     logits: Tensor | None = None
     d_weight = torch.zeros_like(weight) if count >= 3 else None
@@ -42,37 +41,37 @@ def _gathered(hidden: Tensor, rows: Tensor) -> Tensor:
 
 
 def register(op: str) -> None:
-    @provides(op, "gemm", bare=True)
-    def gemm(i: Inputs, mode: str) -> Outputs:
-        products(_gathered(i.hidden, i.rows), i.weight, OPS[op].floor[mode])
+    @provides(op, "matmul", bare=True)
+    def matmul(i: Inputs, mode: str) -> Outputs:
+        multiply(_gathered(i.hidden, i.rows), i.weight, PRODUCTS[op][mode])
         return {}
 
 
-for name, op in OPS.items():
-    if max(op.floor.values()):
+for name, products in PRODUCTS.items():
+    if max(products.values()):
         register(name)
 
 
 @functools.cache
-def _bare_walk() -> Callable[..., object]:
+def _bare_sweep() -> Callable[..., object]:
     """The operator, which the first use of the backend loads."""
     linear_logprob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), impl="cpp")
-    walk: Callable[..., object] = torch.ops.sgcd_kernels.bare_walk
-    return walk
+    sweep: Callable[..., object] = torch.ops.sgcd_kernels.bare_walk
+    return sweep
 
 
-def walk_refuses(case: Case) -> str | None:
-    return ours.refuses("cpp")(case) or (None if case.mode == "forward" else "no bare walk of a backward pass")
+def refuses_sweep(case: Case) -> str | None:
+    return ours.refuses("cpp")(case) or (None if case.mode == "forward" else "no bare sweep of a backward pass")
 
 
-@provides("logprob", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
-def walk_one(i: Inputs, mode: str) -> Outputs:
-    """The C++ backend's tiles of logits, made and forgotten: what its own arithmetic costs beyond products."""
-    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, None)
+@provides("logprob", "sweep", package="sgcd-kernels", refuses=refuses_sweep, bare=True)
+def sweep_one(i: Inputs, mode: str) -> Outputs:
+    """The C++ backend's tiles of logits, computed and dropped: what its own matrix products cost."""
+    _bare_sweep()(_gathered(i.hidden, i.rows), i.weight, None)
     return {}
 
 
-@provides("divergence", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
-def walk_two(i: Inputs, mode: str) -> Outputs:
-    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
+@provides("divergence", "sweep", package="sgcd-kernels", refuses=refuses_sweep, bare=True)
+def sweep_two(i: Inputs, mode: str) -> Outputs:
+    _bare_sweep()(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
     return {}

@@ -1,13 +1,14 @@
-"""What the server of trial processes imports once, so that a child starts in milliseconds. It must start no thread."""
+"""Imported once by the server of trial processes, so that a child starts in milliseconds. It must start no thread."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 
-from bench import memory, registry
+from bench import providers
 
 HEAVY = (
+    "bench.memory",
     "torch._dynamo",
     "sgcd_kernels.reference",
     "trl.kernels.chunked_divergence",
@@ -15,8 +16,7 @@ HEAVY = (
     "cut_cross_entropy",
 )
 
-assert memory
-registry.load()
+providers.load()
 for module in HEAVY:
-    with contextlib.suppress(Exception):  # whoever is not installed, or fails, says so when it is called
+    with contextlib.suppress(Exception):  # a package that is missing or broken says so when it is called
         importlib.import_module(module)
