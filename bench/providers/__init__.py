@@ -24,7 +24,7 @@ from bench.inputs import Inputs
 
 Outputs = Mapping[str, Tensor]
 MODULES = (
-    "ours", "matmul", "eager", "compiled", "liger", "cce", "trl", "verl", "quack", "composed",
+    "ours", "matmul", "eager", "compiled", "torch_linear_ce", "liger", "cce", "trl", "verl", "quack", "composed",
 )  # fmt: skip
 
 
