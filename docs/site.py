@@ -1,7 +1,7 @@
 """Hooks of mkdocs (mkdocs.yml): the pages read the same on the repository's own pages and on the site.
 
-Pages of docs/ link to files outside it, `../examples/trl_sgcd.py` say. Pictures among those are copied into the site, all
-others become links to the repository. A file that is not there is a warning, and so an error under --strict.
+Pages of docs/ link to files outside it, `../examples/trl_sgcd.py` say. Pictures among those are copied into the site,
+the others become links to the repository. A file that is not there is a warning, and so an error under --strict.
 CHANGELOG.md, CONTRIBUTING.md and SECURITY.md lie at the top, where hosts look for them, and are pages too.
 """
 
