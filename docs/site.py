@@ -31,6 +31,7 @@ def on_config(config: Any) -> Any:
     """Take the addresses from pyproject.toml, the one place that has them."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
     config.repo_url, config.site_url = urls["Repository"], urls["Documentation"]
+    config.repo_name = config.site_name
     return config
 
 
