@@ -55,6 +55,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
             assert list(ROOT.glob(pattern)), f"{page.name} names {pattern}, which does not exist"
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / ".github").rglob("*.*"))], ids=lambda page: page.name)
+def test_make_targets_that_are_named_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = re.findall(r"(?:`|^    |run: )make ([a-z][a-z0-9-]*)", page.read_text(encoding="utf-8"), re.M)
+    assert set(named) <= targets, f"{page.name} names make {sorted(set(named) - targets)}, which the Makefile lacks"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in text]
