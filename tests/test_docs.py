@@ -55,6 +55,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
             assert list(ROOT.glob(pattern)), f"{page.name} names {pattern}, which does not exist"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lists_follow_an_empty_line(page: Path) -> None:
+    """Else the site, whose Markdown is stricter than that of code hosts, shows them as running text."""
+    found = re.search(r"^(?!- |\d+\. |[ #|]).+\n(- |1\. ).*", prose(page), re.M)
+    assert found is None, f"{page.name}: no empty line before the list in {found[0]!r}"
+
+
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / ".github").rglob("*.*"))], ids=lambda page: page.name)
 def test_make_targets_that_are_named_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
