@@ -16,6 +16,8 @@ from sgcd_kernels.ops.logprob import LogprobStats, linear_logprob
 from sgcd_kernels.ops.policy_loss import linear_policy_loss
 from sgcd_kernels.ops.sgcd import FusedLinearSGCDLoss, sgcd_loss
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Credit",
     "CreditConfig",
