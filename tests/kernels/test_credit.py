@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from sgcd_kernels import CreditConfig, credit_weights, reference
 from sgcd_kernels.credit_rules import NEEDS, RULES
+from tests.properties import examples
+from tests.speed import cpu_seconds
 
 CU = torch.tensor([0, 30, 30, 31, 90])
 
@@ -54,7 +56,7 @@ def rollouts(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], CreditConfig]:
 
 
 @given(rollouts())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120))
 def test_sgcd_equals_reference_and_keeps_its_bounds(case: tuple[dict[str, torch.Tensor], CreditConfig]) -> None:
     inputs, cfg = case
     got = credit_weights(**inputs, config=cfg)
@@ -80,7 +82,7 @@ def test_sgcd_equals_reference_and_keeps_its_bounds(case: tuple[dict[str, torch.
 
 
 @given(rollouts())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_spans_cross_neither_sequence_nor_turn(case: tuple[dict[str, torch.Tensor], CreditConfig]) -> None:
     inputs, cfg = case
     got = credit_weights(**inputs, config=cfg)
@@ -208,7 +210,7 @@ def test_turn_level_by_hand() -> None:
 
 
 @given(rollouts())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_turn_level_turn_by_turn(case: tuple[dict[str, torch.Tensor], CreditConfig]) -> None:
     inputs, _ = case
     n = inputs["divergence"].numel()

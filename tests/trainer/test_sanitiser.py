@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
+from tests.speed import cpu_seconds
 from trainer.config import WriterConfig
 from trainer.credit import writers
 from trainer.credit.endpoint import only_ours
@@ -375,7 +377,7 @@ def bury(text: str, depth: int) -> str:
 
 
 @given(literals, st.lists(frames, min_size=4, max_size=4), st.integers(0, 2), st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_no_planted_literal_ever_leaves(
     stub: StubEndpoint, tmp_path: Path, planted: list[str], shapes: list[str], depth: int, malformed: bool
 ) -> None:

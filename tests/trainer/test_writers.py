@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from trainer.config import WriterConfig
 from trainer.credit import prompt as prompts
 from trainer.credit import retries as retries_module
@@ -95,7 +96,7 @@ names = st.lists(st.sampled_from(["look", "ask", "act", "shout"]), max_size=5)
 
 
 @given(st.lists(names, min_size=1, max_size=4), st.lists(names, min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_contrast_properties(good: list[list[str]], bad: list[list[str]]) -> None:
     made = group(*[(g, 1.0) for g in good], *[(b, 0.0) for b in bad])
     text = contrast(made.rollouts)
@@ -409,7 +410,7 @@ FATES = {
     st.integers(0, 3),
     st.integers(1, 4),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_the_token_budget_holds_whatever_becomes_of_a_try(
     fates: list[str], limit: int, retries: int, concurrency: int
 ) -> None:
