@@ -31,7 +31,7 @@ export GOMP_SPINCOUNT ?= 1000
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
-	@echo "make test        the test suite; make test-slow runs the long tests"
+	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff and mypy"
@@ -55,8 +55,9 @@ train: $(READY)
 test: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(ARGS)
 
+# The long tests, and the property tests (which Hypothesis marks) with 100 times the examples.
 test-slow: $(READY) $(READY_TAU3)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough $(ARGS)
 
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
 test-gpu:

@@ -13,6 +13,7 @@ from sgcd_kernels import CreditConfig, backend_status, credit_rules, credit_weig
 from sgcd_kernels.credit_rules import RULES
 from sgcd_kernels.packed import Packed
 from sgcd_kernels.spans import find_spans_in_cpp, find_spans_in_python
+from tests.properties import examples
 
 STATUS = backend_status()["cpp"]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator]
@@ -36,7 +37,7 @@ def sequences(cu: torch.Tensor, eligible: torch.Tensor) -> list[torch.Tensor]:
 
 
 @given(batches(), st.sampled_from([0.01, 0.5, 0.75, 0.99, 1.0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_quantile_has_the_bits_of_torch(batch: Batch, q: float) -> None:
     values, eligible, cu, _ = batch
     if not len(values):
@@ -53,7 +54,7 @@ def test_quantile_has_the_bits_of_torch(batch: Batch, q: float) -> None:
 
 
 @given(batches())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_reductions(batch: Batch) -> None:
     values, eligible, cu, _ = batch
     packed = Packed(cu, eligible)
@@ -67,7 +68,7 @@ def test_reductions(batch: Batch) -> None:
 
 
 @given(batches(), st.integers(-(2**63), 2**63 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_a_shuffle_stays_in_its_sequence_and_knows_no_other(batch: Batch, seed: int) -> None:
     _, eligible, cu, _ = batch
     to, source = Packed(cu, eligible).shuffle(seed)
@@ -97,7 +98,7 @@ def test_shuffles_are_uniform() -> None:
 
 
 @given(batches(60), st.data())
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=examples(3000))
 def test_the_operator_scans_as_the_loop_does(batch: Batch, data: st.DataObject) -> None:
     values, eligible, cu, g = batch
     n, dtype = len(values), values.dtype
