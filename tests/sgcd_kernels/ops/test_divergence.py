@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgcd_kernels import linear_divergence, reference
-from sgcd_kernels.torch_backend import blocks
+from sgcd_kernels.backends.torch import blocks
 
 F64 = torch.float64
 ALL: dict[str, Any] = {"features": ("jsd", "tv"), "top_k": 4}
