@@ -33,7 +33,7 @@ PYTHON
 }
 tests() { # of the kernels; compiling them takes most of the time, and Triton keeps what it compiled for a second try
   if [ "$DEVICE" = cpu ]; then
-    "$PY" -m pytest -q tests/kernels/test_package.py tests/bench/test_truth.py
+    "$PY" -m pytest -q tests/sgcd_kernels/test_package.py tests/bench/test_truth.py
   else
     make test-gpu PY="$PY"
   fi

@@ -23,8 +23,8 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sgcd_kernels.integrations.trl import linear_distillation
-from tests.integrations import trl_world as world
-from tests.integrations.trl_world import quick_collection  # noqa: F401
+from tests.sgcd_kernels.integrations import trl_world as world
+from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -147,7 +147,7 @@ class Logits(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_matrix_of_tokens_by_vocabulary_exists(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sgcd_kernels.torch_backend import blocks
+    from sgcd_kernels.backends.torch import blocks
 
     monkeypatch.setitem(blocks.WORKSPACE_BYTES, "cpu", 1 << 20)  # a fifth of 250 tokens' logits
     vocabulary, batch = 5_000, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

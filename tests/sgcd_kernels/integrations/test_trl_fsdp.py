@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
 pytest.importorskip("datasets", reason="datasets is not installed")
 
 from sgcd_kernels.integrations.trl.head import LinearHead
-from tests.integrations import trl_world as world
+from tests.sgcd_kernels.integrations import trl_world as world
 
 IDS = torch.arange(6, 22).view(2, 8)
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("trl", reason="trl is not installed (it needs Python 3.11)")
 pytest.importorskip("datasets", reason="datasets is not installed")
 
-from tests.integrations import trl_memory
+from tests.sgcd_kernels.integrations import trl_memory
 
 
 @pytest.mark.slow

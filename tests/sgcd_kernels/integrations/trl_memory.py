@@ -1,6 +1,6 @@
 """Peak memory of one loss and its gradient in TRL's trainers, with our heads and with their own; as a table.
 
-python -m tests.integrations.trl_memory
+python -m tests.sgcd_kernels.integrations.trl_memory
 
 Each row is a process of its own; how a peak is taken is in bench/memory.py. The model is two layers of width 64 under
 a tied head of 49,152 words (SmolLM2's vocabulary): what is measured is the head.
@@ -24,8 +24,8 @@ FAMILIES = ("SGCD", "GKD", "GOLD", "SDPO", "SDFT", "Distillation")
 def prepared(family: str, folder: Path, tokens: int) -> tuple[Any, Any]:
     """A trainer and a micro-batch of it."""
     from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer
-    from tests.integrations import test_trl_distillation as distillation
-    from tests.integrations import trl_world as world
+    from tests.sgcd_kernels.integrations import test_trl_distillation as distillation
+    from tests.sgcd_kernels.integrations import trl_world as world
 
     long = {"max_new_tokens" if family == "GKD" else "max_completion_length": tokens}
     sizes = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1} | long
@@ -81,7 +81,7 @@ def measure(family: str, ours: bool) -> tuple[int, int]:
 
 def measured(family: str, ours: bool) -> tuple[int, int]:
     """As `measure`, in a process of its own."""
-    command = [sys.executable, "-m", "tests.integrations.trl_memory", family, "ours" if ours else "own"]
+    command = [sys.executable, "-m", "tests.sgcd_kernels.integrations.trl_memory", family, "ours" if ours else "own"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     peak, tokens = done.stdout.split()[-2:]

@@ -15,7 +15,7 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from sgcd_kernels.credit_config import Rule
+from sgcd_kernels.credit.config import Rule
 
 F64 = torch.float64
 N, H, V, ITEMS = 30, 6, 40, 33

@@ -16,7 +16,7 @@ from tests.kernels.cases import Case, case
 
 STATUS = backend_status()["cpp"]
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

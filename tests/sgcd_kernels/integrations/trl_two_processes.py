@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer, Siblings
-from tests.integrations import trl_world as world
+from tests.sgcd_kernels.integrations import trl_world as world
 
 
 def write(group: Siblings) -> str:

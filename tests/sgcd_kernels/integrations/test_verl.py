@@ -40,9 +40,9 @@ from sgcd_kernels.integrations.verl.credit import credit_config, response_credit
 from sgcd_kernels.integrations.verl.engine import SGCDEngine
 from sgcd_kernels.integrations.verl.lm_head import patch_lm_head
 from sgcd_kernels.integrations.verl.policy_loss import TokenWeights, token_weights
-from tests.integrations import verl_host as host
+from tests.sgcd_kernels.integrations import verl_host as host
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "verl"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "verl"
 TAU = 0.9  # the temperature of the batch
 
 

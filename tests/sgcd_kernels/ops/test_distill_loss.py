@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import linear_distill_loss, linear_divergence, reference
-from sgcd_kernels.torch_backend import blocks
+from sgcd_kernels.backends.torch import blocks
 
 F64 = torch.float64
 KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -11,7 +11,7 @@ pytest.importorskip("datasets", reason="datasets is not installed")
 from transformers import RecurrentGemmaConfig
 
 from sgcd_kernels.integrations.trl.head import LinearHead
-from tests.integrations import trl_world as world
+from tests.sgcd_kernels.integrations import trl_world as world
 
 
 def test_a_softcap_by_another_name_than_gemmas() -> None:

@@ -24,9 +24,9 @@ from sgcd_kernels.integrations.trl.references import Siblings
 from sgcd_kernels.integrations.verl import register  # noqa: F401  # the policy losses
 from sgcd_kernels.integrations.verl.references import padding_rows, teacher_field
 from sgcd_kernels.integrations.verl.settings import check_config, reference_function
-from tests.integrations import trl_world as world
+from tests.sgcd_kernels.integrations import trl_world as world
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HAS_QUEUE = importlib.util.find_spec("transfer_queue") is not None
 needs_queue = pytest.mark.skipif(not HAS_QUEUE, reason="TransferQueue is not installed")
 

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from sgcd_kernels import linear_logprob, reference
-from sgcd_kernels.torch_backend import blocks
-from sgcd_kernels.types import Projection
+from sgcd_kernels.backends.torch import blocks
+from sgcd_kernels.core.lm_head import LMHead
 
 F64 = torch.float64
 
@@ -130,13 +130,11 @@ def test_a_master_weight_is_multiplied_in_bf16_on_cuda() -> None:
     pairs = {(torch.bfloat16, torch.float32): torch.bfloat16, (torch.bfloat16, torch.bfloat16): torch.bfloat16}
     pairs |= {(torch.float32, torch.bfloat16): torch.float32, (torch.bfloat16, F64): F64}
     for (hidden, weight), want in pairs.items():
-        with FakeTensorMode():
-            p = Projection(
-                torch.empty(2, 4, dtype=hidden, device="cuda"), torch.empty(3, 4, dtype=weight, device="cuda")
-            )
-        assert blocks.operand_dtype(p) == want
-        on_cpu = Projection(torch.empty(2, 4, dtype=hidden), torch.empty(3, 4, dtype=weight))
-        assert blocks.operand_dtype(on_cpu) == on_cpu.stats_dtype
+        for device in ("cuda", "cpu"):
+            with FakeTensorMode():
+                x, w = torch.empty(2, 4, dtype=hidden, device=device), torch.empty(3, 4, dtype=weight, device=device)
+            widened = torch.promote_types(torch.promote_types(hidden, weight), torch.float32)
+            assert blocks.operand_dtype(x, LMHead(w)) == (want if device == "cuda" else widened)
 
 
 def test_wild_logits() -> None:
@@ -165,7 +163,7 @@ def test_rows_at_an_extreme_level(level: float, small_blocks: None) -> None:
     assert x.grad.isfinite().all()
 
 
-def test_forbidden_words_have_probability_zero(small_blocks: None) -> None:
+def test_forbidden_vocab_ids_have_probability_zero(small_blocks: None) -> None:
     x, w, b, _ = head(4, 5, 200, dtype=torch.float32)
     b[:130] = -torch.inf  # the first two blocks hold nothing else
     x.requires_grad_(), w.requires_grad_()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgcd_kernels import linear_divergence, reference
-from sgcd_kernels.torch_backend import blocks
+from sgcd_kernels.backends.torch import blocks
 from tests.properties import examples
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ import torch
 
 from sgcd_kernels import credit_weights, reference
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def output_of(example: str, *arguments: str, folder: Path = EXAMPLES.parent) -> str:

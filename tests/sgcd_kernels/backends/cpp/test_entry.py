@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, backends, linear_logprob
-from sgcd_kernels.cpp import extension
-from sgcd_kernels.cpp.sources import digest
+from sgcd_kernels.backends.cpp import extension
+from sgcd_kernels.backends.cpp.sources import digest
 
 STATUS = backend_status()["cpp"]
 usable = pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @usable

@@ -25,8 +25,8 @@ from sgcd_kernels import CreditConfig
 from sgcd_kernels.integrations import trl as package
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer, Siblings
 from sgcd_kernels.integrations.trl.references import ask, teacher_prompt
-from tests.integrations import trl_world as world
-from tests.integrations.trl_world import quick_collection  # noqa: F401
+from tests.sgcd_kernels.integrations import trl_world as world
+from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -204,7 +204,7 @@ def test_turn_level_by_hand() -> None:
     torch.testing.assert_close(got.weights, torch.tensor(want))
     agrees = credit_weights(torch.zeros(8), torch.zeros(8), log_ratio=torch.zeros(8), config=config, **given)
     assert (agrees.weights == 1).all()
-    with pytest.raises(ValueError, match="turn_ids is None, needs one value a token for rule 'turn_level'"):
+    with pytest.raises(ValueError, match="turn_ids is None, needs one value per token for rule 'turn_level'"):
         credit_weights(torch.zeros(8), torch.zeros(8), log_ratio=delta, config=config, **given | {"turn_ids": None})
 
 
@@ -255,7 +255,7 @@ def test_advantages_of_sequences_are_spread() -> None:
     ],
 )
 def test_a_missing_input_is_named(rule: str, missing: str) -> None:
-    with pytest.raises(ValueError, match=f"{missing} is None, needs one value a token for rule '{rule}'"):
+    with pytest.raises(ValueError, match=f"{missing} is None, needs one value per token for rule '{rule}'"):
         credit_weights(**signals(), config=CreditConfig(rule=rule))
 
 

@@ -16,7 +16,7 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from sgcd_kernels.surrogate import LOSS_TYPES
+from sgcd_kernels.core.surrogate import LOSS_TYPES
 
 N, H, V = 40, 6, 90
 CU = torch.tensor([0, 12, 12, 25, 40])
