@@ -108,8 +108,8 @@ HALF_EPILOGUE: Table = {
 }
 
 # For operands of 2 bytes where hidden or weight is stored in 4 (an fp32 master weight): a step in flight takes up to
-# twice the shared memory. With and without an epilogue. On sm_100 one weight must be one product here: Triton 3.6 cannot
-# pipeline two that share what was converted.
+# twice the shared memory. With and without an epilogue. On sm_100 one weight must be one product here: Triton 3.6
+# cannot pipeline two that share what was converted.
 HALF_CAST: Table = {
     "head_stats": {
         8: (Config(128, 64, 32, 8, 3),),

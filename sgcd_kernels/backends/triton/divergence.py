@@ -1,7 +1,7 @@
 """Divergences of two heads over one vocabulary: one pass over both, and one more for what needs both normalisers.
 
-A program takes one tile of tokens and one vocab split. It makes one tile of both heads' logits after the other and keeps
-running statistics of them in registers until they are written.
+A program takes one tile of tokens and one vocab split. It makes both heads' logits tile by tile and keeps running
+statistics of them in registers until they are written.
 """
 
 from __future__ import annotations

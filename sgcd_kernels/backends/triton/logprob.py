@@ -1,8 +1,8 @@
 """log p(y), entropy and log-sum-exp, and the gradient of the logits, one tile at a time.
 
-A program of the forward kernel takes one tile of tokens and one vocab split. It makes one tile of logits after the other
-and keeps running statistics of them in registers. The backward kernel makes the logits of a vocab chunk again and writes
-their gradient.
+A program of the forward kernel takes one tile of tokens and one vocab split. It makes the logits tile by tile and keeps
+running statistics of them in registers. The backward kernel makes the logits of a vocab chunk again and writes their
+gradient.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 `pair_stats` also notes, per token and vocab tile, the teacher's largest logit and both heads' mass (`peaks`). Each of
 the teacher's K best ids lies in one of the K tiles with the largest maxima: in any other tile it would stand behind K
-ids, one per tile. So only the logits of these tiles, and of the target's, are made once more (BLOCK_V ids each). The tail
-is the mass of all other tiles plus that of the ids left over in these. These are sums of positive numbers, where 1 minus
+ids, one per tile. So only the logits of these tiles, and of the target's, are made once more (BLOCK_V ids each).
+
+The tail is the mass of all other tiles plus that of the ids left over in these: sums of positive numbers, where 1 minus
 the rest would leave only rounding beside an id of probability 1.
 """
 
