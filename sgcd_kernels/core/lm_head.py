@@ -7,7 +7,7 @@ values per token [N]; `gather` and `scatter` go from one to the other.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,7 @@ def stats_dtype(*inputs: Tensor) -> torch.dtype:
 
 
 def saved_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a gradient that waits for its upstream factor. fp16 waits in fp32, where no loss scale underflows."""
+    """The dtype of a gradient that waits for its upstream factor: fp32 for fp16, where it might underflow before."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -180,7 +180,8 @@ def group_name(group: object) -> str:
 def group_named(name: str) -> ProcessGroup | None:
     if not name:
         return None
-    group: ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group: ProcessGroup = resolve(name)
     return group
 
 

@@ -42,7 +42,7 @@ def register(
     *,
     differentiable: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: the op sgcd_kernels::<name of the function, without its "_op">, to be called with positional arguments.
+    """Decorator: an op sgcd_kernels::NAME from a function NAME_op, to be called with positional arguments.
 
     Arguments and results may be tensors, numbers, strings, process groups, and NamedTuples or dataclasses of these.
     No result may share memory with another or with an argument.
@@ -110,7 +110,7 @@ def register(
 
 def save(ctx: Any, **values: Any) -> None:
     """Keep values and bundles for the backward pass, by name; tensors go through `save_for_backward`."""
-    codecs = {name: _codec(type(value) if value is not None else object) for name, value in values.items()}
+    codecs: dict[str, _Codec] = {name: _codec(type(value)) for name, value in values.items()}  # type: ignore[arg-type]
     flat = [x for name, value in values.items() for x in codecs[name].split(value)]
     # What inference mode has made must be copied to be saved.
     tensors = [x.clone() if x.is_inference() else x for x in flat if isinstance(x, Tensor)]

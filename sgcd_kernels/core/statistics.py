@@ -133,8 +133,9 @@ class PairStats(NamedTuple):
     @staticmethod
     def concatenated(parts: Sequence[PairStats]) -> PairStats:
         """Of all rows, from parts of them."""
-        p, q = (HeadStats(*map(torch.cat, zip(*side))) for side in zip(*((x.p, x.q) for x in parts)))
-        return PairStats(p, q, *map(torch.cat, zip(*((x.a_p, x.a_q, x.overlap) for x in parts))))
+        p, q = (HeadStats(*map(torch.cat, zip(*heads))) for heads in ([x.p for x in parts], [x.q for x in parts]))
+        a_p, a_q, overlap = (torch.cat(x) for x in zip(*((part.a_p, part.a_q, part.overlap) for part in parts)))
+        return PairStats(p, q, a_p, a_q, overlap)
 
     def updated(self, z_p: Tensor, z_q: Tensor) -> PairStats:  # [n, block] each
         """With a block of both heads' logits, which are left as they are."""

@@ -70,7 +70,7 @@ class EligibleTokens:
         The order depends only on the seed, the sequence's place in the batch and its number of eligible tokens.
         """
         start = _mix(torch.arange(self.lengths.numel(), device=self.lengths.device) + _signed(seed * _STEP))
-        rank = self.eligible_before_token - self.spread(self.eligible_before_sequence)  # among the eligible tokens of its sequence
+        rank = self.eligible_before_token - self.spread(self.eligible_before_sequence)  # within its sequence
         draw = _mix(self.spread(start) + rank * _signed(_STEP))
         in_place, drawn = torch.arange(draw.numel(), device=draw.device), draw.sort(stable=True).indices
         return self._by_sequence(in_place), drawn[self._by_sequence(drawn)]

@@ -1,4 +1,4 @@
-"""`credit_weights`: one definition for all devices (`credit.rules`). Nothing waits for a GPU, nothing has a gradient."""
+"""`credit_weights`: one definition for all devices (`credit.rules`), without a gradient. Nothing waits for a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends.registry import IMPLS, credit_backend
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.backends.registry import credit_backend
 from sgcd_kernels.core.lm_head import stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
@@ -19,7 +20,7 @@ from sgcd_kernels.core.validation import (
     check_tensor,
     cu_seqlens_values,
 )
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.eligible import EligibleTokens
 from sgcd_kernels.credit.rules import RULES, Batch, Credit
 
@@ -79,10 +80,10 @@ def credit_weights(
 
     These weights may fall below 1, and `gamma` and `clip` do not apply. Saliency is r for gear and 0 otherwise.
 
-    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that is
-    missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU no
-    value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise from 0
-    to N.
+    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that
+    is missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU
+    no value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise
+    from 0 to N.
 
     Gradients: none
     Backends: torch; the span scan and the quantiles by `impl`
@@ -162,11 +163,6 @@ def credit_op(
         torch.where(eligible, saliency, 0.0).to(dtype),
         torch.where(eligible, ids, -1),
     )
-
-
-def check_config(config: object) -> None:
-    if not isinstance(config, CreditConfig):
-        raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")
 
 
 def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:

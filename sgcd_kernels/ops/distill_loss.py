@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends.protocol import DistillSaved, DivergenceOptions
-from sgcd_kernels.backends.registry import IMPLS, backend_for, no_autocast
+from sgcd_kernels.backends.protocol import IMPLS, DistillSaved, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs, Projection, empty_grads, stats_dtype
 from sgcd_kernels.core.registration import register, restore, save
 from sgcd_kernels.core.validation import (
@@ -147,7 +147,9 @@ def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     asked = DivergenceOptions(("jsd", "mixture_kl") if kind == "jsd" else (), options.beta)
     if inputs.head.group is not None:
         backend_for(options.impl, "distill_backward", student, teacher)  # refuse before the forward pass
-    backend = backend_for(options.impl, "divergence_second_pass" if asked.features else "divergence_forward", student, teacher)
+    backend = backend_for(
+        options.impl, "divergence_second_pass" if asked.features else "divergence_forward", student, teacher
+    )
     if student.num_rows == 0:
         zeros = torch.zeros(shape, dtype=inputs.stats_dtype(), device=inputs.hidden.device)
         loss = zeros.clone() if options.reduction == "none" else zeros.sum()
@@ -163,7 +165,9 @@ def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     return _Result(total if options.reduction == "sum" else total / values.numel(), DistillSaved(*saved))
 
 
-def _fake_backward(inputs: _Inputs, options: _Options, saved: DistillSaved, upstream: Tensor, needs: Needs) -> HeadGrads:
+def _fake_backward(
+    inputs: _Inputs, options: _Options, saved: DistillSaved, upstream: Tensor, needs: Needs
+) -> HeadGrads:
     return empty_grads(inputs.hidden, inputs.head, needs)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends.protocol import DivergenceOptions
-from sgcd_kernels.backends.registry import IMPLS, backend_for, no_autocast
+from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import LMHead, Projection, shard_range, stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
@@ -75,9 +75,9 @@ def linear_divergence(
     divergences keep their digits and identical distributions give exactly 0. Every divergence is clamped to >= 0.
 
     `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649, beta in
-    [1e-6, 1 - 1e-6]) and "tv"; they cost a second pass. `top_k` adds the KLs over the teacher's K most likely vocab ids,
-    the observed token and one bucket for all others (SDPO, arXiv 2601.20802); up to rounding they never exceed the full
-    KLs. They cost a second pass too (one for all).
+    [1e-6, 1 - 1e-6]) and "tv"; they cost a second pass. `top_k` adds the KLs over the teacher's K most likely vocab
+    ids, the observed token and one bucket for all others (SDPO, arXiv 2601.20802); up to rounding they never exceed the
+    full KLs. They cost a second pass too (one for all).
 
     A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a vocab id of probability
     0: where both heads have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends.registry import IMPLS, backend_for, no_autocast
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs, Projection, empty_grads, stats_dtype
 from sgcd_kernels.core.registration import register, restore, save
 from sgcd_kernels.core.statistics import LogprobValues
@@ -60,7 +61,7 @@ def linear_logprob(
 
     >>> import torch
     >>> hidden, weight = torch.eye(2, 4, requires_grad=True), torch.zeros(8, 4)
-    >>> stats = linear_logprob(hidden, weight, torch.tensor([3, -100]))  # eight equal logits; the second token is ignored
+    >>> stats = linear_logprob(hidden, weight, torch.tensor([3, -100]))  # 8 equal logits; the second token is ignored
     >>> [round(x, 4) for x in stats.logp.tolist()], [round(x, 4) for x in stats.entropy.tolist()]
     ([-2.0794, 0.0], [2.0794, 0.0])
     >>> stats.logp.sum().backward()
@@ -100,7 +101,7 @@ def logprob_op(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int,
     x, y = project_targets(hidden, head, targets, ignore_index)
     with no_autocast(hidden.device):
         values, _ = backend_for(impl, "logprob_forward", x).logprob_forward(x, y)
-    return LogprobStats(*(x.scatter(value, targets.shape) for value in values))
+    return LogprobStats(*(x.scatter(value, targets.shape) for value in values if value is not None))
 
 
 def _fake_backward(
