@@ -44,8 +44,8 @@ def register(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: an op sgcd_kernels::NAME from a function NAME_op, to be called with positional arguments.
 
-    Arguments and results may be tensors, numbers, strings, process groups, and NamedTuples or dataclasses of these.
-    No result may share memory with another or with an argument.
+    Arguments may be tensors, numbers, strings, process groups, and NamedTuples or dataclasses of these; results are
+    tensors, None, and such bundles of them. No result may share memory with another or with an argument.
 
     `fake(*arguments)` gives uninitialised results. `setup(ctx, result, *arguments)` and `backward(ctx, upstream)` are
     those of an autograd.Function: `upstream` has the form of the result, and gradients are returned by the name of the
