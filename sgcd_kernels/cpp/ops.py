@@ -28,7 +28,7 @@ from sgcd_kernels.types import Logprobs, Projection, ProjectionGrads
 __all__ = ["distill_backward", "divergence_forward", "logprob_backward", "logprob_forward", "target_logp"]
 
 MAX_LISTED = 1 << 19  # words of all tokens' top-K lists at one time: some 6 MB, and as much again a few times over
-KINDS = ("reverse_kl", "forward_kl", "jsd")  # by the numbers that csrc/folds.h gives them
+KINDS = ("reverse_kl", "forward_kl", "jsd")  # by the numbers that csrc/tile_kernels.h gives them
 
 
 def logprob_forward(
@@ -43,7 +43,7 @@ def logprob_forward(
     if keep is None:
         raw = torch.ops.sgcd_kernels.head_stats(*arguments)
     else:
-        raw, kept = torch.ops.sgcd_kernels.head_stats_keep(*arguments, keep[1])
+        raw, kept = torch.ops.sgcd_kernels.head_stats_cached(*arguments, keep[1])
     stats = RowStats(p.num_rows, raw)
     _fill(stats, raw)
     stats.merge(group)
