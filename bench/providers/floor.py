@@ -1,4 +1,4 @@
-"""The floor: an op's products with the head and nothing else, by the library's GEMM; and our own walk without its fold.
+"""The floor: an op's products with the head and nothing else, by the library's GEMM; and our own sweep of them.
 
 Only tokens with a loss are multiplied, gathered beforehand; tokens go in blocks, so that the products need no more
 memory than any careful implementation.
@@ -54,25 +54,35 @@ for name, op in OPS.items():
 
 
 @functools.cache
-def _bare_walk() -> Callable[..., object]:
-    """The operator, which the first use of the backend loads."""
+def _matmul_sweep() -> Callable[..., object] | None:
+    """The operator, which the first use of the backend loads; None where the extension was built without it."""
     linear_logprob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), impl="cpp")
-    walk: Callable[..., object] = torch.ops.sgcd_kernels.bare_walk
-    return walk
+    return getattr(torch.ops.sgcd_kernels, "matmul_sweep", None)
+
+
+def _sweep(hidden: Tensor, weight: Tensor, teacher: Tensor | None) -> Outputs:
+    sweep = _matmul_sweep()
+    assert sweep is not None  # walk_refuses
+    sweep(hidden, weight, teacher)
+    return {}
 
 
 def walk_refuses(case: Case) -> str | None:
-    return ours.refuses("cpp")(case) or (None if case.mode == "forward" else "no bare walk of a backward pass")
+    if refusal := ours.refuses("cpp")(case):
+        return refusal
+    if case.mode != "forward":
+        return "no bare walk of a backward pass"
+    if _matmul_sweep() is None:
+        return "the extension has no matmul_sweep: SGCD_BUILD_BENCH=1 pip install --no-build-isolation -e . builds it"
+    return None
 
 
 @provides("logprob", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
 def walk_one(i: Inputs, mode: str) -> Outputs:
-    """The C++ backend's tiles of logits, made and forgotten: what its own arithmetic costs beyond products."""
-    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, None)
-    return {}
+    """The C++ backend's tiles of logits, computed and not read: what its own arithmetic costs beyond products."""
+    return _sweep(_gathered(i.hidden, i.rows), i.weight, None)
 
 
 @provides("divergence", "walk", package="sgcd-kernels", refuses=walk_refuses, bare=True)
 def walk_two(i: Inputs, mode: str) -> Outputs:
-    _bare_walk()(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
-    return {}
+    return _sweep(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
