@@ -26,15 +26,16 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
+
 .PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
-.PHONY: train-real warmstart selfcheck view docs clean
+.PHONY: tidy train-real warmstart selfcheck view docs clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, clang-format and clang-tidy"
 	@echo "make docs        the documentation site, links checked   (site/index.html)"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
@@ -82,17 +83,31 @@ lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp
+	@$(MAKE) --no-print-directory -j 2 tidy
 	@$(PY) -m bench table --check
+
+# clang-tidy reads torch's headers for each file, some seconds every time: only files that changed since are checked again.
+TIDY_FLAGS := -std=c++20 -DNDEBUG -Wall -Wextra -Wshadow
+TORCH_INCLUDE = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/include
+tidy: $(patsubst csrc/%.cpp,build/tidy/%.ok,$(wildcard csrc/*.cpp))
+
+build/tidy/%.ok: csrc/%.cpp .clang-tidy $(wildcard csrc/*.h) | $(READY)
+	@mkdir -p $(@D)
+	@include=$(TORCH_INCLUDE); $(VENV)/bin/clang-tidy --quiet $< -- $(TIDY_FLAGS) \
+	  -isystem "$$include" -isystem "$$include/torch/csrc/api/include"
+	@touch $@
 
 # Read from the sources, so neither torch nor the package is installed.
 docs: $(READY_DOCS)
 	@NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --quiet --strict $(ARGS)
 	@echo "site/index.html"
 
-# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
+# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one. No -Werror: with
+# sanitizers on, GCC warns of values that are not uninitialised.
 SANITIZED := build/sanitize
 sanitize: $(READY)
-	@SGCD_BUILD=1 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	@SGCD_BUILD=1 SGCD_BUILD_BENCH=1 SGCD_WERROR=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  LDFLAGS="-fsanitize=address,undefined" $(PY) setup.py -q build \
 	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
@@ -180,8 +195,9 @@ $(READY_DOCS): pyproject.toml constraints.txt
 	@$(VENV_DOCS)/bin/python -m pip install --quiet -c constraints.txt --group docs
 	@touch $@
 
+# With the operator that only the benchmark calls.
 $(READY_BENCH): $(READY)
-	@$(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bench]'
+	@SGCD_BUILD_BENCH=1 $(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(READY_REAL): $(READY)

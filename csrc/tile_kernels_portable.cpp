@@ -1,4 +1,4 @@
 // Plain loops: arm64, old x86, any other compiler.
-#define SGCD_FOLDS folds_portable
+#define SGCD_TILE_KERNELS tile_kernels_portable
 #define SGCD_NAME "portable"
-#include "folds_impl.h"
+#include "tile_kernels_impl.h"
