@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer import envs
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.workday.gold import solve
-from trainer.types import Message, Outcome, Task, Tool
 
 
 def gold_name(task: Task) -> str:

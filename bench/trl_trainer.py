@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.first_call import FirstCallSuite, gold_name, reward
-from trainer import model as policy
 from trainer.config import Config
-from trainer.types import Renderer, Task
+from trainer.data import Task
+from trainer.learning import model as policy
+from trainer.protocols import Renderer
 
 
 async def prompt_text(suite: FirstCallSuite, renderer: Renderer, task: Task) -> str:

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
-from trainer import checkpoint, engines, envs, loop
-from trainer import model as policy
+from trainer import engines, envs, loop
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig, WriterConfig
-from trainer.credit import writers
-from trainer.types import EnvironmentLost, Group, Task, UserError
+from trainer.data import Group, Task
+from trainer.errors import EnvironmentLost, UserError
+from trainer.learning import model as policy
+from trainer.records import checkpoint
+from trainer.references import writers
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def check_record(lines: list[dict[str, Any]]) -> None:
         assert line["sampling/sampling_logp_difference/max"] < 1e-4
         assert line["by_group/trained"] == 3
         assert line["credit/invalid"] == 0
-        assert line["credit/w_mean"] > 1
+        assert line["credit/mean_weight"] > 1
         assert line["rollout/errored"] == 0
         assert line["entropy"] > 0
     assert [line["step"] for line in lines if "eval/parity/tgc" in line] == [0, 2, 3]
@@ -138,7 +140,7 @@ def kill_at_step_3(patch: pytest.MonkeyPatch, where: str) -> None:
 
         patch.setattr(loop.Run, where, fail)
         return
-    learn = loop.update.Learner.update
+    learn = loop.Learner.update
 
     def half(self: Any, groups: Any, step: int, clock: Any) -> Any:
         found = learn(self, groups, step, clock)
@@ -146,7 +148,7 @@ def kill_at_step_3(patch: pytest.MonkeyPatch, where: str) -> None:
             raise KeyboardInterrupt
         return found
 
-    patch.setattr(loop.update.Learner, "update", half)
+    patch.setattr(loop.Learner, "update", half)
 
 
 def test_evaluating_more_often_changes_no_step(folder: Path, tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_a_step_without_mixed_groups_is_taken_and_told(
 
 
 async def all_fail(self: Any) -> Any:
-    from trainer.types import Outcome
+    from trainer.data import Outcome
 
     return Outcome(0.0)
 
@@ -385,7 +387,7 @@ def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
             raise ConnectionError("http://world:1 is down")
         return await reset(self, task)
 
-    name = {"sampling": "collect", "evaluation": "evaluate"}[when]
+    name = {"sampling": "sample_siblings", "evaluation": "evaluate"}[when]
     plain = getattr(loop.Run, name)
 
     async def fatal(run: loop.Run, *arguments: Any) -> Any:
@@ -431,7 +433,7 @@ def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
     whole, cut = (config(folder, tmp_path / name, save_steps=0) for name in ("whole", "cut"))
     loop.train(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "collect", stopped)
+        patch.setattr(loop.Run, "sample_siblings", stopped)
         for _ in range(2):  # the second time there is nothing new to save
             with pytest.raises(UserError if why == "mistake" else KeyboardInterrupt):
                 loop.train(cut)
@@ -488,13 +490,13 @@ def test_one_task_that_always_breaks_stops_nothing(
 def test_updates_without_a_finite_gradient_are_skipped_told_and_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoilt: int
 ) -> None:
-    learn = loop.update.Learner.update
+    learn = loop.Learner.update
 
     def spoil(self: Any, groups: Any, step: int, clock: Any) -> Any:
         found, scored = learn(self, groups, step, clock)
         return {**found, "update/skipped": float(step <= spoilt)}, scored
 
-    monkeypatch.setattr(loop.update.Learner, "update", spoil)
+    monkeypatch.setattr(loop.Learner, "update", spoil)
     made = config(folder, tmp_path, eval_on_start=False, save_steps=0)
     if spoilt < loop.MAX_SKIPPED:
         loop.train(made)

@@ -25,7 +25,8 @@ from typing import Any
 from trainer.chat.reader import ChatReader
 from trainer.chat.signatures import signature
 from trainer.chat.syntax import Hermes, Python
-from trainer.types import Message, Tool, UserError
+from trainer.data import Message, Tool
+from trainer.errors import UserError
 
 CALLS: dict[str, type[Hermes] | type[Python]] = {"hermes": Hermes, "python": Python}
 TOOLS = ("json", "signatures", "described")

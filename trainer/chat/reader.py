@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from trainer.chat.bytelevel import ByteLevel
 from trainer.chat.syntax import Found, Span
-from trainer.types import Message, TokenClass, UserError
+from trainer.data import Message, TokenClass
+from trainer.errors import UserError
 
 START, END = "<|im_start|>", "<|im_end|>"
 THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)

@@ -17,7 +17,8 @@ from typing import Any
 from trainer.chat.functions import Functions
 from trainer.chat.reader import END, OPENED, START, ChatReader
 from trainer.chat.syntax import Hermes
-from trainer.types import Message, Tool, UserError
+from trainer.data import Message, Tool
+from trainer.errors import UserError
 
 MARK = "\U0010fffd"  # a character of no meaning, where a turn's words are
 STAND_INS = 0x100000  # and these stand for special tokens that a text from outside spells

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from trainer.engines.sample import sample
-from trainer.model import head, layer_kinds
-from trainer.types import Completion, Sampling
+from trainer.data import Completion, Sampling
+from trainer.engines.token_sampling import sample
+from trainer.learning.model import head, layer_kinds
 
 KNOWN = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 

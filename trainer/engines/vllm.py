@@ -24,9 +24,10 @@ from typing import Any
 import httpx
 import torch
 
+from trainer.concurrency import run_together
+from trainer.data import Completion, Sampling
 from trainer.engines.vllm_server import Process, Server, ServerFailed, write_weights
-from trainer.rollout import together
-from trainer.types import Completion, EngineLost, EnvironmentBroken, Sampling
+from trainer.errors import EngineLost, EnvironmentBroken
 
 log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -98,7 +99,7 @@ class VLLMEngine:
         try:
             await self._publish()
             requests = [self._request(prompt_ids, sampling, min(room, sampling.max_tokens), seed) for seed in seeds]
-            return await together(self._complete(request) for request in requests)
+            return await run_together(self._complete(request) for request in requests)
         finally:
             self._running -= 1
 

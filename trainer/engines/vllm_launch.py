@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import torch
 
-from trainer.engines import guard
+from trainer.engines import process_guard
 from trainer.engines.vllm_server import GENERATE, NEEDS, SOON, write_weights
-from trainer.types import Engine, Renderer, UserError
+from trainer.errors import UserError
+from trainer.protocols import Engine, Renderer
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -162,7 +163,13 @@ class Launched:
         with log.open("a") as out:
             begun = out.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, str(os.getpid()), *command(self.config, port, str(self.folder))],
+                [
+                    sys.executable,
+                    "-I",
+                    process_guard.__file__,
+                    str(os.getpid()),
+                    *command(self.config, port, str(self.folder)),
+                ],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ENVIRONMENT, **for_cpu(self.config.engine.python)},

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from trainer.types import Completion, UserError
+from trainer.data import Completion
+from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"

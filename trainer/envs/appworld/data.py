@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.types import Task, TaskClass, UserError
+from trainer.data import Task, TaskClass
+from trainer.errors import UserError
 
 PYTHON = Path(".venv-appworld/bin/python")
 SPLITS = ("train", "dev", "test_normal", "test_challenge")

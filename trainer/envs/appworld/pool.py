@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer.types import EnvironmentBroken
+from trainer.errors import EnvironmentBroken
 
 FORKER = Path(__file__).with_name("forker.py")
 START_SECONDS = 300.0  # to import the benchmark; seen: 6 to 20

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.types import Message, Task
+from trainer.data import Message, Task
 
 SYSTEM = """\
 You get things done for a person, your supervisor, by writing Python. Their apps are reachable as `apis`: \

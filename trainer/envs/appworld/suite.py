@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.appworld import data, prompt
 from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess
-from trainer.types import EnvironmentBroken, Message, Outcome, PolicyCrashed, Task, Tool, UserError, all_of
+from trainer.errors import EnvironmentBroken, PolicyCrashed, UserError, all_of
 
 WORLD = Path(__file__).with_name("world.py")
 SHARED = "shared"

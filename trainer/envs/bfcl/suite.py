@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.chat.signatures import signature
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.bfcl import data
 from trainer.envs.bfcl.calls import Call
-from trainer.envs.bfcl.check import Checker, gold_class
 from trainer.envs.bfcl.data import CATEGORIES, Entry
+from trainer.envs.bfcl.verifier import Checker, gold_class
 from trainer.envs.bfcl.world import World
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool, UserError
+from trainer.errors import EnvironmentBroken, UserError
 
 SYSTEM = (
     "Do what the user asks by calling tools. Call until the request is done, then answer in one short sentence. "

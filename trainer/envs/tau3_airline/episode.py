@@ -27,8 +27,9 @@ from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator, Role
 from tau2.registry import registry
 
-from trainer.envs.tau3_airline.customers import Customer
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool
+from trainer.data import Message, Outcome, Task, Tool
+from trainer.envs.tau3_airline.user_simulators import Customer
+from trainer.errors import EnvironmentBroken
 
 T = TypeVar("T")
 TOO_BIG = "**"  # `calculate` evaluates powers, and 9**9**9 would never come back

@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from trainer.credit.endpoint import is_loopback
-from trainer.credit.literals import spans
-from trainer.envs.tau3_airline import package
-from trainer.types import Environment, Message, Task, TaskClass, UserError, all_of
+from trainer.data import Message, Task, TaskClass
+from trainer.envs.tau3_airline import installation
+from trainer.errors import UserError, all_of
+from trainer.protocols import Environment
+from trainer.references.endpoint import is_loopback
+from trainer.references.literals import spans
 
 if TYPE_CHECKING:
-    from trainer.envs.tau3_airline.customers import Customer
+    from trainer.envs.tau3_airline.user_simulators import Customer
 
 WRITES = {  # of the airline's tools; a slow test holds this against the tools' own marks
     "book_reservation",
@@ -64,9 +66,9 @@ class Tau3AirlineSuite:
         whole = type(concurrency) is int and concurrency > 0
         _check("concurrency", concurrency, whole, "a whole number of at least 1")
         endpoint = (user_base_url, user_model, user_temperature, user_api_key_env, user_timeout, user_max_retries)
-        all_of(lambda: _check_endpoint(*endpoint) if user == "llm" else None, package.check)
-        folder = package.data_folder()
-        self._episode = package.load()
+        all_of(lambda: _check_endpoint(*endpoint) if user == "llm" else None, installation.check)
+        folder = installation.data_folder()
+        self._episode = installation.load()
         self._airline = self._episode.airline(folder)
         self.api_key_env = user_api_key_env  # what it holds never goes to another endpoint
         self._customer = self._cast(user, *endpoint)
@@ -80,11 +82,11 @@ class Tau3AirlineSuite:
 
     @staticmethod
     def _cast(user: str, *endpoint: Any) -> Customer:
-        from trainer.envs.tau3_airline import customers
+        from trainer.envs.tau3_airline import user_simulators
 
         if user == "scripted":
-            return customers.ScriptedCustomer
-        return functools.partial(customers.EndpointCustomer, customers.Endpoint(*endpoint))
+            return user_simulators.ScriptedCustomer
+        return functools.partial(user_simulators.EndpointCustomer, user_simulators.Endpoint(*endpoint))
 
     def tasks(self, split: str) -> list[Task]:
         if split not in self._splits:
