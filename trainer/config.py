@@ -28,7 +28,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
-    made_by: str = ""  # the command that makes or fetches it: what a person is told where it is not there
+    made_by: str = ""  # the command that makes or fetches it, named in the error when it is missing
     renderer: Literal["compact", "chatml", "template"] = "compact"  # template: the tokenizer's own, as Qwen's
     chat_template_kwargs: dict[str, Any] = {}  # of renderer template, as in TRL: {enable_thinking: false}
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
@@ -89,7 +89,7 @@ class WriterConfig(Section):
     base_url: str = "https://api.openai.com/v1"
     model: str = "gpt-5-mini"
     api_key_env: str = "OPENAI_API_KEY"
-    timeout: float = Field(60.0, gt=0)  # seconds a call
+    timeout: float = Field(60.0, gt=0)  # seconds per call
     max_retries: int = Field(3, ge=0)
     concurrency: int = Field(8, gt=0)
     max_prompt_chars: int = Field(48_000, gt=0)

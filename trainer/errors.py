@@ -1,7 +1,7 @@
 """What can go wrong and is reported without a traceback, and the two faults that end a single episode.
 
-`ReportedError` is what the command line turns into one line and exit code 2: either the person at the keyboard made a
-mistake (`UserError`), or something that the run depends on failed (`RunFailed`). Anything else is a bug and shows its
+`ReportedError` is what the command line turns into one line and exit code 2: either the user made a mistake
+(`UserError`), or something that the run depends on failed (`RunFailed`). Anything else is a bug and shows its
 traceback.
 """
 
@@ -20,7 +20,7 @@ class ReportedError(Exception):
 
 
 class UserError(ReportedError):
-    """A mistake of the person at the keyboard: a wrong key, a missing file, a package that is not installed."""
+    """A mistake of the user: a wrong key, a missing file, a package that is not installed."""
 
 
 class UserErrors(UserError):

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are first needed, and missed in one line that says which extra brings them."""
+"""Optional packages: imported when first needed; the error for a missing one names the extra that brings it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.errors import UserError
 
-# import name -> what to give to pip. Those with --no-deps are wanted without the large packages they depend on.
+# import name -> what to give to pip. --no-deps leaves out large packages that are not needed.
 REMEDY = {
     **dict.fromkeys(
         [

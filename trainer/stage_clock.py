@@ -1,4 +1,4 @@
-"""Where the time of a step goes: stages may nest, and each is charged only for what no inner stage took."""
+"""Where the time of a step goes. Stages may nest; each is charged only for what no inner stage took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds a stage, on the wall and of the processor (which leaves out the wait for somebody else's answer)."""
+    """Seconds per stage: wall time, and processor time, which leaves out waiting for a remote answer."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = defaultdict(float)

@@ -15,7 +15,7 @@ MISSING = "I cannot do that yet: a tool or a value is missing."
 
 
 async def demonstrate(task: Task) -> tuple[list[Message], list[Tool], float]:
-    """Play the gold calls of `task`, one a message, through its environment.
+    """Play the gold calls of `task`, one per message, through its environment.
 
     Returns:
         The whole transcript from the system message on, the tools, and the verifier's reward (1.0, or the benchmark

@@ -65,8 +65,8 @@ def example(
         if waiting:
             seen = renderer.observation(waiting)
             ids, mask, waiting = ids + seen, mask + [False] * len(seen), []
-        said = renderer.turn(message)
-        ids, mask = ids + said, mask + [True] * len(said)
+        turn = renderer.turn(message)
+        ids, mask = ids + turn, mask + [True] * len(turn)
         if not message.get("tool_calls") and len(ids) <= max_tokens:
             fits = len(ids)
     return Example(ids[:fits], mask[:fits])

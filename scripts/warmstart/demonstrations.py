@@ -1,6 +1,6 @@
 """Demonstrations by hurried workers, as the tiny policy will read them.
 
-A hurried worker skips a check more often than not and then goes on as on an ordinary day, so what the policy learns to
+A hurried worker skips a check more often than not and otherwise works as usual, so what the policy learns to
 imitate is competent but careless: it knows every check, makes each of them sometimes, and fails where a skipped one
 mattered. Some demonstrations carry a reference, written by the same contrast writer that training uses from eight
 simulated siblings, and follow it: a teacher that cannot read a reference is useless. Fillers are drawn alike with and
@@ -95,7 +95,7 @@ def example(
 
 
 def drills(count: int, renderer: CompactRenderer, seed: int) -> list[Example]:
-    """Return random names and numbers said twice, with loss on the second time.
+    """Return random names and numbers repeated once, with loss on the repetition.
 
     Copying a value out of an observation is what a random model learns last; this teaches it in a fifth of the time.
     """
@@ -103,8 +103,8 @@ def drills(count: int, renderer: CompactRenderer, seed: int) -> list[Example]:
     pool = renderer.encode([*PEOPLE, *TOPICS, *FILES, *DAYS, *map(str, range(100))])
     made = []
     for _ in range(count):
-        said = [rng.choice(pool) for _ in range(rng.randint(4, 16))]
-        made.append(Example(said + said, [False] * (len(said) + 1) + [True] * (len(said) - 1)))
+        words = [rng.choice(pool) for _ in range(rng.randint(4, 16))]
+        made.append(Example(words + words, [False] * (len(words) + 1) + [True] * (len(words) - 1)))
     return made
 
 

@@ -17,7 +17,7 @@ from trainer.data import Completion, Group, Message, Outcome, Rollout, Sampling,
 from trainer.envs.appworld.data import PYTHON
 from trainer.envs.appworld.prompt import CRASHED, NO_CODE, ONLY_FIRST, block
 from trainer.envs.appworld.suite import AppWorldSuite
-from trainer.evaluation import evaluate
+from trainer.evaluation import estimates, evaluate
 from trainer.records.rollout_files import describe
 from trainer.rollout.episode import RolloutSetup, play_episode
 
@@ -122,7 +122,7 @@ def test_tgc_counts_tasks_and_sgc_whole_scenarios(suite: AppWorldSuite) -> None:
         Rollout(t, [], [], [1], ids=[2], generated=[True], reward=play(suite, t.id, plans[t.id])[1].reward)
         for t in tasks
     ]
-    figures = evaluate.summarise(tasks, rollouts, {}, samples=1)
+    figures = estimates.summarise(tasks, rollouts, {}, samples=1)
     assert (figures["tgc"], figures["sgc"]) == (0.75, 0.5)
 
 

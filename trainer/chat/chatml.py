@@ -74,7 +74,7 @@ class ChatMLRenderer(ChatReader):
         return [*block, *self._blocks(rest), *self._opening()]
 
     def describe(self, tools: list[Tool]) -> str:
-        """The tools as the system prompt shows them, one a line; those marked "unlisted" are left out."""
+        """The tools as the system prompt shows them, one per line; those marked "unlisted" are left out."""
         tools = [tool for tool in tools if not tool.get("unlisted")]
         if self.tools == "json":
             return "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

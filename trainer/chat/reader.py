@@ -1,4 +1,4 @@
-"""Reading what a ChatML policy said: tokens to text, to messages, and to what each token is for.
+"""Reading what a ChatML policy generated: tokens to text, to messages, and to what each token is for.
 
 Shared by the renderers that write the prompt themselves (`chatml`) and by the model's own template (`template`).
 """

@@ -24,10 +24,10 @@ GRACE = 3.0  # seconds between asking the command to end and making it
 def main(parent: int, command: list[str]) -> None:
     """Run `command` until it ends, SIGTERM comes or `parent` is gone; then end it, all its children, and ourselves."""
     assert os.getpgrp() == os.getpid(), "start it as a session of its own: its group is what it ends"
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     child = subprocess.Popen(command)
-    while child.poll() is None and not told and os.getppid() == parent:
+    while child.poll() is None and not signals and os.getppid() == parent:
         time.sleep(EVERY)
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):

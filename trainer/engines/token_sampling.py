@@ -1,4 +1,4 @@
-"""Drawing one token a row from logits, and the log-prob of what was drawn under the distribution it was drawn from."""
+"""Drawing one token per row from logits, with its log-prob under the distribution it was drawn from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def sample(
     top_p: Tensor,  # [R]
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # ids [R], logp [R] fp32
-    """Sample by inverting the cumulative distribution: one uniform number a row, whatever the vocabulary.
+    """Sample by inverting the cumulative distribution: one uniform number per row, whatever the vocabulary.
 
     The log-probs are those of the *processed* distribution (after temperature and top-p; a greedy choice has log-prob
     0): the importance ratio of training needs the distribution that was sampled from, not the model's own.

@@ -1,7 +1,7 @@
 """Where vLLM comes from: URLs that a config names, a server of the run's own, or an engine in this process.
 
 vLLM pins its own torch and transformers, so servers live in an environment apart; only `vllm_mode: colocate` imports
-it, and then the trainer lives in vLLM's. What a person is told to run is what is run here, with the same arguments.
+it, and then the trainer lives in vLLM's. The command in an error is the one that is run here, with the same arguments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def command(config: Config, port: int, model: str = "") -> list[str]:
 
 
 def arguments(config: Config, model: str) -> list[str]:
-    """What a vLLM engine is told, whether it is served or lives in this process."""
+    """The arguments of a vLLM engine, whether it is a server or lives in this process."""
     return [
         *("--model", model, "--tokenizer", config.model.path),
         *("--max-model-len", str(config.model.max_length), "--max-num-seqs", str(config.engine.slots)),
@@ -126,9 +126,9 @@ def colocated(config: Config, model: Any, renderer: Renderer, folder: Path) -> E
 
 
 def remedy(config: Config) -> str:
-    """What a person does about servers that are not there."""
+    """What to do about servers that do not answer."""
     if not config.engine.urls:
-        return f"The server's log is {_log(config)}; the same command goes on from the newest checkpoint"
+        return f"The server's log is {_log(config)}; the same command resumes from the newest checkpoint"
     port = httpx.URL(config.engine.urls[0]).port or 8000
     return f"Start a server with: VLLM_SERVER_DEV_MODE=1 {shlex.join(command(config, port))}"
 
@@ -206,7 +206,7 @@ class Launched:
 
 
 def for_cpu(python: str = "") -> dict[str, str]:
-    """What the environment of a vLLM without a GPU needs, as far as nobody has set it: measured in docs/vllm.md.
+    """What the environment of a vLLM without a GPU needs, as far as it is not set: measured in docs/vllm.md.
 
     It would take nine tenths of the memory for its cache, from the trainer too, and keep one core for its scheduler,
     which is half of the speed on a machine of two. GNU's OpenMP, which spins, is replaced by the one that came with
@@ -225,7 +225,7 @@ def for_cpu(python: str = "") -> dict[str, str]:
 
 
 def check_python(python: str, key: str = "engine.python", more: str = "") -> str:
-    """The version of vllm that `python` has; what is missing is said under the config's `key`, with what to do."""
+    """The version of vllm that `python` has; an error names the config's `key` and what to do."""
     code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if d.name[:4] == 'vllm'))"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
@@ -274,6 +274,6 @@ def _log(config: Config) -> Path:
 
 def _last_error(log: Path, begun: int) -> str:
     """The last line of the log, from byte `begun` on, that names an error."""
-    said = log.read_bytes()[begun:].decode(errors="replace")
-    lines = [line for line in said.splitlines() if "Error" in line]
-    return " ".join(lines[-1].split())[-300:] if lines else "it said nothing"
+    text = log.read_bytes()[begun:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if "Error" in line]
+    return " ".join(lines[-1].split())[-300:] if lines else "its log is empty"

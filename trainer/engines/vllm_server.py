@@ -2,7 +2,7 @@
 
 The endpoints are vLLM's own (0.32: `vllm/entrypoints/scale_out/token_in_token_out` and, with VLLM_SERVER_DEV_MODE=1,
 `vllm/entrypoints/rl/online` and `serve/dev`). A label is given to the weights when they are loaded and comes back with
-every completion, so a server that was restarted, or that somebody else has loaded, is found out by its first answer.
+every completion, so a server that was restarted, or that another client has loaded, is noticed at its first answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REFUSED = (400, 413, 422)  # what a server answers to a request that no server w
 
 
 class ServerFailed(Exception):
-    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 where it said none."""
+    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 if it gave none."""
 
     def __init__(self, what: str, status: int = 0) -> None:
         super().__init__(what)
@@ -75,9 +75,9 @@ class Server:
                 return answer.json() if answer.content else None
             except ValueError:
                 raise ServerFailed(f"{path}: the answer is not JSON") from None
-        status, said = answer.status_code, " ".join(answer.text.split())[:200]
+        status, text = answer.status_code, " ".join(answer.text.split())[:200]
         hint = f"; it needs {NEEDS}" if status in (403, 404) else ""
-        raise ServerFailed(f"{path}: HTTP {status} {said}".strip() + hint, status)
+        raise ServerFailed(f"{path}: HTTP {status} {text}".strip() + hint, status)
 
     async def generate(
         self, http: httpx.AsyncClient, request: dict[str, Any], stop_ids: Collection[int], seconds: float
@@ -146,7 +146,7 @@ class Server:
         except UserError as error:
             raise ServerFailed(str(error)) from None
         except asyncio.CancelledError:
-            process.stop()  # so that nobody waits for a start that nobody wants
+            process.stop()  # do not wait for a start that is not wanted
             raise
 
     async def _reload(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:

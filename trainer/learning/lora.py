@@ -1,6 +1,6 @@
 """Low-rank adapters through peft: the base stays as it was loaded, and is written nowhere.
 
-The adapters live inside transformers' own module (its `add_adapter`), so engine, teacher and learner go on using one
+The adapters live inside transformers' own module (its `add_adapter`), so engine, teacher and learner still share one
 model: the teacher reads through the same adapters as the student. They are never merged while a run lasts. A
 checkpoint holds the adapters alone; resuming puts them into a base that was loaded afresh from model.path, so there is
 nothing that could be merged twice. The head is not adapted: the kernels read its weight, which gets no gradient.

@@ -32,9 +32,9 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     from trainer import chat
 
     check_folder(config)
-    logging.disable_progress_bar()  # reading a shard is no progress that anybody waits for
+    logging.disable_progress_bar()  # reading a shard takes no time worth a bar
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report on a folder that does not fit: ours is one line
+    logging.set_verbosity_error()  # its report on a folder that does not fit; ours is one line
     folder = Path(config.path)
     options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
     try:
@@ -63,7 +63,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
 
 
 def check_folder(config: ModelConfig) -> None:
-    """Refuse a folder that holds no model, and what this machine cannot compute; loads nothing.
+    """Refuse a folder that holds no model, and options that this machine cannot compute; loads nothing.
 
     Raises:
         UserError: which, and what to do.
@@ -78,7 +78,7 @@ def check_folder(config: ModelConfig) -> None:
 
 
 def remedy(config: ModelConfig) -> str:
-    """What a person does about a model that is not there."""
+    """What to do about a model that is missing."""
     if config.made_by:
         return f"run: {config.made_by}"
     return "give a Hugging Face model folder on this machine: --model.path FOLDER"

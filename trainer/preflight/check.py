@@ -1,6 +1,6 @@
 """The `check` command: tries the installation and a config before hours are spent on them, and says what the run needs.
 
-Checks go on after a failure, so that all mistakes are reported at once; one that needs what failed is skipped.
+Checks continue after a failure, so that all mistakes are reported at once; one that needs what failed is skipped.
 """
 
 from __future__ import annotations

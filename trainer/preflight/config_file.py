@@ -1,8 +1,7 @@
 """From a YAML file and the command line to a `Config`, and what a run directory remembers of it.
 
-Every mistake a person can make here ends as one `UserError` that names the key and the remedy. What needs no model of
-the config (a missing file, broken YAML, a dangling override) is found before `trainer.config`, and with it torch, is
-imported.
+Every mistake ends as one `UserError` that names the key and the remedy. What needs no model of the config (a missing
+file, broken YAML, a dangling override) is found before `trainer.config`, and with it torch, is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 BASE = "base"  # a file may say `base: other.yaml` and then hold only what differs
 RESOLVED = "config.yaml"  # in a run directory
 
-# A run may be continued with other values of these: they change how long it goes on, what it reports and how its writer
+# A run may be continued with other values of these: they change how long it lasts, what it reports and how its writer
 # is reached, not its steps.
 FREE = frozenset(
     {
@@ -69,19 +68,19 @@ def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config,
     from trainer.config import Config
 
     tree, source, overridden = _assemble(source, overrides)
-    told: list[str] = []
+    mistakes: list[str] = []
     while True:
         try:
-            return Config.model_validate(tree), told
+            return Config.model_validate(tree), mistakes
         except ValidationError as error:
             details = error.errors(include_url=False)
-            told += [line for d in details if (line := _told(d, source, overridden)) not in told]
+            mistakes += [line for d in details if (line := _describe_mistake(d, source, overridden)) not in mistakes]
             if not sum(_drop(tree, d["loc"], d["type"] in UNKNOWN) for d in details):
-                raise UserErrors(told) from None
+                raise UserErrors(mistakes) from None
 
 
 def _drop(tree: dict[str, Any], place: Sequence[int | str], section: bool) -> bool:
-    """Take the key at `place` out of `tree`, and a whole section only if told so; whether something was taken."""
+    """Remove the key at `place` from `tree`, and a whole section only if `section`; return whether it did."""
     *sections, last = place or ("",)
     for name in sections:
         below = tree.get(name) if isinstance(name, str) else None
@@ -136,10 +135,10 @@ def validate(tree: Mapping[str, Any], source: Path, overridden: Collection[str] 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserErrors([_told(d, source, overridden) for d in error.errors(include_url=False)]) from None
+        raise UserErrors([_describe_mistake(d, source, overridden) for d in error.errors(include_url=False)]) from None
 
 
-def _told(detail: ErrorDetails, source: Path, overridden: Collection[str]) -> str:
+def _describe_mistake(detail: ErrorDetails, source: Path, overridden: Collection[str]) -> str:
     """One mistake, and where it was made."""
     from trainer.config import Config
 

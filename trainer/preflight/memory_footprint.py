@@ -1,8 +1,8 @@
 """How much memory a run takes, by part, from its config and the model's config.json; docs/paper.md derives the parts.
 
 No weights are read. Parameters are counted on the model itself, made without memory (PyTorch's meta device), and what
-autograd keeps of a forward is counted on the model's own layers, walked with tensors that have a shape and no data: so
-there is no table of architectures that could grow old.
+autograd keeps of a forward is counted on the model's own layers, run on tensors that have a shape and no data, so
+that there is no table of architectures to keep up to date.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 FP32, HALF = 4, 2  # bytes
-WORKSPACE = 256 * 2**20  # most that a kernel's gradient walk holds beside inputs and gradients: docs/triton.md
-WALKED = (128, 192, 256)  # tokens: a parabola through three points; several chunks of 64, as gated delta nets have
+WORKSPACE = 256 * 2**20  # the most that a kernel's gradient sweep holds beside inputs and gradients: docs/triton.md
+LENGTHS = (128, 192, 256)  # tokens: a parabola through three points; several chunks of 64, as gated delta nets have
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Facts:
     hidden: int
     layers: dict[str, int]  # kind -> how many
     kept: dict[str, Kept]  # kind -> of one layer; "outside" -> of what is no layer
-    cache: int  # numbers that decoding remembers a token: keys and values of the layers with full attention
-    state: int  # bytes that decoding remembers a sequence: states of recurrent layers
+    cache: int  # numbers that decoding remembers per token: keys and values of the layers with full attention
+    state: int  # bytes that decoding remembers per sequence: states of recurrent layers
 
 
 def facts(config: Config) -> Facts:
-    """Read config.json in `model.path` and walk the model it describes.
+    """Read config.json in `model.path` and count what the model that it describes keeps.
 
     Raises:
         UserError: there is none, or transformers knows no such model.
@@ -91,7 +91,7 @@ def facts(config: Config) -> Facts:
         bool(text.tie_word_embeddings),
         head.shape[1],
         {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        walk(text, "eager" if config.model.attn_implementation == "eager" else "sdpa", computes_half(config)),
+        count_kept(text, "eager" if config.model.attn_implementation == "eager" else "sdpa", computes_half(config)),
         2 * head_numbers(text) * sum(kind != "linear_attention" for kind in kinds),
         state_bytes(text) * kinds.count("linear_attention"),
     )
@@ -124,17 +124,17 @@ def state_bytes(text: Any) -> int:
     return int(values * text.linear_key_head_dim * FP32 + convolved * HALF)
 
 
-def walk(text: Any, attention: str, half: bool) -> dict[str, Kept]:
-    """What autograd keeps of one layer of each kind, and outside of layers, by forwards of tensors without data.
+def count_kept(text: Any, attention: str, half: bool) -> dict[str, Kept]:
+    """What autograd keeps of one layer of each kind, and outside of layers, from forwards of tensors without data.
 
-    Two layers of each kind are walked: what the first keeps beyond the second (rotary tables) is kept once a forward.
+    Two layers of each kind are run: what the first keeps beyond the second (rotary tables) is kept once a forward.
     """
     kinds = list(dict.fromkeys(layer_kinds(text)))
     small = copy.deepcopy(text)
     small.num_hidden_layers = 2 * len(kinds)
     if getattr(text, "layer_types", None):
         small.layer_types = 2 * kinds
-    found = [saved(small, tokens, attention, half) for tokens in WALKED]
+    found = [saved(small, tokens, attention, half) for tokens in LENGTHS]
     n = len(kinds)
     parts = {kind: [each[n + i] for _, each in found] for i, kind in enumerate(kinds)}
     outside = [rest + sum(each[:n]) - sum(each[n:]) for rest, each in found]
@@ -204,15 +204,15 @@ def kept_by(model: Any, ids: torch.Tensor, half: bool = False) -> tuple[int, lis
 
 def _parabola(sizes: list[int]) -> Kept:
     """Through three equally spaced points."""
-    step, (a, b, c) = WALKED[1] - WALKED[0], sizes
+    step, (a, b, c) = LENGTHS[1] - LENGTHS[0], sizes
     square = (c - 2 * b + a) / (2 * step**2)
-    linear = (b - a) / step - square * (WALKED[0] + WALKED[1])
-    return Kept(a - linear * WALKED[0] - square * WALKED[0] ** 2, linear, square)
+    linear = (b - a) / step - square * (LENGTHS[0] + LENGTHS[1])
+    return Kept(a - linear * LENGTHS[0] - square * LENGTHS[0] ** 2, linear, square)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No word of transformers' about slow fallbacks: nothing is computed here."""
+    """Hide transformers' warnings of slow fallbacks: nothing is computed here."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -289,7 +289,7 @@ def memory(config: Config, model: Facts) -> Memory:
 
 
 def size(n: float) -> str:
-    """Bytes for a person."""
+    """Bytes in a readable unit."""
     return f"{n / GIB:.1f} GiB" if n >= GIB else f"{n / 2**20:.1f} MiB"
 
 

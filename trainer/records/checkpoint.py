@@ -47,11 +47,13 @@ def save(
     ones of python, numpy and torch. `extra` is the loop's own plain data (numbers, strings, lists, dicts, tensors):
     task order, counters. What is logged after its checkpoint may be missing after a resume: put it into `extra`.
     """
-    spoilt = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
-    if spoilt:
+    not_finite = next(
+        (n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None
+    )
+    if not_finite:
         raise NotFinite(
-            f"{spoilt} is not finite after step {step}, which is not saved; lower learning_rate and resume from the "
-            "checkpoint before"
+            f"{not_finite} is not finite after step {step}, which is not saved; lower learning_rate and resume from "
+            "the checkpoint before"
         )
     folder = output_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)

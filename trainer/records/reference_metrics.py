@@ -42,9 +42,9 @@ def leaked_phrases(group: Group) -> float:
     reference = _phrases(group.reference)
     hits = 0
     for rollout in group.rollouts:
-        said = {p for m in rollout.messages if m["role"] == "assistant" for p in _phrases(_text(m))}
+        generated = {p for m in rollout.messages if m["role"] == "assistant" for p in _phrases(_text(m))}
         shown = {p for text in _shown(rollout) for p in _phrases(text)}
-        hits += bool((said & reference) - shown)
+        hits += bool((generated & reference) - shown)
     return hits / max(1, len(group.rollouts))
 
 

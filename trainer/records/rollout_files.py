@@ -1,9 +1,9 @@
-"""The traces of one step on disk: `rollouts/step_N.jsonl`, one line a group, read by `view` and by people.
+"""The rollouts of one step on disk: `rollouts/step_N.jsonl`, one line per group, read by `view` and by people.
 
 A line is {"schema", "task": {id, env, split, scenario, class, instruction}, "reference", "reference_info", "siblings"};
 a sibling is {"reward", "stop", "messages", "prompt", "pieces", "ids", "generated", "turns", "classes", "logprobs"} and,
 when it was scored, {"student_logp", "teacher_logp", "student_entropy", "teacher_entropy", "d", "W", "s", "span"}: lists
-that run parallel to `ids`. `span` is -1 outside a span. Task data and verifier details stay out: traces are shared.
+that run parallel to `ids`. `span` is -1 outside a span. Task data and verifier details stay out: files are shared.
 """
 
 from __future__ import annotations

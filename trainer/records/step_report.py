@@ -48,7 +48,7 @@ def warn_of_update(step: int, losses: Mapping[str, float]) -> list[str]:
     if losses["update/skipped"]:
         warnings.append(f"WARNING: step {step}: the gradient is not finite, the weights stay as they are")
     if losses["sampling/sampling_logp_difference/mean"] > DRIFT:
-        warnings.append(f"WARNING: step {step}: the engine's log-probs differ from the trainer's; are its weights old?")
+        warnings.append(f"WARNING: step {step}: engine and trainer differ in log-probs; are its weights old?")
     return warnings
 
 

@@ -1,9 +1,9 @@
-"""One page that shows a run to a person: curves, siblings side by side, every token coloured by its credit.
+"""One page that shows a run: curves, siblings side by side, every token coloured by its credit.
 
 The page is a single static file: the data stand in it as JSON, the script builds everything with `textContent`, and a
 content policy that names the script by its hash forbids any other script and every network access. So neither a trace
 that holds markup nor a tokenizer that does can run anything. Figures are shown as the run wrote them; what is left out
-of a big run is said at the top.
+of a big run is listed at the top.
 """
 
 from __future__ import annotations
@@ -193,9 +193,9 @@ def compact(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tokens(sibling: dict[str, Any], taught: bool) -> dict[str, Any]:
+def tokens(sibling: dict[str, Any], has_teacher: bool) -> dict[str, Any]:
     """One sibling: its tokens and their figures at four digits. Figures of an observed token mean nothing: null."""
-    names = [n for n in SCORES if n in sibling and (taught or n not in TEACHER)]
+    names = [n for n in SCORES if n in sibling and (has_teacher or n not in TEACHER)]
     own = sibling["generated"]
     columns = {n: [brief(v) if mine else None for v, mine in zip(sibling[n], own, strict=True)] for n in names}
     kept = {name: sibling[name] for name in ("reward", "stop", "pieces", "generated", "turns", "classes")}

@@ -65,7 +65,7 @@ class OpenAIWriter:
         return {"spent": self.budget.spent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; what was written before the budget was kept has spent nothing."""
+        """Continue from where `state` was taken; a state without `spent` has spent nothing."""
         self.budget.spent = int(state.get("spent", 0))
 
     def __repr__(self) -> str:
@@ -132,27 +132,27 @@ class OpenAIWriter:
     ) -> str:
         key = key_of(prompts.VERSION, self.config.model, self.config.max_tokens, self.words_only, messages)
         tools = [tool["function"]["name"] for tool in group.rollouts[0].tools]
-        told = prompts.read_entry(self.cache.get(key))
-        info["cached"] = told is not None
-        if told is None:
+        answer = prompts.read_entry(self.cache.get(key))
+        info["cached"] = answer is not None
+        if answer is None:
             async with gate:
-                told = prompts.parse_reply(await self._ask(client, messages, info))
-        reply = prompts.only_tools(told, tools)
+                answer = prompts.parse_reply(await self._ask(client, messages, info))
+        reply = prompts.only_tools(answer, tools)
         incoming = self._sanitiser(self.suite.answer_literals(group.task))
         if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
-            reply = prompts.clean_reply(told, incoming)
+            reply = prompts.clean_reply(answer, incoming)
         reference = (
             prompts.render_words(reply) if self.words_only else prompts.render_prose(reply, 4 * self.config.max_tokens)
         )
         if not reference:
             raise Refused("empty")
-        reply.masked = self._shields(told.masked, tools)
+        reply.masked = self._masked_literals(answer.masked, tools)
         info.update(literals=reply.masked, reply_hits=dict(incoming.hits))
         if not info["cached"]:
             self.cache.put(key, {"reply": reply.model_dump(), "model": self.config.model})
         return reference
 
-    def _shields(self, wanted: list[str], tools: list[str]) -> list[str]:
+    def _masked_literals(self, wanted: list[str], tools: list[str]) -> list[str]:
         """The strings among those an endpoint wants masked that may be: no secret, no tool, nothing of a letter or two.
 
         They take tokens out of the credit, so a list of everything would make every weight 1.
@@ -187,7 +187,7 @@ class OpenAIWriter:
     async def _try(
         self, client: AsyncOpenAI, messages: list[Message], most: int, left: float, info: dict[str, Any]
     ) -> Any:
-        """One request of at most `left` seconds. Its reserve is spent where nobody knows what it did cost."""
+        """One request of at most `left` seconds. Its reserve counts as spent where the cost is unknown."""
         tokens = spent = most
         try:
             answer = await asyncio.wait_for(self._call(client, messages), left)

@@ -180,7 +180,7 @@ class Sanitiser:
         return self._spelled(text, ())
 
     def lines(self, lines: Sequence[str]) -> list[str]:
-        """The last pass over masked values, one a line, JSON or prose: known strings and cards that lie across them.
+        """The last pass over masked values, one per line, JSON or prose: known strings and cards that lie across them.
 
         Escapes stay, for they hold the lines together; what they hide was masked before they were made.
         """

@@ -32,7 +32,7 @@ SHORTEST_OWN = 6  # characters of a value of the environment; a shorter one woul
 def telling(kind: str, value: Any, *, whole: bool, alone: bool = True) -> Iterator[str]:
     """The telling parts of a masked value.
 
-    `whole` says that it is a value from end to end, as quotes or JSON show, `alone` that no sentence goes on behind it.
+    `whole`: it is a value from end to end, as quotes or JSON show. `alone`: no sentence continues behind it.
     """
     if isinstance(value, Mapping | list | tuple):
         for leaf in value.values() if isinstance(value, Mapping) else value:

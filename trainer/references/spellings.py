@@ -194,7 +194,7 @@ def union(*spans: Spans) -> Spans:
 def unwrap(text: str, judge: Callable[[str, int], str | None]) -> str:
     """Put `judge`'s word in the place of each run of base64, hex or codes about whose content it has one.
 
-    It is told besides how many characters a find must have: in rows of ordinary numbers shorter ones are chance.
+    Its second argument is how many characters a find must have: in rows of ordinary numbers shorter ones are chance.
     """
 
     def base(match: re.Match[str]) -> str:

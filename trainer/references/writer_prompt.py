@@ -1,11 +1,11 @@
 """What the LLM is asked (METHOD section 2.2), and the only form of answer that is taken.
 
 The siblings' traces are data: every message stands on its own line as JSON, so a trace can neither close its frame nor
-open another one, and the model is told not to obey it. The answer is JSON of short texts, checked field by field; what
-does not fit costs the reference.
+open another one, and the model is instructed not to obey it. The answer is JSON of short texts, checked field by field;
+an answer that does not fit costs the reference.
 
 Masking comes before framing, both ways: a `Line` is words of ours and a value of theirs, and only values are masked. An
-answer "3" or "tool" would otherwise leave a hole in our own words, and whoever knows the frame reads the hole.
+answer "3" or "tool" would otherwise leave a hole in our own words, and the frame would give it away.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def dumped(value: Any) -> str:
 def lines(message: Mapping[str, Any], tools: Collection[str]) -> list[Line]:
     """A masked message: what it says, and each call. Only a role and the name of an offered tool are words of ours."""
     role = message["role"] if message["role"] in ROLES else "other"
-    said = [(f"{role}: ", dumped(message["content"]))] if "content" in message else []
+    content = [(f"{role}: ", dumped(message["content"]))] if "content" in message else []
     calls = [
         (f"call {name}: ", dumped(arguments)) if name in tools else ("call of no tool: ", dumped([name, arguments]))
         for name, arguments in ((call["name"], call["arguments"]) for call in message.get("calls", ()))
     ]
-    return said + calls
+    return content + calls
 
 
 def length(line: Line) -> int:
@@ -187,8 +187,8 @@ def clean_reply(reply: Reply, sanitiser: Sanitiser) -> Reply:
     """The reply's texts masked, each for itself and then in pieces across them; orders to the reader are refused."""
     checks, steps, avoid = reply.checks[:MAX_ITEMS], reply.steps[:MAX_STEPS], reply.avoid[:MAX_ITEMS]
     pairs = [text for c in checks for text in (c.tool, c.establishes)], [x for a in avoid for x in (a.tool, a.why)]
-    told = [*pairs[0], *steps, *pairs[1], reply.deviate.after, reply.deviate.why]
-    texts = sanitiser.lines([clean(text, sanitiser) for text in told])
+    raw = [*pairs[0], *steps, *pairs[1], reply.deviate.after, reply.deviate.why]
+    texts = sanitiser.lines([clean(text, sanitiser) for text in raw])
     if ORDERS.search(" ".join(texts)):  # an order may be cut into entries
         raise Refused("instructs_reader")
     text = iter(texts)
@@ -203,7 +203,7 @@ def clean_reply(reply: Reply, sanitiser: Sanitiser) -> Reply:
 def clean(text: str, sanitiser: Sanitiser) -> str:
     """One entry on one line, without chat markers and without anything that the sanitiser masks.
 
-    A reply that spells a secret is not mended but refused: whoever echoes one may have hidden another.
+    A reply that spells a secret is refused, not masked: one that echoes a secret may have hidden another.
     """
     before = sanitiser.hits["secret"] + sanitiser.hits["payment"]
     masked = sanitiser.text(CHAT_MARKS.sub(" ", text[: 4 * MAX_TEXT]))
@@ -214,7 +214,7 @@ def clean(text: str, sanitiser: Sanitiser) -> str:
 
 
 def only_tools(reply: Reply, offered: Collection[str]) -> Reply:
-    """For a policy whose vocabulary is closed: the names of offered tools alone, nothing said about them."""
+    """For a policy whose vocabulary is closed: the names of offered tools alone, without comments."""
     after = reply.deviate.after
     return Reply(
         checks=[Check(tool=entry.tool) for entry in reply.checks if entry.tool in offered],

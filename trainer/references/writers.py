@@ -89,7 +89,7 @@ class WrongTaskWriter(Stateless):
 
 
 def load(config: WriterConfig, suite: Suite, renderer: Renderer | None = None) -> Writer:
-    """Build the writer that `config.name` names; what it lacks is said here, before hours are spent."""
+    """Build the writer that `config.name` names; what it lacks is reported here, before hours are spent."""
     if config.name == "openai":
         from trainer.references.openai_writer import OpenAIWriter
 

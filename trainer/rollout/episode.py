@@ -127,7 +127,7 @@ class _Episode:
         return rollout
 
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
-        """One assistant turn and what it leads to; says whether the episode is over, and why in `rollout.stop`."""
+        """Play one assistant turn; return whether the episode is over, with the reason in `rollout.stop`."""
         context = rollout.prompt_ids + rollout.ids
         room = min(self.setup.sampling.max_tokens, self.max_length - len(context))
         (completion,) = await self.setup.engine.generate(context, 1, replace(self.setup.sampling, max_tokens=room))
@@ -173,7 +173,7 @@ class _Episode:
         rollout.classes += self.setup.renderer.classes(completion.ids)
 
     def _append_observed(self, rollout: Rollout, messages: list[Message], turn: int) -> bool:
-        """Append what the policy reads next, if it and an answer fit: so a rollout ends in the policy's own words."""
+        """Append what the policy reads next, if it and an answer fit, so that a rollout ends in generated tokens."""
         ids = self.setup.renderer.observation(messages)
         size = len(ids)
         if len(rollout.prompt_ids) + len(rollout.ids) + size >= self.max_length:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 pytest.importorskip("vllm")
 
 from tests.trainer import toy
-from tests.trainer.engines.test_vllm_engine import DRAW, PROMPT, drift, records
+from tests.trainer.engines.vllm_servers import DRAW, PROMPT, drift, records
 from trainer import envs, loop
 from trainer.config import Config, EngineConfig, EnvConfig, ModelConfig
 from trainer.data import Completion, Sampling
@@ -217,15 +217,15 @@ def test_a_run_that_fails_goes_on_from_its_checkpoint(
     monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
     monkeypatch.setattr(vllm_launch, "colocated", lambda made, model, renderer, folder: engine(only, model))
     made, whole = config(folder, tmp_path / "run"), config(folder, tmp_path / "whole")
-    collect = loop.Run.collect
+    sample = loop.Run.sample_siblings
 
-    async def doomed(run: loop.Run, logger: Any) -> Any:
+    async def doomed(run: loop.Run, clock: Any, logger: Any) -> Any:
         if run.step == 1:
             patch.setattr(only, "step", lambda: 1 / 0)
-        return await collect(run, logger)
+        return await sample(run, clock, logger)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "collect", doomed)
+        patch.setattr(loop.Run, "sample_siblings", doomed)
         with pytest.raises(EngineLost, match="ZeroDivisionError"):
             loop.train(made)
     newest = checkpoint.latest(made.output_dir)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.trainer import toy
-from tests.trainer.engines.test_vllm_engine import DRAW, PROMPT, Process, config, drift, records
+from tests.trainer.engines.vllm_servers import DRAW, PROMPT, Process, config, drift, records
 from trainer import envs, loop
 from trainer.config import Config, EngineConfig
 from trainer.engines import process_guard, vllm_launch
@@ -139,15 +139,15 @@ def test_a_server_that_always_dies_ends_the_run_with_a_checkpoint(
         starts.append(port)
         return [sys.executable, "-c", "raise MemoryError('no room')"]
 
-    collect = loop.Run.collect
+    sample = loop.Run.sample_siblings
 
-    async def doomed(run: loop.Run, logger: Any) -> Any:
+    async def doomed(run: loop.Run, clock: Any, logger: Any) -> Any:
         if run.step == 1:
             monkeypatch.setattr(vllm_launch, "command", broken)
             kill(launched[0])
-        return await collect(run, logger)
+        return await sample(run, clock, logger)
 
-    monkeypatch.setattr(loop.Run, "collect", doomed)
+    monkeypatch.setattr(loop.Run, "sample_siblings", doomed)
     with pytest.raises(EngineLost, match=r"was started again 2 times.*3 tries.*vllm.log"):
         loop.train(made)
     assert len(starts) == 2, "sixteen requests, two starts"

@@ -1,4 +1,4 @@
-"""The tau3-bench airline adapter against the benchmark's own gold, with the scripted customer."""
+"""The tau3-bench airline adapter against the benchmark's own gold, with the scripted user simulator."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ STRAY = call("send_certificate", user_id="emma_kim_9957", amount=1)
 
 
 def play(suite: Suite, task: Task, messages: list[Message]) -> tuple[Outcome, list[Message]]:
-    """Send `messages`, then small talk until the customer hangs up; the outcome, and all that was seen."""
+    """Send `messages`, then small talk until the user hangs up; the outcome, and all that was seen."""
 
     async def episode() -> tuple[Outcome, list[Message]]:
         environment = suite.make()
@@ -225,14 +225,14 @@ def test_literals_are_what_must_be_found(airline: Suite) -> None:
         assert not [text for text in airline.answer_literals(task) if f" {text.lower()} " in scenario]
     found = airline.answer_literals(find(airline, "airline_7"))
     assert {"1628", "HAT005", "credit_card_2408938"} <= set(found)
-    assert "XEHM4B" not in found  # the customer says it
+    assert "XEHM4B" not in found  # the user says it
 
 
 def test_options_are_checked() -> None:
     good = {"user_base_url": "http://localhost:1/v1", "user_model": "m", "user_temperature": 0.0}
     for options, words in [
         ({"user": "me"}, "user: got 'me', needs llm or scripted"),
-        ({}, r"user_base_url: got None, needs the customer's endpoint"),
+        ({}, r"user_base_url: got None, needs the user simulator's endpoint"),
         ({**good, "user_base_url": "localhost:1"}, "user_base_url"),
         ({**good, "user_base_url": "http://a:b@localhost/v1"}, "without credentials"),
         ({**good, "user_model": None}, "user_model: got None"),

@@ -1,4 +1,4 @@
-"""The customer behind an endpoint: a real HTTP server on this machine that answers well, badly, late or not at all."""
+"""A user simulator behind an endpoint: a real HTTP server on this machine that answers well, badly, late or never."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trainer.rollout.siblings import run_group
 
 
 def suite(stub: StubEndpoint, **options: Any) -> Suite:
-    given = {"user_model": "customer", "user_temperature": 0.25, "user_timeout": 2.0, "user_max_retries": 1, **options}
+    given = {"user_model": "simulator", "user_temperature": 0.25, "user_timeout": 2.0, "user_max_retries": 1, **options}
     return envs.load("tau3_airline", user_base_url=stub.base_url, **given)
 
 
@@ -71,17 +71,17 @@ def test_a_conversation_that_is_closed_before_it_speaks_waits_for_nobody() -> No
     from trainer.envs.tau3_airline import user_simulators
 
     with StubEndpoint(Reply(completion("late"), delay=5.0)) as stub:
-        endpoint = user_simulators.Endpoint(stub.base_url, "customer", 0.0, "NO_KEY", 20.0, 0)
-        customer = user_simulators.EndpointCustomer(endpoint, suite(stub).tasks("test")[0].data["task"])
-        state = customer.get_init_state()
-        customer.hang_up()
+        endpoint = user_simulators.Endpoint(stub.base_url, "simulator", 0.0, "NO_KEY", 20.0, 0)
+        simulator = user_simulators.EndpointUserSimulator(endpoint, suite(stub).tasks("test")[0].data["task"])
+        state = simulator.get_init_state()
+        simulator.hang_up()
         begun = time.monotonic()
-        with pytest.raises(EnvironmentBroken, match="closed while the customer was speaking"):
-            customer.generate_next_message(AssistantMessage(role="assistant", content="Hi."), state)
+        with pytest.raises(EnvironmentBroken, match="closed while the user simulator was speaking"):
+            simulator.generate_next_message(AssistantMessage(role="assistant", content="Hi."), state)
     assert time.monotonic() - begun < 2
 
 
-def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_simulator_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAU3_TEST_KEY", "sk-planted-key")
     for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
         monkeypatch.setenv(name, "X-Else: of another endpoint")
@@ -92,7 +92,7 @@ def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatc
     assert (outcome.reward, outcome.details["termination"]) == (1.0, "user_stop")
     assert airline.api_key_env == "TAU3_TEST_KEY"  # type: ignore[attr-defined]  # by which the writer knows the key
     bodies = [json.loads(body) for body in stub.bodies]
-    assert [(b["model"], b["temperature"]) for b in bodies] == [("customer", 0.25)] * 3
+    assert [(b["model"], b["temperature"]) for b in bodies] == [("simulator", 0.25)] * 3
     assert stub.headers[0]["authorization"] == "Bearer sk-planted-key"
     assert not [wire for wire in stub.wire if b"of another endpoint" in wire]
     assert "# User Simulation Guidelines" in bodies[0]["messages"][0]["content"]
@@ -106,7 +106,7 @@ def test_the_customer_is_the_benchmarks_simulator_behind_the_endpoint(monkeypatc
     ]
 
 
-def test_the_customer_knows_the_scenario_and_not_the_gold() -> None:
+def test_the_user_simulator_knows_the_scenario_and_not_the_gold() -> None:
     with StubEndpoint(*says("Hello.", "###STOP###")) as stub:
         airline = suite(stub)
         task = next(t for t in airline.tasks("test") if t.id == "airline_19")
@@ -170,7 +170,7 @@ print(asyncio.run(evaluate.refuse(airline, airline.tasks("test")[:3], timeout=4.
 
 
 def test_a_drip_keeps_no_process_from_ending() -> None:
-    """A run stops while customers speak: hung up on, whatever time their answers would still have."""
+    """A run stops while user simulators speak: hung up on, whatever time their answers would still have."""
     with StubEndpoint(DRIP) as stub:
         command = [sys.executable, "-c", DRIPPED_ON, stub.base_url]
         done = subprocess.run(command, timeout=120, check=True, capture_output=True, text=True)
@@ -184,7 +184,7 @@ def test_a_hiccup_is_retried() -> None:
     assert len(stub.bodies) == 3
 
 
-def test_a_dead_customer_drops_rollouts_and_never_scores_them() -> None:
+def test_a_dead_user_simulator_drops_rollouts_and_never_scores_them() -> None:
     renderer = ChatMLRenderer(tokenizer(), "hermes", "signatures")
     with StubEndpoint(Reply(status=400)) as stub:
         airline = suite(stub, user_max_retries=0)
@@ -195,13 +195,13 @@ def test_a_dead_customer_drops_rollouts_and_never_scores_them() -> None:
     assert (group.rollouts, group.broken) == ([], 4)
 
 
-def test_a_run_whose_customer_is_dead_stops_and_names_the_endpoint(tmp_path: Path) -> None:
+def test_a_run_whose_user_simulator_is_dead_stops_and_names_the_endpoint(tmp_path: Path) -> None:
     """Nothing answers at the address: the retries are spent, and the run ends in one line."""
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")
     with StubEndpoint() as stub:
         url = stub.base_url  # closed when this block ends
-    options = {"user_base_url": url, "user_model": "customer", "user_temperature": 0, "user_max_retries": 1}
+    options = {"user_base_url": url, "user_model": "simulator", "user_temperature": 0, "user_max_retries": 1}
     config = Config(
         output_dir=tmp_path / "run",
         model=ModelConfig(path=str(tmp_path / "model")),
@@ -211,13 +211,13 @@ def test_a_run_whose_customer_is_dead_stops_and_names_the_endpoint(tmp_path: Pat
         eval_on_start=False,
     )
     with pytest.raises(
-        EnvironmentLost, match=rf"every rollout broke.*\(customer at {url}\) gave no answer: connection"
+        EnvironmentLost, match=rf"every rollout broke.*\(simulator at {url}\) gave no answer: connection"
     ):
         loop.train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_a_customer_that_hangs_is_named(tmp_path: Path) -> None:
+def test_a_user_simulator_that_hangs_is_named(tmp_path: Path) -> None:
     renderer = ChatMLRenderer(tokenizer(), "hermes", "signatures")
     with StubEndpoint(Reply(completion("late"), delay=1.0)) as stub:
         airline = suite(stub, user_max_retries=0)
@@ -225,10 +225,10 @@ def test_a_customer_that_hangs_is_named(tmp_path: Path) -> None:
         engine = ScriptedEngine(renderer, [])
         setup = RolloutSetup(engine, airline, renderer, Sampling(), env, 40_000)
         group = asyncio.run(run_group(setup, task, 2))
-    assert group.problem.endswith(f"env.timeout = 0.2 s, waiting for the customer (customer at {stub.base_url})")
+    assert group.problem.endswith(f"env.timeout = 0.2 s, waiting for the user simulator (simulator at {stub.base_url})")
 
 
-def test_slow_customers_are_waited_for_side_by_side() -> None:
+def test_slow_user_simulators_are_waited_for_side_by_side() -> None:
     with StubEndpoint(lambda body: Reply(completion("###STOP###"), delay=0.5)) as stub:
         airline = suite(stub)
         task = airline.tasks("test")[0]

@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.data import Message, Rollout, Task
 from trainer.engines.hf import HFEngine
 from trainer.errors import EnvironmentBroken, UserError
-from trainer.evaluation import evaluate
+from trainer.evaluation import command, estimates, evaluate
 from trainer.records import checkpoint
 
 
@@ -43,7 +43,7 @@ def summary(rewards: dict[str, Sequence[Sequence[float]]], samples: int = 1) -> 
         for task, of_task in zip(tasks[name], of_tasks, strict=True)
         for reward in of_task
     ]
-    return evaluate.summarise([t for ts in tasks.values() for t in ts], rollouts, {}, samples=samples)
+    return estimates.summarise([t for ts in tasks.values() for t in ts], rollouts, {}, samples=samples)
 
 
 def test_one_attempt_counts_tasks_and_whole_scenarios() -> None:
@@ -72,7 +72,7 @@ def test_pass_hat_k_is_the_mean_over_all_choices_of_k_attempts(rewards: list[lis
 
 
 def test_pass_hat_leaves_out_tasks_with_too_few_attempts() -> None:
-    assert evaluate.pass_hat({"a": [1, 1, 0], "b": [1], "c": [1, 1]}, 2) == {"a": 1 / 3, "c": 1.0}
+    assert estimates.pass_hat({"a": [1, 1, 0], "b": [1], "c": [1, 1]}, 2) == {"a": 1 / 3, "c": 1.0}
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=2, max_size=12))
@@ -89,7 +89,7 @@ def test_the_interval_holds_the_estimate_and_is_the_same_each_time(rewards: list
 def test_the_bootstrap_resamples_scenarios_not_tasks() -> None:
     together = [(3.0, 3.0), (0.0, 3.0)] * 10  # a scenario's tasks succeed or fail together
     apart = [(1.0, 1.0), (0.0, 1.0)] * 30  # the same tasks, each its own scenario
-    wide, narrow = evaluate.bootstrap(together), evaluate.bootstrap(apart)
+    wide, narrow = estimates.bootstrap(together), estimates.bootstrap(apart)
     assert wide[1] - wide[0] > 1.4 * (narrow[1] - narrow[0])  # sqrt(3) in theory
 
 
@@ -98,7 +98,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(200):
         solved = (torch.rand(40, generator=generator) < 0.4).double()
-        low, high = evaluate.bootstrap([(s, 1.0) for s in solved.tolist()], draws=400)
+        low, high = estimates.bootstrap([(s, 1.0) for s in solved.tolist()], draws=400)
         hits += low <= 0.4 <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -139,7 +139,7 @@ class Agreeable(toy.ParitySuite):
 
 
 class Insistent(toy.ParityEnvironment):
-    """A customer who asks again, once."""
+    """A user who asks again, once."""
 
     async def step(self, message: Message) -> tuple[list[Message], bool]:
         said, _ = await super().step(message)
@@ -187,7 +187,7 @@ def test_the_eval_command_loads_a_checkpoint_prints_and_writes(
         output_dir=tmp_path,
         eval_samples=1,
     )
-    start, trained = evaluate.run(small), evaluate.run(small, path)
+    start, trained = command.run(small), command.run(small, path)
     assert [r.ids for r in start.rollouts] != [r.ids for r in trained.rollouts]
     assert json.loads((tmp_path / "eval_dev_base.json").read_text())["weights"] == str(tmp_path / "model")
     record = json.loads((tmp_path / "eval_dev_step_3.json").read_text())
@@ -201,14 +201,14 @@ def test_the_eval_command_loads_a_checkpoint_prints_and_writes(
 def test_the_record_says_with_which_options_and_each_has_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with two models that play the customer: the second record does not take the place of the first."""
+    """As with two user simulators: the second record does not take the place of the first."""
     monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
     monkeypatch.setattr(toy, "suite", toy.ParitySuite)
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")
     for tasks in (2, 5, 5):
         env = {"name": "parity", "max_turns": 1, "options": {"tasks": tasks}}
-        evaluate.run(config(model={"path": str(tmp_path / "model"), "max_length": 96}, env=env, output_dir=tmp_path))
+        command.run(config(model={"path": str(tmp_path / "model"), "max_length": 96}, env=env, output_dir=tmp_path))
     written = [json.loads(path.read_text()) for path in tmp_path.glob("eval_dev_base_*.json")]
     assert sorted(record["options"]["tasks"] for record in written) == [2, 5]
 
@@ -235,4 +235,4 @@ def test_a_task_that_is_too_long_is_left_out_and_counted() -> None:
 def test_an_output_dir_that_is_a_file_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output_dir: .*file cannot be a folder"):
-        evaluate.run(config(output_dir=tmp_path / "file", model={"path": "nowhere"}))
+        command.run(config(output_dir=tmp_path / "file", model={"path": "nowhere"}))

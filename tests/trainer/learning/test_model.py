@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from sgcd_kernels import CreditConfig
 from tests.trainer import toy
-from tests.trainer.test_loop import config, identical, kill_at_step_3, records
+from tests.trainer.toy_run import config, identical, kill_at_step_3, records
 from trainer import engines, envs, loop
 from trainer.config import Config, EnvConfig, LoraConfig, ModelConfig
 from trainer.engines.hf import HFEngine
 from trainer.engines.padded import PaddedEngine
 from trainer.errors import UserError
-from trainer.evaluation import evaluate
+from trainer.evaluation import command
 from trainer.learning import model as policy
 from trainer.learning.model import hidden_states
 from trainer.preflight import config_file
@@ -211,7 +211,7 @@ def test_a_run_of_a_released_qwen3_5_resumes_evaluates_and_loads_elsewhere(
 
     newest = checkpoint.latest(whole.output_dir)
     assert newest is not None
-    assert evaluate.run(whole, newest).metrics["eval/parity/tasks"] == 3
+    assert command.run(whole, newest).metrics["eval/parity/tasks"] == 3
     trained, _, _ = policy.load(whole.model)
     before = {name: t.clone() for name, t in trained.state_dict().items()}
     checkpoint.load(newest, model=trained)

@@ -52,13 +52,13 @@ def test_qwen35_4b_is_counted_to_the_parameter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5"])
 @pytest.mark.parametrize("autocast", ["off", "bfloat16"])
 def test_what_is_predicted_is_what_a_model_holds(kind: str, autocast: str, tmp_path: Path) -> None:
-    """Parameters, gradients, moments, and what autograd keeps of a row three times as long as was walked."""
+    """Parameters, gradients, moments, and what autograd keeps of a row three times as long as those that were run."""
     model = toy.model(kind)
     model.save_pretrained(tmp_path)
     facts = memory_footprint.facts(config(tmp_path, model={"autocast": autocast}))
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     kinds = memory_footprint.layer_kinds(model.config)
-    tokens = 3 * max(memory_footprint.WALKED)
+    tokens = 3 * max(memory_footprint.LENGTHS)
     if autocast == "bfloat16":
         compute_in_bf16(model.get_decoder())  # as the trainer does it
     outside, each = memory_footprint.kept_by(model, torch.zeros((1, tokens), dtype=torch.long))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import NotFinite, UserError
 from trainer.records import checkpoint
 
 
@@ -227,7 +227,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -
     whole = run.save(tmp_path, 1)
     with torch.no_grad():
         run.model.model.norm.weight[3] = bad
-    with pytest.raises(UserError, match=r"model\.norm\.weight is not finite after step 2"):
+    with pytest.raises(NotFinite, match=r"model\.norm\.weight is not finite after step 2"):
         run.save(tmp_path, 2)
     assert checkpoint.latest(tmp_path) == whole
 

@@ -153,6 +153,19 @@ def test_a_big_run_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data["metrics"][0]["eval/toy/tgc"] == 0.25
 
 
+def test_a_run_of_earlier_names_is_shown_under_todays(tmp_path: Path) -> None:
+    """And one that was resumed since has one curve; `credit/inert` had another meaning then."""
+    earlier = {"step": 1, "credit/w_mean": 1.2, "credit/d_mean": 0.3, "credit/inert": 1.0, "credit/spans": 2.5}
+    later = {"step": 2, "credit/mean_weight": 1.3, "credit/mean_divergence": 0.4, "credit/inert": 0.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (earlier, later)))
+    first, second = data_of(view_page.write(tmp_path))["metrics"]
+    assert [r["credit/mean_weight"] for r in (first, second)] == [1.2, 1.3]
+    assert [r["credit/mean_divergence"] for r in (first, second)] == [0.3, 0.4]
+    assert first["credit/low_divergence"] == 1.0 and "credit/inert" not in first
+    assert first["credit/spans_per_rollout"] == 2.5
+    assert second["credit/inert"] == 0.0
+
+
 def test_damaged_traces_are_left_out(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "rollouts" / "step_5.jsonl").write_text('{"schema": 1')

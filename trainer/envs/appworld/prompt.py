@@ -1,4 +1,4 @@
-"""What the policy is told, in our own words, and how its code is found in what it says."""
+"""The policy's prompt, in our own words, and how its code is found in its answers."""
 
 from __future__ import annotations
 

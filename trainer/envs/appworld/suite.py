@@ -26,8 +26,8 @@ class AppWorldSuite:
         root: the folder that holds `data/`; $APPWORLD_ROOT when left out.
         python: the interpreter that has the benchmark.
         worlds: how many episodes may have a world at once; the others wait for theirs, untimed.
-        execution_timeout: seconds that one block of code may run before it is stopped and told so. Keep it below
-            `env.timeout`, which drops the whole rollout. The benchmark's own figure is 100.
+        execution_timeout: seconds that one block of code may run before it is stopped, which the policy reads. Keep it
+            below `env.timeout`, which drops the whole rollout. The benchmark's own figure is 100.
 
     Raises:
         UserError: the interpreter, the package or the data is missing, or an option has a value that does not fit.

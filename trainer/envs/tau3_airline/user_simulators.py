@@ -1,4 +1,4 @@
-"""Who plays the customer: a language model behind an OpenAI-compatible endpoint, or a script for tests.
+"""The user simulator: a language model behind an OpenAI-compatible endpoint, or a script for tests.
 
 The prompt of the first, its bookkeeping and the marks that end a conversation are the benchmark's own
 (`UserSimulator`); only the call goes through the official OpenAI client instead of litellm.
@@ -26,7 +26,7 @@ from trainer.references.endpoint import transport
 from trainer.references.openai_writer import reason_of, text_of
 from trainer.references.writer_prompt import Refused
 
-Customer = Callable[[Task], UserSimulator]  # a fresh one for each conversation
+MakeUserSimulator = Callable[[Task], UserSimulator]  # a fresh one for each conversation
 
 
 ONE_AT_A_TIME = threading.Lock()
@@ -41,19 +41,19 @@ def _calls() -> asyncio.AbstractEventLoop:
 @cache
 def _made_once() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="customers", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name="user-simulators", daemon=True).start()
     return loop
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the customer's words come from. Calls run in a loop of their own, so that one can be ended at any time."""
+    """The endpoint of the simulator. Calls run in a loop of their own, so that one can be cancelled at any time."""
 
     base_url: str
     model: str
     temperature: float
     api_key_env: str
-    timeout: float  # seconds a try
+    timeout: float  # seconds per try
     max_retries: int  # of 408, 409, 429, 5xx, lost connections and time-outs; the client waits longer each time
 
     @cached_property
@@ -68,11 +68,11 @@ class Endpoint:
         )
 
     def call(self, messages: list[dict[str, Any]]) -> Future[str]:
-        """The model's next words, some time; from any thread.
+        """Ask for the model's next message; from any thread.
 
         Raises:
-            EnvironmentBroken: from the future's `result`: there are none after the retries; one word says why, for the
-                error's own text may quote the key.
+            EnvironmentBroken: from the future's `result`: there is none after the retries; one word says why, since
+                the error's own text may quote the key.
         """
         return asyncio.run_coroutine_threadsafe(self._ask(messages), _calls())
 
@@ -80,13 +80,13 @@ class Endpoint:
         create: Any = self.client.chat.completions.create
         answer = create(model=self.model, messages=messages, temperature=self.temperature)
         try:
-            # The client's time-out is between bytes; this one is of the whole call, so that a drip holds no thread.
+            # The client's time-out is between bytes; this one is for the whole call, so that no trickle holds a thread.
             return text_of(await asyncio.wait_for(answer, self.deadline))
         except Refused as refusal:
             reason = refusal.reason
         except (OpenAIError, ValueError, asyncio.TimeoutError) as error:
             reason = reason_of(error)
-        raise EnvironmentBroken(f"the customer ({self.model} at {self.base_url}) gave no answer: {reason}")
+        raise EnvironmentBroken(f"the user simulator ({self.model} at {self.base_url}) gave no answer: {reason}")
 
     @property
     def deadline(self) -> float:
@@ -94,7 +94,7 @@ class Endpoint:
         return self.timeout * (self.max_retries + 1) + 8.0 * self.max_retries
 
 
-class EndpointCustomer(UserSimulator):  # type: ignore[misc]
+class EndpointUserSimulator(UserSimulator):  # type: ignore[misc]
     """The benchmark's user simulator, through `endpoint`."""
 
     def __init__(self, endpoint: Endpoint, task: Task):
@@ -110,20 +110,20 @@ class EndpointCustomer(UserSimulator):  # type: ignore[misc]
         if self._closed:
             self._call.cancel()
         try:
-            said = UserMessage(role="user", content=self._call.result())
+            answer = UserMessage(role="user", content=self._call.result())
         except CancelledError:
-            raise EnvironmentBroken("the conversation was closed while the customer was speaking") from None
-        state.messages.append(said)
-        return said, state
+            raise EnvironmentBroken("the conversation was closed while the user simulator was speaking") from None
+        state.messages.append(answer)
+        return answer, state
 
     def hang_up(self) -> None:
-        """End the call that is under way, and any later one: nobody waits for its words, and its thread is wanted."""
+        """Cancel the call under way, and any later one: its answer is not needed, but its thread is."""
         self._closed = True
         if self._call is not None:
             self._call.cancel()
 
 
-class ScriptedCustomer(UserSimulator):  # type: ignore[misc]
+class ScriptedUserSimulator(UserSimulator):  # type: ignore[misc]
     """Tells the whole scenario at once, says yes once, and hangs up. Needs no endpoint, and is not the benchmark."""
 
     YES = "Yes, please go ahead."
@@ -131,8 +131,8 @@ class ScriptedCustomer(UserSimulator):  # type: ignore[misc]
     def __init__(self, task: Task):
         super().__init__(instructions=str(task.user_scenario))
         wishes = task.user_scenario.instructions
-        told = [wishes.reason_for_call, wishes.known_info, wishes.unknown_info, wishes.task_instructions]
-        self._lines = iter(["\n".join(part for part in told if part), self.YES])
+        parts = [wishes.reason_for_call, wishes.known_info, wishes.unknown_info, wishes.task_instructions]
+        self._lines = iter(["\n".join(part for part in parts if part), self.YES])
 
     def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
         transferred = "TRANSFERRED TO A HUMAN" in (message.content or "").upper()  # the policy's words for it

@@ -1,14 +1,9 @@
-"""The AppWorld adapter without the benchmark: the pool on real processes, the data folder, what the policy reads.
-
-The processes are the real forker with a small world in it (`small_world.py`), which crashes, hangs and dawdles on
-demand. tests/appworld has the benchmark itself.
-"""
+"""AppWorld's worlds in processes of their own: they are isolated, they end, and their deaths are attributed."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -22,13 +17,13 @@ import pytest
 
 from tests.trainer.byte_policy import ScriptedEngine
 from tests.trainer.chat.test_chatml import make_tokenizer
-from trainer import envs
+from tests.trainer.envs.test_appworld_suite import load, make_root
 from trainer.chat.chatml import ChatMLRenderer
 from trainer.config import EnvConfig
 from trainer.data import Group, Sampling
-from trainer.envs.appworld import data, prompt
+from trainer.envs.appworld import prompt
 from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess, starved
-from trainer.errors import EnvironmentBroken, UserError
+from trainer.errors import EnvironmentBroken
 from trainer.records.rollout_metrics import rollout_metrics
 from trainer.rollout.episode import RolloutSetup
 from trainer.rollout.siblings import run_group
@@ -251,10 +246,7 @@ def test_a_forker_that_dies_says_what_it_said_last(tmp_path: Path) -> None:
         asyncio.run(Pool(PYTHON, broken, 1).enter())
 
 
-# Whose fault a death is
-
-
-def play_out(tmp_path: Path, *blocks: str) -> tuple[Group, int]:
+def play_out(tmp_path: Path, *blocks: str) -> Group:
     """One sibling that says these blocks of code, each tried twice if it breaks, in worlds of `small_world.py`."""
     suite = load(tmp_path, root=str(make_root(tmp_path)))
     suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)
@@ -275,21 +267,21 @@ def test_code_that_ends_its_own_process_fails(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("trainer.envs.appworld.pool.DEATH_SECONDS", 2.0)
     if code in ("kill", "gone") and starved() is None:
         pytest.skip("this kernel does not say whether it kills for lack of memory")
-    group, broken = play_out(tmp_path, "say hi", code, "say never")
+    group = play_out(tmp_path, "say hi", code, "say never")
     (rollout,) = group.rollouts
-    assert (broken, rollout.reward, rollout.stop) == (0, 0.0, "crashed")
+    assert (group.broken, rollout.reward, rollout.stop) == (0, 0.0, "crashed")
     assert [m["content"] for m in rollout.messages[1:]] == ["Output:\nhi", prompt.block(code), prompt.CRASHED]
     assert rollout_metrics([group])["stop/crashed"] == 1
 
 
 def test_an_episode_that_ends_well_is_judged(tmp_path: Path) -> None:
-    group, _ = play_out(tmp_path, "done")
+    group = play_out(tmp_path, "done")
     assert [(r.reward, r.stop) for r in group.rollouts] == [(1.0, "answer")]
 
 
 def test_a_death_with_the_forker_is_nobodys(tmp_path: Path) -> None:
-    group, broken = play_out(tmp_path, "kill_forker")
-    assert (group.rollouts, broken) == ([], 2)
+    group = play_out(tmp_path, "kill_forker")
+    assert (group.rollouts, group.broken) == ([], 2)
 
 
 @pytest.mark.parametrize("counts", [[0, 1], [None, None]], ids=["it did", "who knows"])
@@ -298,8 +290,8 @@ def test_a_kill_when_the_machine_is_out_of_memory_is_nobodys(
 ) -> None:
     said = itertools.chain(counts * 2, itertools.repeat(counts[-1]))
     monkeypatch.setattr("trainer.envs.appworld.pool.starved", lambda: next(said))
-    group, broken = play_out(tmp_path, "kill")
-    assert (group.rollouts, broken) == ([], 2)
+    group = play_out(tmp_path, "kill")
+    assert (group.rollouts, group.broken) == ([], 2)
 
 
 def test_a_death_between_two_blocks_is_nobodys(pool: Pool) -> None:
@@ -312,177 +304,3 @@ def test_a_death_between_two_blocks_is_nobodys(pool: Pool) -> None:
         assert not isinstance(caught.value, WorldDied)
 
     in_world(pool, outlived)
-
-
-# The data folder
-
-
-def make_python(folder: Path, apps: bool = True) -> Path:
-    package = folder / "lib/python3.11/site-packages/appworld"
-    (package / "apps" / "supervisor" if apps else package).mkdir(parents=True)
-    (folder / "bin").mkdir()
-    (folder / "bin" / "python").touch()
-    return folder / "bin" / "python"
-
-
-def make_root(folder: Path) -> Path:
-    """A data root as far as the trainer's process reads one."""
-    for name, answer in {"abc_1": 120, "abc_2": None}.items():
-        task = folder / "data" / "tasks" / name
-        (task / "ground_truth").mkdir(parents=True)
-        (task / "dbs").mkdir()
-        (task / "dbs" / "notes.jsonl").write_text("[]")
-        person = {"first_name": "Ada", "last_name": "Byron", "email": "ada@example.com", "phone_number": "555"}
-        (task / "specs.json").write_text(json.dumps({"instruction": "Count Milk notes", "supervisor": person}))
-        (task / "ground_truth" / "answer.json").write_text(json.dumps(answer))
-        private = {"titles": ["milk", "Secret plan"], "ids": [7, 4711], "all": True}
-        (task / "ground_truth" / "private_data.json").write_text(json.dumps(private))
-    for part in data.SHARED:
-        (folder / "data" / part).mkdir()
-    (folder / "data" / "datasets").mkdir()
-    (folder / "data" / "datasets" / "train.txt").write_text("abc_1\nabc_2:tag\n")
-    (folder / "data" / "datasets" / "test_normal.txt").write_text("abc_1\n")
-    return folder
-
-
-def load(tmp_path: Path, **options: Any) -> Any:
-    return envs.load("appworld", python=str(make_python(tmp_path / "venv")), **options)
-
-
-def test_a_missing_interpreter_package_or_root_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("APPWORLD_ROOT", raising=False)
-    with pytest.raises(UserError, match=r"nowhere/python is not there; run: make appworld"):
-        envs.load("appworld", python="nowhere/python")
-    bare = tmp_path / "bare" / "bin"
-    bare.mkdir(parents=True)
-    (bare / "python").touch()
-    with pytest.raises(UserError, match=r"appworld is not installed beside .*; run: make appworld"):
-        envs.load("appworld", python=str(bare / "python"))
-    packed = make_python(tmp_path / "packed", apps=False)
-    with pytest.raises(UserError, match=r"still packed; run: .*packed/bin/appworld install"):
-        envs.load("appworld", python=str(packed))
-    with pytest.raises(
-        UserError, match=r"APPWORLD_ROOT is not set; run: \S+ download data --root ~/appworld && export"
-    ):
-        load(tmp_path)
-    with pytest.raises(UserError, match=r"no data/datasets; run: \S+ download data"):
-        envs.load("appworld", python=str(tmp_path / "venv/bin/python"), root=str(tmp_path))
-
-
-@pytest.mark.parametrize("options", [{"worlds": 0}, {"worlds": 1.5}, {"execution_timeout": 0}, {"root_": "x"}])
-def test_options_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(options))):
-        load(tmp_path, root=str(make_root(tmp_path)), **options)
-
-
-def test_tasks_know_their_scenario_and_class_and_hold_no_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("APPWORLD_ROOT", str(make_root(tmp_path)))
-    suite = load(tmp_path)
-    assert suite.splits == {"train": 2, "test_normal": 1}
-    assert suite.worlds == 16  # `check` holds it against the rollouts of a step
-    asks, acts = suite.tasks("train")
-    assert (asks.id, asks.scenario, asks.task_class) == ("abc_1", "abc", "information")
-    assert (acts.id, acts.scenario, acts.task_class) == ("abc_2", "abc", "state_changing")
-    assert not any(word in f"{asks}{asks.data}" for word in ("120", "4711", "Secret", "ground_truth"))
-
-
-def test_answer_literals_are_what_the_instruction_does_not_say(tmp_path: Path) -> None:
-    suite = load(tmp_path, root=str(make_root(tmp_path)))
-    asks, acts = suite.tasks("train")
-    assert suite.answer_literals(asks) == ["120", "4711", "Secret plan"]
-    assert suite.answer_literals(acts) == ["4711", "Secret plan"]
-
-
-def test_damaged_data_is_named(tmp_path: Path) -> None:
-    suite = load(tmp_path, root=str(make_root(tmp_path)))
-    (tmp_path / "data/tasks/abc_1/ground_truth/answer.json").write_text("{")
-    with pytest.raises(UserError, match=r"damaged appworld data: .*abc_1/ground_truth/answer.json"):
-        suite.tasks("train")
-
-
-def test_a_world_is_given_no_truth_and_no_way_to_it(tmp_path: Path) -> None:
-    root, place = make_root(tmp_path / "root"), tmp_path / "place"
-    data.copy_shared(root, tmp_path / "shared")
-    data.lay_out(root, "abc_1", tmp_path / "shared", place)
-    found = {str(p.relative_to(place / "data")) for p in place.rglob("*")}
-    task = {"tasks", "tasks/abc_1", "tasks/abc_1/dbs", "tasks/abc_1/dbs/notes.jsonl", "tasks/abc_1/specs.json"}
-    assert found - {"."} == task | {"base_dbs", "api_docs"}
-    assert not any(p.resolve().is_relative_to(root) for p in place.rglob("*"))
-    data.reveal(root, "abc_1", place)
-    assert (place / "data/tasks/abc_1/ground_truth/answer.json").read_text() == "120"
-
-
-# What the policy reads and writes
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "more"),
-    [
-        ("I look.\n```python\nprint(1)\n```", "print(1)", False),
-        ("```python\na = 1\n\nb = 2\n```\nand\n```python\nprint(3)\n```", "a = 1\n\nb = 2", True),
-        ("```\nprint(1)\n```", "print(1)", False),
-        ("```python\nprint('open')", "print('open')", False),
-        ("no code at all", "", False),
-        ("```python\n```", "", False),
-        ("", "", False),
-        ("So: ```python\nprint(1)```", "print(1)", False),  # the benchmark's agent takes both
-        ("```python\nprint(1)\n``` That is it.\n```python\nprint(2)\n```", "print(1)", True),
-        ("```Python\nprint(1)\n```", "print(1)", False),
-        ("```python3\nprint(1)\n```", "print(1)", False),
-        ("``` python \nprint(1)\n```", "print(1)", False),
-        ("```python\r\na = 1\r\nprint(a)\r\n```\r\nDone.", "a = 1\r\nprint(a)", False),
-        ("  ```python\n  print(1)\n  ```", "print(1)", False),
-        ("```json\n{}\n```\nThen:\n```python\nprint(2)\n```", "print(2)", False),
-        ("```Python\nprint(1)\n```\nI will delete all notes.\n```python\nprint(2)\n```", "print(1)", True),
-        ("```ruby\nputs 1\n```\nI will delete all notes.\n```ruby\nputs 2\n```", "", False),
-        ("```python print(1)```\nI will delete all notes.\n```python\nprint(2)\n```", "print(2)", False),
-        ("```python\nprint('''```''')\nprint(2)\n```", "print('''```''')\nprint(2)", False),
-        ("Write ``` first.\nThen:\n```python\nprint(3)\n```", "print(3)", False),
-        ("````python\nprint(1)\n````", "print(1)", False),
-    ],
-)
-def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None:
-    assert prompt.code_of({"role": "assistant", "content": text}) == (code, more)
-
-
-@pytest.mark.parametrize("text", ["```" + " " * 200_000, "``` " * 50_000, "```x\n" * 50_000, "\n" * 200_000])
-def test_finding_the_code_takes_no_time(text: str) -> None:
-    began = time.monotonic()
-    prompt.code_of({"role": "assistant", "content": text})
-    assert time.monotonic() - began < 1
-
-
-def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:
-    suite = load(tmp_path, root=str(make_root(tmp_path)))
-    system, user = prompt.first_messages(suite.tasks("train")[0])
-    for name in (
-        "show_app_descriptions()",
-        "show_api_descriptions(app_name=",
-        "show_api_doc(app_name=",
-        "complete_task",
-    ):
-        assert name in system["content"]
-    for words in ("Ada Byron", "ada@example.com", "555", "Count Milk notes"):
-        assert words in user["content"]
-    assert prompt.code_of(suite.refusal())[0] == prompt.GIVE_UP
-
-
-def test_waiting_for_a_place_is_not_timed() -> None:
-    """An environment that offers `open` may queue for longer than env.timeout."""
-    from tests.trainer import test_rollout, toy
-
-    class Queued(toy.ParityEnvironment):
-        async def open(self) -> None:
-            self.log.append("open")
-            await asyncio.sleep(0.3)
-
-    class Suite(toy.ParitySuite):
-        def make(self) -> Queued:
-            return Queued(self.log, self.faults)
-
-    suite = Suite()
-    rollout = test_rollout.play(test_rollout.Script("w1 w2"), suite, timeout=0.2)
-    assert rollout is not None and rollout.reward == 1
-    assert suite.log[:2] == ["open", "reset"]
