@@ -13,7 +13,7 @@ from sgcd_kernels import CreditConfig
 
 
 class Section(BaseModel):
-    """A group of fields that refuses what it does not know."""
+    """A group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -100,7 +100,7 @@ class WriterConfig(Section):
     @field_validator("api_key_env")
     @classmethod
     def _names_a_variable(cls, value: str) -> str:
-        """The resolved config is written to disk, so a key that was put here by mistake must not get there."""
+        """The resolved config is written to disk, so a key that was put here by mistake must be refused."""
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.startswith(("sk_", "hf_")):
             raise ValueError("needs the name of an environment variable, such as OPENAI_API_KEY, not the key itself")
         return value

@@ -1,4 +1,4 @@
-"""Runs a command that must not outlive the process which wanted it, however that one ends.
+"""Runs a command that must not outlive the process that started it, however that one ends.
 
     python guard.py PARENT_PID COMMAND...
 

@@ -63,7 +63,7 @@ def arguments(config: Config, model: str) -> list[str]:
 
 
 def _share(config: Config) -> tuple[str, ...]:
-    """A vLLM that the run starts lives beside the trainer: left to itself it would take nine tenths of the GPU."""
+    """A vLLM that the run starts shares the GPU with the trainer; by default it would take nine tenths of it."""
     if config.engine.urls:
         return ()
     return "--gpu-memory-utilization", str(config.engine.vllm_gpu_memory_utilization)
@@ -186,7 +186,7 @@ class Launched:
         return self.url
 
     def healthy(self) -> bool:
-        """Whether the server says that it is well."""
+        """Whether the server reports that it is healthy."""
         if self._process is None or self._process.poll() is not None:
             return False
         try:
@@ -243,7 +243,7 @@ def check_here() -> str:
 
 
 def inspect(config: Config) -> str:
-    """What the servers of `engine.urls` say of themselves.
+    """What the servers of `engine.urls` report.
 
     Raises:
         UserError: one does not answer, or was started in a way that does not fit the config.

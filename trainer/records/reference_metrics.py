@@ -38,7 +38,7 @@ def _count(prefix: str, words: Iterable[str]) -> dict[str, float]:
 
 
 def leaked_phrases(group: Group) -> float:
-    """The share of rollouts whose own words hold a phrase of the reference that no prompt or observation held."""
+    """The share of rollouts whose generated text holds a phrase of the reference that no prompt or observation held."""
     reference = _phrases(group.reference)
     hits = 0
     for rollout in group.rollouts:

@@ -90,5 +90,5 @@ def sibling(rollout: Rollout, scores: Any, pieces: Pieces) -> dict[str, Any]:
 
 
 def numbers(values: Iterable[float]) -> list[float | int | None]:
-    """Round for reading; what JSON cannot say (nan, inf) becomes null, so that the file stays valid."""
+    """Round for readability; nan and inf become null, so that the file is valid JSON."""
     return [v if isinstance(v, int) else round(v, 6) if math.isfinite(v) else None for v in values]

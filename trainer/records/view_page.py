@@ -132,7 +132,7 @@ def thin(records: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]
 
 
 def number(value: Any) -> float | int | None:
-    """A figure at five significant digits; what is none becomes null."""
+    """A figure at five significant digits; anything else becomes null."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.5g}")

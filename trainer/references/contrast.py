@@ -1,4 +1,4 @@
-"""The offline reference: what the siblings' own traces say about each other, in a few words.
+"""The offline writer: a reference from the contrast between the siblings' own traces.
 
 Deterministic and free of values: it speaks in the names of tools that were offered, never in arguments, observations or
 hidden labels. The grammar is at the level of words, so that a policy with a small word-level vocabulary reads it:
@@ -48,7 +48,7 @@ def contrast(rollouts: Sequence[Rollout]) -> str:
 
 
 def path(rollout: Rollout) -> Names:
-    """The names of the calls of one episode in order, then `answer` if it closed with words.
+    """The names of one episode's calls in order, then `answer` if it ended in text.
 
     Only offered tools count: a name that the policy made up could carry anything.
     """

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint as a config names it: is it on this machine, is it there, does it take the key."""
+"""An OpenAI-compatible endpoint from a config: its HTTP client, and checks that it answers and takes the key."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 from trainer.errors import UserError
 
-PATIENCE = 10.0  # seconds: a list of models takes no thought
-STREAMING = "X-Stainless-Raw-Response"  # by which the client tells itself not to read an answer whole
-OPENAI = "api.openai.com"  # the only host that an organisation and a project of OpenAI's mean something to
+PATIENCE = 10.0  # seconds; a list of models needs no inference
+STREAMING = "X-Stainless-Raw-Response"  # the client's own mark for streaming an answer
+OPENAI = "api.openai.com"  # the only host for which OpenAI's organisation and project headers mean anything
 
 
 def is_loopback(base_url: str) -> bool:
-    """Whether it is on this machine: no proxy may see what is meant for it, and it needs no key."""
+    """Whether it is on this machine: then no proxy may see its traffic, and it needs no key."""
     host = urlsplit(base_url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -24,9 +24,9 @@ def is_loopback(base_url: str) -> bool:
 
 
 def transport(base_url: str, key: str, **hooks: Any) -> Any:
-    """The HTTP client under OpenAI's: no header but ours, and nowhere but where the config says.
+    """The HTTP client for OpenAI's client: sends our headers only, and only to the configured endpoint.
 
-    A proxy of the environment must not see what is meant for this machine, and no redirect is followed.
+    No proxy is used for this machine, and no redirect is followed.
     """
     from openai import DefaultAsyncHttpxClient
 
@@ -39,7 +39,7 @@ def transport(base_url: str, key: str, **hooks: Any) -> Any:
 
 
 def only_ours(request: Any, key: str) -> None:
-    """Put our own headers in the place of all that a request has.
+    """Replace all headers of a request with our own.
 
     OpenAI's client sends $OPENAI_ORG_ID, $OPENAI_PROJECT_ID and whatever $OPENAI_CUSTOM_HEADERS says to any host.
     """
@@ -72,7 +72,7 @@ def reach(what: str, base_url: str, model: str, key_env: str) -> str:
     headers = {"Authorization": f"Bearer {os.environ.get(key_env, '').strip() or 'none'}"}
     try:
         answer = httpx.get(f"{base_url.rstrip('/')}/models", headers=headers, timeout=PATIENCE, trust_env=not loopback)
-    except (httpx.HTTPError, ValueError) as error:  # its text may quote headers: name the kind only
+    except (httpx.HTTPError, ValueError) as error:  # its text may quote headers, so only its type is named
         start = f"; start it, as in: vllm serve {model} --port {urlsplit(base_url).port or 80}" if loopback else ""
         raise UserError(f"{what}: {base_url} does not answer ({type(error).__name__}){start}") from None
     if answer.status_code in (401, 403):
@@ -89,7 +89,7 @@ def reach(what: str, base_url: str, model: str, key_env: str) -> str:
 
 
 def _models(answer: object) -> list[str]:
-    """The models that the endpoint names; none where it names none, or answers in some other way."""
+    """The models that the endpoint lists; [] if it lists none or answers in another format."""
     try:
         return [str(entry["id"]) for entry in answer.json()["data"]]  # type: ignore[attr-defined]
     except (ValueError, LookupError, TypeError):

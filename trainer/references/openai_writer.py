@@ -1,7 +1,7 @@
 """References from any OpenAI-compatible endpoint, through the official client.
 
 The endpoint is not trusted: whatever it does (silence, 429, garbage, a megabyte, an echoed secret, orders to the
-reader) costs that one reference, named by a word in `reference_info["error"]`, and never the run. What is sent has
+reader) costs only that reference, with the reason in `reference_info["error"]`, and never the run. What is sent has
 passed the sanitiser; what comes back passes it again. The API key lives in the environment and in the client only.
 """
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 << 20  # bytes of an answer
-MOST_CHARS_PER_TOKEN = 8  # no endpoint has read a prompt with fewer tokens, whatever it says
+MOST_CHARS_PER_TOKEN = 8  # a prompt has at least one token per so many characters, whatever the endpoint reports
 FRAME_TOKENS = 16  # that a chat template may put around a message
-MAY_HAVE_WORKED = (500, 502, 504)  # what a gateway says, too, when the model behind it has answered too late
+MAY_HAVE_WORKED = (500, 502, 504)  # also sent by a gateway whose model has answered too late
 NOT_SENT = ("ConnectError", "ConnectTimeout")  # whichever HTTP library the client brings
-POLL = 0.02  # seconds between looks at what others have given back
+POLL = 0.02  # seconds between checks of the budget
 
 
 class OpenAIWriter:
@@ -56,7 +56,7 @@ class OpenAIWriter:
         self.cache = ReferenceCache(config.cache_dir)
         self._warned: set[str] = set()
         self._key = read_key(config, is_loopback(config.base_url))
-        # Known whatever their variables are called: the writer's key, and the one of an environment's own endpoint.
+        # Masked whatever their variables are called: the writer's key and that of an environment's endpoint.
         names = (config.api_key_env, getattr(suite, "api_key_env", ""))
         self._keys = [key for name in names if len(key := os.environ.get(name, "").strip()) >= SHORTEST_OWN]
 
@@ -79,28 +79,30 @@ class OpenAIWriter:
         if not mixed:
             return
         gate = asyncio.Semaphore(self.config.concurrency)
-        asked = [(group, messages) for group in mixed if (messages := self._prompt(group))]  # before any deadline runs
+        asked = [
+            (group, messages) for group in mixed if (messages := self._prompt(group))
+        ]  # before any deadline starts
         async with self._client() as client:
             await asyncio.gather(*(self._write_one(client, gate, *each) for each in asked))
 
     def _client(self) -> AsyncOpenAI:
-        # No compression: a megabyte of zeros must not become a gigabyte here.
+        # No compression: a megabyte of zeros must not become a gigabyte.
         http = transport(self.config.base_url, self._key or "none", response=[refuse_floods])
         return AsyncOpenAI(
             api_key=self._key or "none",
             base_url=self.config.base_url,
             timeout=self.config.timeout,
-            max_retries=0,  # `_ask` tries again, for every try has its own share of the budget
+            max_retries=0,  # `_ask` retries, because every try reserves from the budget
             http_client=http,
         )
 
     def _prompt(self, group: Group) -> list[Message]:
-        """What is asked about a group; nothing, and a word in `reference_info`, where it cannot be cleaned."""
+        """The request about a group; [] and a word in `reference_info` if it cannot be sanitised."""
         info = group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
         try:
             outgoing = self._sanitiser(self.suite.answer_literals(group.task))
             messages = prompts.build_prompt(group, outgoing, self.config.max_prompt_chars)
-        except Exception as error:  # what cannot be cleaned does not leave
+        except Exception as error:  # what cannot be sanitised is not sent
             info["error"] = "unclean"
             self._warn_once(f"unclean ({type(error).__name__} while a prompt was made)")
             return []
@@ -153,9 +155,9 @@ class OpenAIWriter:
         return reference
 
     def _masked_literals(self, wanted: list[str], tools: list[str]) -> list[str]:
-        """The strings among those an endpoint wants masked that may be: no secret, no tool, nothing of a letter or two.
+        """The literals that the endpoint wants masked and that may be: no secret, no tool, at least three characters.
 
-        They take tokens out of the credit, so a list of everything would make every weight 1.
+        They exclude tokens from the credit, so a list of everything would make every weight 1.
         """
         clean = [self._sanitiser([]).text(text)[:80].strip() for text in wanted[: prompts.MAX_ITEMS]]
         return [text for text in clean if len(text) >= 3 and "[masked" not in text and text not in tools]
@@ -178,7 +180,7 @@ class OpenAIWriter:
         raise AssertionError("unreachable")
 
     async def _reserve(self, most: int) -> None:
-        """Wait for so many tokens: others hold what they may not need, and take no longer than their deadline."""
+        """Wait until so many tokens can be reserved: other requests release theirs by their deadline."""
         while not self.budget.reserve(most):
             if not self.budget.allows(most):
                 raise Refused("budget_spent")
@@ -226,11 +228,11 @@ class OpenAIWriter:
 
 
 async def refuse_floods(response: Any) -> None:
-    """Refuse by its headers an answer that is an error, too large or compressed, before a byte of it is read."""
+    """Refuse an answer by its headers if it is an error, too large or compressed, before reading it."""
     packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
     length = response.headers.get("Content-Length", "")
     if response.is_error:
-        await response.aclose()  # its status says all; the client would read the rest however long it is
+        await response.aclose()  # its status is enough; the client would read the body however long it is
     elif packed or (length.isdecimal() and int(length) > MAX_BODY):
         raise TooLong
 
@@ -260,7 +262,7 @@ def read_key(config: WriterConfig, loopback: bool) -> str:
 
 
 def text_of(answer: Any) -> str:
-    """The text of a chat completion, or the word for why there is none."""
+    """The text of a chat completion; raises `Refused` with the reason if there is none."""
     if not isinstance(answer, ChatCompletion) or not answer.choices:
         raise Refused("not_json")
     choice = answer.choices[0]
@@ -273,7 +275,7 @@ def text_of(answer: Any) -> str:
 
 
 def usage_of(answer: Any, most: int) -> int:
-    """Tokens as the endpoint counts them; where it says nothing credible, the most that it can have been."""
+    """Tokens as the endpoint counts them; the upper bound `most` where its count is not credible."""
     total = getattr(getattr(answer, "usage", None), "total_tokens", None)
     return total if isinstance(total, int) and 0 < total <= most else most
 

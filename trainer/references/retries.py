@@ -1,4 +1,4 @@
-"""Whether and when to ask an endpoint again, and what it may cost: each try is reserved and settled by itself."""
+"""Whether and when to retry a request, and the token budget from which each try is reserved and settled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from email.utils import mktime_tz, parsedate_tz
 
 import openai
 
-LONGEST_PAUSE = 8.0  # seconds, of our own choosing
-LONGEST_ASKED = 120.0  # seconds that an endpoint may ask for; one that asks for more is not asked again
-AGAIN = (408, 409, 429)  # and 5xx
+LONGEST_PAUSE = 8.0  # seconds, where the endpoint asks for none
+LONGEST_ASKED = 120.0  # seconds that an endpoint may ask for; one that asks for more is not retried
+RETRIED = (408, 409, 429)  # and 5xx
 
 
 class Budget:
@@ -29,25 +29,25 @@ class Budget:
         return True
 
     def allows(self, tokens: int) -> bool:
-        """Whether so many may still be spent, were nothing reserved."""
+        """Whether this many may still be spent, ignoring reservations."""
         return self.limit is None or self.spent + tokens <= self.limit
 
     def settle(self, reserved: int, spent: int) -> None:
-        """Give back what was reserved and book what was spent of it."""
+        """Release a reservation and record what was spent of it."""
         assert 0 <= spent <= reserved, (spent, reserved)
         self.reserved -= reserved
         self.spent += spent
 
 
 def pause_after(error: Exception, tries: int) -> float | None:
-    """Seconds to wait after the `tries`-th try: as the endpoint asks, else longer each time; None: it is no use.
+    """Seconds to wait after the `tries`-th try: as the endpoint asks, else longer each time; None: do not retry.
 
-    408, 409, 429, 5xx, time-outs and lost connections pass, as the official client has it; an answer that was refused
-    unread does not.
+    408, 409, 429, 5xx, time-outs and lost connections are retried, as in the official client, but not an answer that
+    was refused unread.
     """
     own = min(0.5 * 2.0 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.0)
     if isinstance(error, openai.APIStatusError):
-        if error.status_code not in AGAIN and error.status_code < 500:
+        if error.status_code not in RETRIED and error.status_code < 500:
             return None
         asked = retry_after(error.response.headers)
         if asked is None:
@@ -58,7 +58,7 @@ def pause_after(error: Exception, tries: int) -> float | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait: milliseconds, seconds or a date; None where it says nothing sensible."""
+    """Seconds that the response headers ask to wait (milliseconds, seconds or a date); None if they do not."""
     for name, unit in (("retry-after-ms", 1_000.0), ("retry-after", 1.0)):
         try:
             return max(float(headers[name]) / unit, 0.0)
@@ -72,4 +72,4 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 class TooLong(Exception):
-    """An answer of more bytes than any reference needs, or one that would unpack to who knows how many."""
+    """An answer of more bytes than any reference needs, or a compressed one of unknown size."""

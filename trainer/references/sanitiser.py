@@ -136,7 +136,7 @@ class Sanitiser:
         self._known[kind], self._apart[kind] = Literals(map(plain, strings)), Apart(strings)
 
     def learn(self) -> bool:
-        """Take what was masked beside its name for known from now on; whether there is any, so that a second pass pays.
+        """Treat what was masked beside its name as known from now on; return whether a second pass is worthwhile.
 
         A trace shows `"password": "n0t-a-secret"` once, and then says n0t-a-secret wherever it likes.
 
@@ -154,7 +154,7 @@ class Sanitiser:
         return True
 
     def text(self, text: str, depth: int = 0) -> str:
-        """Mask one text; `depth` says inside how many encodings it was found."""
+        """Mask one text, found inside `depth` encodings."""
         key = text, depth
         if key not in self._done:  # siblings read the same observations again and again
             before = self.hits.copy()
@@ -190,7 +190,7 @@ class Sanitiser:
         return self._spelled(text, keys_of(text)).split("\n")
 
     def _whole(self, text: str, kinds: Iterable[str]) -> str:
-        """Mask known strings in one piece. Marks are our words, and as such no place for an answer "email"."""
+        """Mask known strings in one piece, but not inside our own marks, where an answer may be "email"."""
         for kind in kinds:
             parts = MARK.split(text)
             text = "".join(part if i % 2 else self._known_in(part, kind) for i, part in enumerate(parts))
@@ -321,7 +321,7 @@ def is_key(match: re.Match[str]) -> bool:
 
 
 def first_word(kind: str, match: re.Match[str]) -> str:
-    """Of a value without quotes the one word that is the value: what follows it is the rest of a sentence."""
+    """The one word of an unquoted value that is the value; the rest of the sentence follows it."""
     value = match["value"]
     if match["bare"] is not None and match["words"]:  # the payment method for reservation 4WQ150
         another = OF_ANOTHER.match(value)
@@ -331,7 +331,7 @@ def first_word(kind: str, match: re.Match[str]) -> str:
 
 
 def name_in(item: Any) -> str:
-    """An element of a list as a name for the next one: ["password", "hunter2"]."""
+    """A list element that may name the next one: ["password", "hunter2"]."""
     return item if isinstance(item, str) and len(item) <= 32 and len(item.split()) <= 3 else ""
 
 
@@ -342,7 +342,7 @@ def kind_of_name(record: Mapping[Any, Any]) -> str | None:
 
 
 def kind_of_key(key: str) -> str | None:
-    """What a JSON key says about its value."""
+    """The kind of value that a JSON key names."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
     if EVALUATOR_KEY.match(spaced):
         return "evaluator"

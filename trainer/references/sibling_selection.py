@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-LEFT_OUT = "[...]"  # no letter and no digit: an answer could be any word of ours, or a count of characters
+LEFT_OUT = "[...]"  # without letters and digits, since an answer could be any word or number
 
 
 def select(
@@ -38,9 +38,9 @@ def in_order(items: Sequence[T], chosen: Sequence[T]) -> list[T]:
 
 
 def cut_middle(text: str, limit: int, whole: re.Pattern[str] | None = None) -> str:
-    """Shorten one text to about `limit` characters by its middle, and mark it: beginnings and ends say most.
+    """Cut the middle out of a text, to about `limit` characters, and mark the cut: both ends say most.
 
-    What `whole` finds is not cut in two: it is left out.
+    A match of `whole` at the cut is left out, never split.
     """
     if len(text) <= limit:
         return text

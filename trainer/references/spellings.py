@@ -1,4 +1,4 @@
-"""The ways in which a text can spell something without seeming to: undone where that keeps the text, else searched.
+"""Disguised spellings: undone where that keeps the text readable, else searched.
 
 `plain` undoes what a reader undoes without thinking: escapes of JSON, URLs and HTML to any depth, look-alike digits and
 letters, characters that cannot be seen. `Apart` finds a literal whose characters stand apart, backwards, or in several
@@ -55,7 +55,7 @@ LEAST = 3  # characters of a find in a row of numbers
 
 
 def plain(text: str) -> str:
-    """`text` without escapes, in one spelling of what looks alike (NFKC, ASCII digits), and without what is unseen."""
+    """`text` without escapes and invisible characters, with look-alikes in one spelling (NFKC, ASCII digits)."""
     for _ in range(ROUNDS):
         before = text
         if "\\" in text:
@@ -81,7 +81,7 @@ def _character(match: re.Match[str]) -> str:
 
 @lru_cache(maxsize=4096)
 def _seen(char: str) -> str:
-    """A digit of any script as ASCII's, nothing for what is not drawn, else the character."""
+    """Any script's digit as ASCII, "" for an invisible character, else the character."""
     if char.isascii():
         return char
     kind = unicodedata.category(char)
@@ -94,7 +94,7 @@ def _seen(char: str) -> str:
 
 @lru_cache(maxsize=4096)
 def fold(char: str) -> str:
-    """The letters and digits that a character stands for, without case and accents; nothing for what is neither."""
+    """The letters and digits that a character stands for, without case and accents; "" for any other character."""
     if char.isascii():
         return char.lower() if char.isalnum() else ""
     bare = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)).casefold()
@@ -148,7 +148,7 @@ def _located(text: str, needles: list[str], frames: Spans) -> Spans:
 
 
 def _whole(text: str, first: int, last: int, needle: str) -> bool:
-    """Whether a find is no mere part of a longer word or number; an identifier counts wherever it stands."""
+    """Whether a match is not part of a longer word or number; an identifier counts anywhere."""
     if not needle.isalpha() and not needle.isdigit():
         return True
     return not (first and text[first - 1].isalnum()) and not (last + 1 < len(text) and text[last + 1].isalnum())
@@ -167,7 +167,7 @@ def joined(text: str, spans: Spans) -> Spans:
 
 
 def replace(text: str, pieces: Iterable[tuple[int, int, str]]) -> str:
-    """`text` with other words in the place of some spans, which rise."""
+    """`text` with replacements for some spans, in rising order."""
     out, done = list[str](), 0
     for start, end, words in pieces:
         out += [text[done:start], words]
@@ -192,7 +192,7 @@ def union(*spans: Spans) -> Spans:
 
 
 def unwrap(text: str, judge: Callable[[str, int], str | None]) -> str:
-    """Put `judge`'s word in the place of each run of base64, hex or codes about whose content it has one.
+    """Replace each run of base64, hex or character codes for whose content `judge` returns a replacement.
 
     Its second argument is how many characters a find must have: in rows of ordinary numbers shorter ones are chance.
     """

@@ -15,7 +15,7 @@ from trainer.references.literals import spans
 
 
 def teacher_prompt(renderer: Renderer, rollout: Rollout, reference: str) -> list[int]:
-    """The prompt with the reference in it; without one, the student's prompt itself, so that d is exactly 0."""
+    """The prompt with the reference in it; without a reference the student's prompt, so that d is exactly 0."""
     if not reference:
         return list(rollout.prompt_ids)
     return list(renderer.prompt(rollout.prompt_messages, rollout.tools, reference))

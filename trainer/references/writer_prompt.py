@@ -1,10 +1,10 @@
-"""What the LLM is asked (METHOD section 2.2), and the only form of answer that is taken.
+"""The request to the LLM (METHOD section 2.2), and the only form of answer that is accepted.
 
 The siblings' traces are data: every message stands on its own line as JSON, so a trace can neither close its frame nor
 open another one, and the model is instructed not to obey it. The answer is JSON of short texts, checked field by field;
 an answer that does not fit costs the reference.
 
-Masking comes before framing, both ways: a `Line` is words of ours and a value of theirs, and only values are masked. An
+Masking comes before framing, both ways: a `Line` is our frame and their value, and only values are masked. An
 answer "3" or "tool" would otherwise leave a hole in our own words, and the frame would give it away.
 """
 
@@ -89,14 +89,14 @@ class Reply(Lenient):
 
 
 class Refused(Exception):
-    """A reply that does not become a reference; `reason` is one word and names the metric."""
+    """A reply that cannot become a reference; `reason` is one word and names the metric."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-Line = tuple[str, str]  # our words, and a value in one line
+Line = tuple[str, str]  # our frame, and a value on one line
 
 
 def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Message]:
@@ -136,7 +136,7 @@ def dumped(value: Any) -> str:
 
 
 def lines(message: Mapping[str, Any], tools: Collection[str]) -> list[Line]:
-    """A masked message: what it says, and each call. Only a role and the name of an offered tool are words of ours."""
+    """A masked message: what it says, and each call. Only roles and names of offered tools stand outside values."""
     role = message["role"] if message["role"] in ROLES else "other"
     content = [(f"{role}: ", dumped(message["content"]))] if "content" in message else []
     calls = [
@@ -160,7 +160,7 @@ def fitted(trace: Sequence[Line], share: int | None) -> list[Line]:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read the LLM's answer; fences and words around the object are forgiven, nothing else."""
+    """Read the LLM's answer; only fences and text around the object are tolerated."""
     if not text.strip():
         raise Refused("empty")
     if len(text) > MAX_REPLY:
@@ -184,7 +184,7 @@ def read_entry(entry: Mapping[str, Any] | None) -> Reply | None:
 
 
 def clean_reply(reply: Reply, sanitiser: Sanitiser) -> Reply:
-    """The reply's texts masked, each for itself and then in pieces across them; orders to the reader are refused."""
+    """Mask the reply's texts, each alone and then in pieces across them; refuse orders to the reader."""
     checks, steps, avoid = reply.checks[:MAX_ITEMS], reply.steps[:MAX_STEPS], reply.avoid[:MAX_ITEMS]
     pairs = [text for c in checks for text in (c.tool, c.establishes)], [x for a in avoid for x in (a.tool, a.why)]
     raw = [*pairs[0], *steps, *pairs[1], reply.deviate.after, reply.deviate.why]

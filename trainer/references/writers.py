@@ -25,7 +25,7 @@ class Writer(Protocol):
 
     async def write(self, groups: list[Group]) -> None: ...
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, so that a limit of the whole run holds across resumes."""
+        """Its state in a checkpoint, so that a budget for the whole run holds across resumes."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -62,7 +62,7 @@ class NoneWriter(Stateless):
 
 
 class EmptyShellWriter(Stateless):
-    """The frame of a reference without content: what is left of the effect is style."""
+    """The frame of a reference without content: any effect that remains is style."""
 
     name = "empty_shell"
 

@@ -154,7 +154,7 @@ class _Episode:
         return bool(rollout.stop)
 
     async def _observe(self, message: Message, problem: str, tools: list[Tool]) -> tuple[list[Message], bool]:
-        """The environment's answer; or, to a call that cannot be made, what is wrong with it."""
+        """The environment's answer, or the error of a call that cannot be made."""
         if problem:
             return [_error(problem)], False
         known = {tool["function"]["name"] for tool in tools}
