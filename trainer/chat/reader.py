@@ -58,7 +58,7 @@ class ChatReader:
         _, found = self._read(ids)
         message: Message = {"role": "assistant", "content": found.words}
         if found.error:
-            return {**message, "content": self.decode(self._said(ids)).strip()}, found.error
+            return {**message, "content": self.decode(self._without_end(ids)).strip()}, found.error
         if found.calls:
             message["tool_calls"] = [
                 {
@@ -70,12 +70,12 @@ class ChatReader:
             ]
         return message, ""
 
-    def _said(self, ids: Sequence[int]) -> list[int]:
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token != self._end]
 
     def _read(self, ids: Sequence[int]) -> tuple[str, Found]:
-        """The text of a turn, and what it holds; a call that is only thought of is no call."""
-        text = self.decode(self._said(ids))
+        """The text of a turn, and what it holds; a call inside a thought is none."""
+        text = self.decode(self._without_end(ids))
         blank = self.think.sub(lambda m: " " * len(m.group()), text)  # same positions
         return text, self.reading.read(blank)
 
@@ -88,7 +88,7 @@ class ChatReader:
         _paint(of_char, found.arguments, TokenClass.ARGUMENT)
         _paint(of_char, found.names, TokenClass.CALL_NAME)
         classes, at = [], 0
-        pieces = iter(self.pieces(self._said(ids)))
+        pieces = iter(self.pieces(self._without_end(ids)))
         for token in ids:
             piece = "" if token == self._end else next(pieces)
             classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))
