@@ -23,7 +23,7 @@ CHOICE = os.environ.get("SGCD_BUILD", "")
 # -ffp-contract=off: what is rounded, and when, must not depend on the compiler's taste. No -march: one binary, chosen
 # among its own paths at run time.
 FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-w", "-DNDEBUG"]
-digest = runpy.run_path("sgcd_kernels/cpp/sources.py")["digest"]
+digest = runpy.run_path("sgcd_kernels/backends/cpp/sources.py")["digest"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
@@ -51,7 +51,7 @@ class BuildExtension(build_ext):
     """Compile against the torch that is here; without SGCD_BUILD=1 a failure costs the extension, not the install."""
 
     def run(self) -> None:
-        folder = Path(self.get_ext_fullpath("sgcd_kernels.cpp._C")).parent
+        folder = Path(self.get_ext_fullpath("sgcd_kernels.backends.cpp._C")).parent
         try:
             import torch
             from torch.utils.cpp_extension import include_paths, library_paths
@@ -96,14 +96,14 @@ class BuildPython(build_py):
         super().run()
         if skip is not None:
             root = Path() if getattr(self, "editable_mode", False) else Path(self.build_lib)
-            write_note(root / "sgcd_kernels" / "cpp", reason=skip)
+            write_note(root / "sgcd_kernels" / "backends" / "cpp", reason=skip)
 
 
 skip = reason_to_skip()
 if skip is not None and CHOICE == "1":
     raise SystemExit(f"SGCD_BUILD=1, but {skip}")
 extension = Extension(
-    "sgcd_kernels.cpp._C",
+    "sgcd_kernels.backends.cpp._C",
     sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
     depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
     extra_compile_args=FLAGS + OPENMP,

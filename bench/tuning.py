@@ -13,7 +13,7 @@ import torch
 
 from bench.cases import Case
 from bench.inputs import Inputs, make
-from bench.timing import Prepare, interleaved
+from bench.timing import Prepare, time_interleaved
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
 from sgcd_kernels.triton.configs import HALF, Config, column_of
 
@@ -65,7 +65,7 @@ def compare(kernel: str, major: int, call: Callable[[], object], device: str) ->
             except Exception as error:
                 refused[str(config)] = error
         compiled = {str(config): chosen(config) for config in candidates if str(config) not in refused}
-        timings, failed = interleaved(compiled, device)
+        timings, failed = time_interleaved(compiled, device)
     finally:
         table[major] = candidates
     failed |= refused

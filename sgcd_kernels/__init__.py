@@ -1,19 +1,22 @@
 """Token-credit kernels: log-probs, divergences, credit weights and policy losses straight from hidden states.
 
-Nothing here ever holds an [N, V] matrix of logits. Importing loads PyTorch and nothing heavier; backends load on use.
+No op writes an [N, V] matrix of logits; what each holds at most, docs/api.md says. Importing loads PyTorch and nothing
+heavier: backends load on use.
 """
 
-from sgcd_kernels.backends import backend_status
-from sgcd_kernels.credit import credit_weights
-from sgcd_kernels.credit_config import CreditConfig
-from sgcd_kernels.distill_loss import linear_distill_loss
-from sgcd_kernels.divergence import linear_divergence
-from sgcd_kernels.logprob import linear_logprob
-from sgcd_kernels.model_check import check_model
-from sgcd_kernels.modules import FusedLinearSGCDLoss
-from sgcd_kernels.policy_loss import linear_policy_loss
-from sgcd_kernels.sgcd import sgcd_loss
-from sgcd_kernels.types import Credit, DivergenceStats, LogprobStats
+from sgcd_kernels.backends.registry import backend_status
+from sgcd_kernels.core.surrogate import PolicyLossConfig
+from sgcd_kernels.credit.config import CreditConfig
+from sgcd_kernels.credit.rules import Credit
+from sgcd_kernels.credit.weights import credit_weights
+from sgcd_kernels.models import check_model, logit_transform
+from sgcd_kernels.ops.distill_loss import linear_distill_loss
+from sgcd_kernels.ops.divergence import DivergenceStats, linear_divergence
+from sgcd_kernels.ops.logprob import LogprobStats, linear_logprob
+from sgcd_kernels.ops.policy_loss import linear_policy_loss
+from sgcd_kernels.ops.sgcd import FusedLinearSGCDLoss, sgcd_loss
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Credit",
@@ -21,6 +24,7 @@ __all__ = [
     "DivergenceStats",
     "FusedLinearSGCDLoss",
     "LogprobStats",
+    "PolicyLossConfig",
     "backend_status",
     "check_model",
     "credit_weights",
@@ -28,5 +32,6 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
+    "logit_transform",
     "sgcd_loss",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
 
-from sgcd_kernels.credit_config import CreditConfig, Rule, SpanValue
+from sgcd_kernels.credit.config import CreditConfig, Rule, SpanValue
 
 
 @dataclass

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sgcd_kernels import LogprobStats, linear_logprob
-from sgcd_kernels.logit_transform import logit_transform
-from sgcd_kernels.validation import FLOATS
+from sgcd_kernels.core.validation import FLOATS
+from sgcd_kernels.models import logit_transform
 
 IGNORED = -100
 

@@ -16,7 +16,7 @@ from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import build_attention_mask_from_nested, no_padding_2_padding
 
-from sgcd_kernels.credit_config import CreditConfig
+from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.integrations.verl.alignment import check_same_responses, predicting_states, response_lengths
 from sgcd_kernels.integrations.verl.credit import credit_config, credit_metrics, response_credit
 from sgcd_kernels.integrations.verl.lm_head import SIGNALS, patch_lm_head
@@ -128,7 +128,7 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
             turn_ids=batch.get("turn_ids", None),
             config=self.credit_config,
         )
-        return TokenWeights(credit.weights, credit_metrics(credit, signals, batch["response_mask"]))
+        return TokenWeights(credit.weights, credit_metrics(credit, signals, batch["response_mask"], self.credit_config))
 
 
 def _packed(micro_batch: Any) -> bool:

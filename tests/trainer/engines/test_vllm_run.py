@@ -28,11 +28,11 @@ def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
     servers: list[Process], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(folder, tmp_path / "run", [s.url for s in servers])
-    made = made.model_copy(update={"engine": made.engine.model_copy(update={"timeout": 3.0})})
     sample = loop.Run.sample_siblings
 
     async def doomed(run: loop.Run, clock: Any, logger: Any) -> Any:
         if run.step == 1:
+            run.engine.timeout = 3.0
             for server in servers:
                 server.fault("die")
         return await sample(run, clock, logger)

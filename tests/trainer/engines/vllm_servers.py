@@ -69,7 +69,7 @@ def engine(servers: list[Process], tmp_path: Path, model: Any = None, **options:
     defaults = {
         "stop_ids": toy.renderer().stop_ids,
         "max_length": 200,
-        "timeout": 20.0,
+        "timeout": 60.0,
         "pause": 0.01,
         "max_retries": 2,
     }
@@ -97,8 +97,8 @@ def config(folder: Path, out: Path, urls: list[str], **fields: Any) -> Config:
         **{
             "output_dir": out,
             "model": ModelConfig(path=str(folder), max_length=200),
-            "env": EnvConfig(name="parity", max_turns=3, timeout=10.0),
-            "engine": EngineConfig(name="vllm", urls=urls, timeout=20.0, max_retries=1),
+            "env": EnvConfig(name="parity", max_turns=3, timeout=60.0),
+            "engine": EngineConfig(name="vllm", urls=urls, timeout=60.0, max_retries=1),
             "arm": "grpo",
             "num_generations": 4,
             "groups_per_step": 2,

@@ -63,7 +63,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(gone: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_until(gone: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not gone() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -106,20 +106,23 @@ def test_a_hang_ends_with_the_callers_patience_and_leaves_nothing(pool: Pool) ->
 
 
 def test_slow_worlds_do_not_hold_others(pool: Pool) -> None:
-    async def both() -> list[float]:
-        async def one(code: str) -> float:
+    async def both() -> None:
+        async def one(code: str) -> None:
             await pool.enter()
             world = await pool.fork(pool.folder)
-            await world.call("execute", code=code)
-            ended = time.monotonic()
-            pool.discard(world, None)
-            pool.leave()
-            return ended
+            try:
+                await world.call("execute", code=code)
+            finally:
+                pool.discard(world, None)
+                pool.leave()
 
-        return list(await asyncio.gather(one("sleep 1.5"), one("say")))
+        slow = asyncio.create_task(one("hang"))
+        await asyncio.wait_for(one("say"), 60)
+        assert not slow.done()
+        slow.cancel()
+        await asyncio.wait([slow])
 
-    slow, quick = asyncio.run(both())
-    assert quick < slow - 0.5
+    asyncio.run(both())
 
 
 def test_a_third_waits_for_its_place(pool: Pool) -> None:
@@ -252,7 +255,7 @@ def play_out(tmp_path: Path, *blocks: str) -> Group:
     suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)
     renderer = ChatMLRenderer(make_tokenizer())
     turns = [{"role": "assistant", "content": prompt.block(code)} for code in blocks]
-    env = EnvConfig(name="appworld", max_turns=len(turns), timeout=20)
+    env = EnvConfig(name="appworld", max_turns=len(turns), timeout=60)
     task = suite.tasks("train")[0]
     try:
         engine = ScriptedEngine(renderer, [turns, turns])

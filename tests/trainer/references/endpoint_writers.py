@@ -18,7 +18,7 @@ MIXED = ((["look", "act"], 1.0), (["act"], 0.0))
 
 
 def configured(stub: StubEndpoint | None, tmp_path: Path, **fields: Any) -> WriterConfig:
-    base = {"name": "openai", "cache_dir": tmp_path / "cache", "timeout": 2.0, "max_retries": 2, "model": "stub"}
+    base = {"name": "openai", "cache_dir": tmp_path / "cache", "timeout": 30.0, "max_retries": 2, "model": "stub"}
     address = {"base_url": stub.base_url} if stub else {}
     return WriterConfig(**{**base, **address, **fields})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.trainer.references.endpoint_writers import MIXED, run
 from tests.trainer.siblings import ToySuite, group, task, with_messages
 from trainer.config import WriterConfig
@@ -54,7 +55,7 @@ names = st.lists(st.sampled_from(["look", "ask", "act", "shout"]), max_size=5)
 
 
 @given(st.lists(names, min_size=1, max_size=4), st.lists(names, min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_contrast_properties(good: list[list[str]], bad: list[list[str]]) -> None:
     made = group(*[(g, 1.0) for g in good], *[(b, 0.0) for b in bad])
     text = contrast(made.rollouts)

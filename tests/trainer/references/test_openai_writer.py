@@ -63,7 +63,7 @@ FAULTS = {
     "http_401": Reply(b'{"error": "no"}', 401),
     "http_400": Reply(b"{", 400),
     "connection": Reply(drop=True),
-    "timeout": Reply(good_reply(), delay=1.0),
+    "timeout": Reply(good_reply(), delay=3600.0),
     "truncated": Reply(completion('{"steps": ["lo', "length")),
     "empty": Reply(completion("   ")),
     "too_long": Reply(completion("x" * 1_000_000)),
@@ -76,7 +76,7 @@ FAULTS = {
 def test_a_bad_endpoint_costs_the_reference_only(reason: str, tmp_path: Path) -> None:
     made, fine = group(*MIXED), group(*MIXED, of=task("s2", "other task"))
     with StubEndpoint(lambda body: FAULTS[reason] if "book the room" in str(body) else Reply(good_reply())) as stub:
-        ask(stub, tmp_path, made, fine, timeout=0.25, max_retries=1)
+        ask(stub, tmp_path, made, fine, timeout=2.0 if reason == "timeout" else 30.0, max_retries=1)
     assert (made.reference, made.reference_info["error"]) == ("", reason)
     assert fine.reference
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and SECRET in p.read_text()]

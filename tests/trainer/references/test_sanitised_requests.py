@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from tests.trainer.references.test_sanitiser import PLANTED
 from tests.trainer.siblings import ToySuite, call, group, seen, task, with_messages
 from tests.trainer.stub_endpoint import Reply, StubEndpoint, good_reply
@@ -60,7 +61,7 @@ def bury(text: str, depth: int) -> str:
 
 
 @given(literals, st.lists(frames, min_size=4, max_size=4), st.integers(0, 2), st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_no_planted_literal_ever_leaves(
     stub: StubEndpoint, tmp_path: Path, planted: list[str], shapes: list[str], depth: int, malformed: bool
 ) -> None:

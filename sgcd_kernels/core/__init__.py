@@ -1,0 +1,1 @@
+"""What the ops and the backends share: the LM head, statistics, sequences, the loss family, checks, registration."""

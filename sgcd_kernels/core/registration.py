@@ -1,0 +1,266 @@
+"""How a function on bundles (`LMHead`, `PolicyLossConfig`, ...) becomes an op of torch.library.
+
+The dispatcher takes flat lists of tensors and plain values. `register` derives them from the annotations of the body:
+each bundle is spread into its fields, named `<argument>_<field>`, and put together again for the body, its fake kernel
+and its backward pass, so that none of them counts positions.
+
+Not `torch.library.custom_op`, which does the same for flat arguments alone: its first call imports torch._dynamo, which
+takes a second and helps only those who compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.core.lm_head import group_name, group_named
+
+NAMESPACE = "sgcd_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # torch forgets what is dropped
+P = ParamSpec("P")
+R = TypeVar("R")
+Backward = Callable[..., dict[str, Tensor | None]]
+
+
+def register(
+    fake: Callable[..., Any],
+    setup: Callable[..., None] | None = None,
+    backward: Backward | None = None,
+    *,
+    differentiable: tuple[str, ...] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: an op sgcd_kernels::NAME from a function NAME_op, to be called with positional arguments.
+
+    Arguments and results may be tensors, numbers, strings, process groups, and NamedTuples or dataclasses of these.
+    No result may share memory with another or with an argument.
+
+    `fake(*arguments)` gives uninitialised results. `setup(ctx, result, *arguments)` and `backward(ctx, upstream)` are
+    those of an autograd.Function: `upstream` has the form of the result, and gradients are returned by the name of the
+    flat argument, such as "hidden" or "head_weight"; what is left out gets none. `differentiable` names the results
+    that have a gradient (None is all). An op without `backward` must be called where no gradient is recorded.
+    """
+
+    def made(body: Callable[P, R]) -> Callable[P, R]:
+        hints = typing.get_type_hints(body)
+        arguments = {name: _codec(hints[name]) for name in inspect.signature(body).parameters}
+        result, name = _codec(hints["return"]), body.__name__.removesuffix("_op")
+        schema = ", ".join(f"{kind} {flat}" for key, codec in arguments.items() for flat, kind in codec.schema(key))
+        returns = ", ".join(kind.rstrip("?") for _, kind in result.schema(""))
+        full = f"{NAMESPACE}::{name}"
+
+        def bundled(flat: typing.Sequence[Any]) -> list[Any]:
+            values = iter(flat)
+            return [codec.join(values) for codec in arguments.values()]
+
+        def run(*flat: Any) -> Any:
+            with _on_device_of(flat):
+                return _as_results(result.split(body(*bundled(flat))), flat)  # type: ignore[call-arg]
+
+        def run_fake(*flat: Any) -> Any:
+            return _as_results(result.split(fake(*bundled(flat))), flat)
+
+        torch.library.define(full, f"({schema}) -> ({returns})", lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(full, "CompositeExplicitAutograd", _untraced(run), lib=_LIBRARY)
+        torch.library.register_fake(full, run_fake, lib=_LIBRARY)
+        if setup is not None and backward is not None:
+            names = [flat for key, codec in arguments.items() for flat, _ in codec.schema(key)]
+
+            def run_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                ctx.set_materialize_grads(False)
+                if differentiable is not None:
+                    results = zip(result.schema(""), _as_tuple(output), strict=True)
+                    ctx.mark_non_differentiable(*(x for (key, _), x in results if key not in differentiable))
+                setup(ctx, result.join(iter(_as_tuple(output))), *bundled(inputs))
+
+            @once_differentiable
+            def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+                if all(grad is None for grad in upstream):
+                    return tuple(None for _ in names)
+                ctx.needs = dict(zip(names, ctx.needs_input_grad))  # torch adds an argument of its own at the end
+                grads = backward(ctx, result.join(iter(upstream)))
+                assert grads.keys() <= set(names), grads.keys()
+                return tuple(grads.get(flat) if ctx.needs[flat] else None for flat in names)
+
+            torch.library.register_autograd(full, run_backward, setup_context=run_setup, lib=_LIBRARY)
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+        @functools.wraps(body)
+        def call(*values: P.args, **_: P.kwargs) -> R:
+            flat = [x for codec, value in zip(arguments.values(), values, strict=True) for x in codec.split(value)]
+            made: R = result.join(iter(_as_tuple(op(*flat))))
+            return made
+
+        return call
+
+    return made
+
+
+def save(ctx: Any, **values: Any) -> None:
+    """Keep values and bundles for the backward pass, by name; tensors go through `save_for_backward`."""
+    codecs: dict[str, _Codec] = {name: _codec(type(value)) for name, value in values.items()}  # type: ignore[arg-type]
+    flat = [x for name, value in values.items() for x in codecs[name].split(value)]
+    # What inference mode has made must be copied to be saved.
+    tensors = [x.clone() if x.is_inference() else x for x in flat if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.saved_by_name = codecs, [None if isinstance(x, Tensor) else (x,) for x in flat]
+
+
+def restore(ctx: Any) -> types.SimpleNamespace:
+    """What `save` kept."""
+    codecs, plain = ctx.saved_by_name
+    tensors = iter(ctx.saved_tensors)
+    flat = iter([next(tensors) if x is None else x[0] for x in plain])
+    return types.SimpleNamespace(**{name: codec.join(flat) for name, codec in codecs.items()})
+
+
+class _Codec:
+    """How one argument or result travels: as one flat value, as it is."""
+
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind
+
+    def schema(self, name: str) -> list[tuple[str, str]]:
+        """(flat name, type in the dispatcher's schema) of each flat value"""
+        return [(name, self.kind)]
+
+    def split(self, value: Any) -> list[Any]:
+        return [value]
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        return next(flat)
+
+
+class _OptionalTensor(_Codec):
+    """None is allowed among arguments; among results, which must be tensors, `_NOTHING` stands for it."""
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        value = next(flat)
+        return None if value is None or value.dim() == _NOTHING_DIM else value
+
+
+class _NumberOrTensor(_Codec):
+    """A number that may be a tensor, such as a temperature."""
+
+    def schema(self, name: str) -> list[tuple[str, str]]:
+        return [(name, "Tensor?"), (f"{name}_number", "float?")]
+
+    def split(self, value: Any) -> list[Any]:
+        return [value, None] if isinstance(value, Tensor) else [None, None if value is None else float(value)]
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        tensor, number = next(flat), next(flat)
+        return number if tensor is None else tensor
+
+
+class _Float(_Codec):
+    def split(self, value: Any) -> list[Any]:
+        return [None if value is None else float(value)]
+
+
+class _Group(_Codec):
+    def split(self, value: Any) -> list[Any]:
+        return [group_name(value)]
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        return group_named(next(flat))
+
+
+class _Names(_Codec):
+    def split(self, value: Any) -> list[Any]:
+        return [",".join(value)]
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        return tuple(name for name in next(flat).split(",") if name)
+
+
+class _Bundle(_Codec):
+    """A NamedTuple or dataclass, as its fields."""
+
+    def __init__(self, bundle: type) -> None:
+        names = [field.name for field in fields(bundle)] if is_dataclass(bundle) else list(bundle._fields)  # type: ignore[attr-defined]
+        hints = typing.get_type_hints(bundle)
+        self.bundle, self.fields = bundle, [(name, _codec(hints[name])) for name in names]
+
+    def schema(self, name: str) -> list[tuple[str, str]]:
+        prefix = f"{name}_" if name else ""
+        return [flat for field, codec in self.fields for flat in codec.schema(prefix + field)]
+
+    def split(self, value: Any) -> list[Any]:
+        return [x for field, codec in self.fields for x in codec.split(getattr(value, field))]
+
+    def join(self, flat: Iterator[Any]) -> Any:
+        return self.bundle(**{field: codec.join(flat) for field, codec in self.fields})
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    int: "SymInt",
+    int | None: "SymInt?",
+    bool: "bool",
+    str: "str",
+}
+
+
+@functools.cache
+def _codec(annotation: Any) -> _Codec:
+    if annotation in (float, float | None):
+        return _Float("float" if annotation is float else "float?")
+    if annotation in _SCHEMA_TYPES:
+        return _Codec(_SCHEMA_TYPES[annotation])
+    if annotation == Tensor | None:
+        return _OptionalTensor("Tensor?")
+    if annotation in (float | Tensor, float | Tensor | None):
+        return _NumberOrTensor()
+    if annotation == ProcessGroup | None:
+        return _Group("str")
+    if annotation == tuple[str, ...]:
+        return _Names("str")
+    if typing.get_origin(annotation) is Literal:
+        return _Codec("str")
+    if is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        return _Bundle(annotation)
+    return _Codec()
+
+
+_NOTHING_DIM = 4  # no result of ours has so many dimensions
+
+
+def _as_results(flat: list[Any], inputs: typing.Sequence[Any]) -> Any:
+    """An op's results: tensors, with an empty one of four dimensions in the place of None."""
+    like = next(x for x in inputs if isinstance(x, Tensor))
+    out = tuple(like.new_empty((0,) * _NOTHING_DIM) if x is None else x for x in flat)
+    return out if len(out) > 1 else out[0]
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def _on_device_of(flat: typing.Sequence[Any]) -> Any:
+    """With the GPU current where the tensors lie: Triton launches on the current one, whatever it is given."""
+    device = next((x.device for x in flat if isinstance(x, Tensor) and x.is_cuda), None)
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
+
+
+def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Where torch.compile has given up on a function it still traces what that calls, an op's body among it."""
+    disabled = _disable_dynamo(body)  # imports torch._dynamo when it is called
+
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        return disabled(*args) if "torch._dynamo" in sys.modules else body(*args)
+
+    return run

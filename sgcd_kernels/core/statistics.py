@@ -1,0 +1,227 @@
+"""What a sweep over the vocabulary leaves of each row, how parts of it merge, and the results that follow.
+
+Per row, m = max z, l = sum e^{z-m} and s = sum e^{z-m} (z - m); moving to a maximum m' rescales them as
+l <- e^{m-m'} l and s <- e^{m-m'} (s + (m - m') l). Then lse = m + ln l and entropy = ln l - s / l. Of two heads there
+are also A_p = sum e^{z_p-m_p} (z_p - z_q), A_q likewise, and the overlap sum e^{(z_p-m_p)/2 + (z_q-m_q)/2}.
+
+Records are immutable: every step gives a new one. All backends fill them, so results and merging exist once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.core.lm_head import gather_over, max_over, sum_over
+
+MIN_EXPONENT = -1e4  # e^x is 0 from here on in every dtype, and 0 * x is 0 where 0 * -inf would be NaN
+
+
+class LogprobValues(NamedTuple):
+    """Per computed token [n]; also their upstream gradients, where None is 0."""
+
+    logp: Tensor | None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class HeadStats(NamedTuple):
+    """One head's statistics of each row, [n]."""
+
+    m: Tensor  # maximum logit
+    l: Tensor  # noqa: E741  # sum e^{z - m}, as in the literature of online softmax
+    s: Tensor  # sum e^{z - m} (z - m)
+    target: Tensor  # the target's logit
+
+    @staticmethod
+    def start(rows: int, like: Tensor) -> HeadStats:
+        """Before the first block of logits. m is finite, because e^{-inf - m} must be 0 and not NaN."""
+        zeros = like.new_zeros(rows)
+        return HeadStats(like.new_full((rows,), torch.finfo(like.dtype).min), zeros, zeros, zeros)
+
+    def rescaled(self, m: Tensor) -> tuple[HeadStats, Tensor]:
+        """(the same relative to the maximum `m` >= self.m, the shift of exponents by whose exp all sums shrink)"""
+        shift = torch.where(self.l > 0, self.m - m, 0.0)  # before the first block there is nothing to shift
+        shrink = shift.exp()
+        s = shrink * torch.where(self.l > 0, self.s + shift * self.l, self.s)
+        return HeadStats(m, shrink * self.l, s, self.target), shift
+
+    def updated(self, logits: Tensor) -> tuple[HeadStats, Tensor, Tensor]:  # [n, block]
+        """Online softmax: (with a block of logits, e^{z-m} of the block, the shift of the older exponents)"""
+        old, shift = self.rescaled(torch.maximum(self.m, logits.amax(1)))
+        centred = (logits - old.m.unsqueeze(1)).clamp_(min=MIN_EXPONENT)
+        e = centred.exp()
+        return old._replace(l=old.l + e.sum(1), s=old.s + centred.mul_(e).sum(1)), e, shift
+
+    def with_targets(self, logits: Tensor, targets: Tensor, first: int) -> HeadStats:
+        """Take the logits of the targets that lie in this block, which begins at vocab id `first`."""
+        local = targets - first
+        inside = (local >= 0) & (local < logits.shape[1])
+        picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        return self._replace(target=torch.where(inside, picked, self.target))
+
+    def merged(self, group: ProcessGroup | None) -> tuple[HeadStats, Tensor | None]:
+        """(with the other ranks' vocabulary, the shift of this rank's exponents)"""
+        if group is None:
+            return self, None
+        stats, shift = self.rescaled(max_over(self.m, group))
+        total = (sum_over(x.contiguous(), group) for x in (stats.l, stats.s, stats.target))
+        return HeadStats(stats.m, *total), shift
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Log-probs of a block, in place. In two steps: at large logits one rounded lse would cost digits."""
+        return logits.sub_(self.m.unsqueeze(1)).sub_(self.l.log().unsqueeze(1))
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p(y), entropy, lse)"""
+        log_l = self.l.log()
+        entropy = (log_l - self.s / self.l).clamp(min=0)
+        return (self.target - self.m) - log_l, entropy, self.m + log_l
+
+
+class PairStats(NamedTuple):
+    """Statistics of each row of the student p and the teacher q, [n]."""
+
+    p: HeadStats
+    q: HeadStats
+    a_p: Tensor  # sum e^{z_p - m_p} (z_p - z_q)
+    a_q: Tensor
+    overlap: Tensor
+
+    @staticmethod
+    def start(rows: int, like: Tensor) -> PairStats:
+        zeros = like.new_zeros(rows)
+        return PairStats(HeadStats.start(rows, like), HeadStats.start(rows, like), zeros, zeros, zeros)
+
+    @staticmethod
+    def of_fields(fields: Tensor) -> PairStats:  # [11, n]
+        """As a kernel writes them: m, l, s, target of p, of q, then a_p, a_q, overlap."""
+        return PairStats(HeadStats(*fields[:4]), HeadStats(*fields[4:8]), *fields[8:])
+
+    @staticmethod
+    def concatenated(parts: Sequence[PairStats]) -> PairStats:
+        """Of all rows, from parts of them."""
+        p, q = (HeadStats(*map(torch.cat, zip(*heads))) for heads in ([x.p for x in parts], [x.q for x in parts]))
+        a_p, a_q, overlap = (torch.cat(x) for x in zip(*((part.a_p, part.a_q, part.overlap) for part in parts)))
+        return PairStats(p, q, a_p, a_q, overlap)
+
+    def updated(self, z_p: Tensor, z_q: Tensor) -> PairStats:  # [n, block] each
+        """With a block of both heads' logits, which are left as they are."""
+        p, e_p, shift_p = self.p.updated(z_p)
+        q, e_q, shift_q = self.q.updated(z_q)
+        old = self._shrunk(shift_p, shift_q)
+        # The root of e_p e_q would underflow where the halves of the exponents do not.
+        half = (z_p - p.m.unsqueeze(1)).mul_(0.5).add_((z_q - q.m.unsqueeze(1)).mul_(0.5))
+        overlap = old.overlap + half.exp_().sum(1)
+        delta = torch.sub(z_p, z_q, out=half)
+        a_p = old.a_p + torch.where(e_p > 0, delta, 0.0).mul_(e_p).sum(1)  # 0 ln 0 = 0, also where ln is inf
+        a_q = old.a_q + torch.where(e_q > 0, delta, 0.0).mul_(e_q).sum(1)
+        return PairStats(p, q, a_p, a_q, overlap)
+
+    def _shrunk(self, shift_p: Tensor, shift_q: Tensor) -> PairStats:
+        shrink_p, shrink_q = shift_p.exp(), shift_q.exp()
+        return self._replace(
+            # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
+            a_p=torch.where(shrink_p > 0, self.a_p * shrink_p, 0.0),
+            a_q=torch.where(shrink_q > 0, self.a_q * shrink_q, 0.0),
+            overlap=self.overlap * ((shift_p + shift_q) / 2).exp(),  # equal shifts shrink it as they do l
+        )
+
+    def merged(self, group: ProcessGroup | None) -> PairStats:
+        """With the other ranks' vocabulary."""
+        (p, shift_p), (q, shift_q) = self.p.merged(group), self.q.merged(group)
+        if shift_p is None or shift_q is None:
+            return self
+        own = self._shrunk(shift_p, shift_q)
+        return PairStats(p, q, *(sum_over(x, group) for x in (own.a_p, own.a_q, own.overlap)))
+
+    def results(self) -> dict[str, Tensor]:
+        """The fields of DivergenceStats that one pass gives."""
+        (logp_p, entropy_p, lse_p), (logp_q, entropy_q, lse_q) = self.p.results(), self.q.results()
+        # Not lse_p - lse_q: each is rounded at the size of a logit, their difference need not be.
+        gap = (self.p.m - self.q.m) + (self.p.l / self.q.l).log()
+        return {
+            "student_logp": logp_p,
+            "teacher_logp": logp_q,
+            "student_entropy": entropy_p,
+            "teacher_entropy": entropy_q,
+            "student_lse": lse_p,
+            "teacher_lse": lse_q,
+            "reverse_kl": (self.a_p / self.p.l - gap).clamp(min=0),
+            "forward_kl": (gap - self.a_q / self.q.l).clamp(min=0),
+            "bhattacharyya": (self.overlap / (self.p.l * self.q.l).sqrt()).clamp(max=1),
+        }
+
+    def normalisers(self) -> Tensor:  # [4, n]
+        """What a second pass needs of the first: m and ln l of the student, then of the teacher."""
+        return torch.stack([self.p.m, self.p.l.log(), self.q.m, self.q.l.log()])
+
+
+class MixtureSums(NamedTuple):
+    """Sums of the second pass over m = beta q + (1 - beta) p, [n]."""
+
+    jsd: Tensor
+    tv: Tensor
+    mixture_kl: Tensor  # KL(p || m), which the gradient of a JSD needs
+
+    def results(self, features: Sequence[str]) -> dict[str, Tensor]:
+        """Those that were asked for, within their bounds."""
+        bounded = {"jsd": self.jsd.clamp(0, math.log(2)), "tv": self.tv.clamp(0, 1), "mixture_kl": self.mixture_kl}
+        return {name: bounded[name] for name in features}
+
+
+class TeacherTopK(NamedTuple):
+    """The teacher's K largest logits of each row, and the student's at the same vocab ids, [n, K] each."""
+
+    q: Tensor
+    p: Tensor
+    ids: Tensor
+
+    @staticmethod
+    def of_block(z_p: Tensor, z_q: Tensor, first: int, k: int) -> TeacherTopK:
+        """Of a block of logits that begins at vocab id `first`; of fewer than K ids all."""
+        q, at = z_q.topk(min(k, z_q.shape[1]), dim=1)
+        return TeacherTopK(q, z_p.gather(1, at), at + first)
+
+    def best_of(self, other: TeacherTopK, k: int) -> TeacherTopK:
+        """The K largest of both."""
+        q, p, ids = (torch.cat(pair, 1) for pair in zip(self, other))
+        q, at = q.topk(min(k, q.shape[1]), dim=1)
+        return TeacherTopK(q, p.gather(1, at), ids.gather(1, at))
+
+    def merged(self, k: int, group: ProcessGroup | None) -> TeacherTopK:
+        """The K largest of all ranks. A shard of fewer than K vocab ids is padded with id -1."""
+        if group is None:
+            return self
+        missing = k - self.q.shape[1]
+        q, p, ids = (
+            torch.cat(gather_over(torch.nn.functional.pad(x, (0, missing), value=filler), group), 1)
+            for x, filler in ((self.q, -torch.inf), (self.p, -torch.inf), (self.ids, -1))
+        )
+        q, at = q.topk(k, dim=1)
+        return TeacherTopK(q, p.gather(1, at), ids.gather(1, at))
+
+    def results(self, pair: PairStats, targets: Tensor, tail_p: Tensor, tail_q: Tensor) -> dict[str, Tensor]:
+        """KL both ways over {the K ids, the target, a tail of all others}, given the probability of the tail, [n]."""
+        seen = (self.ids == targets.unsqueeze(1)).any(1, keepdim=True)
+        # A tail that underflows on one side only must not make a KL infinite; one empty on both sides adds nothing.
+        smallest = torch.finfo(tail_p.dtype).tiny * ((tail_p > 0) | (tail_q > 0))
+        tail_p, tail_q = torch.maximum(tail_p, smallest), torch.maximum(tail_q, smallest)
+        log_p, log_q = _log_buckets(self.p, pair.p, tail_p, seen), _log_buckets(self.q, pair.q, tail_q, seen)
+        prob_p, prob_q = log_p.exp(), log_q.exp()
+        gap = log_p - log_q  # NaN where both are -inf, but there neither has probability
+        reverse = torch.where(prob_p > 0, gap, 0.0).mul_(prob_p).sum(1)
+        forward = torch.where(prob_q > 0, gap.neg_(), 0.0).mul_(prob_q).sum(1)
+        return {"topk_reverse_kl": reverse.clamp(min=0), "topk_forward_kl": forward.clamp(min=0)}
+
+
+def _log_buckets(best: Tensor, stats: HeadStats, tail: Tensor, seen: Tensor) -> Tensor:  # [n, K + 2]
+    """Log-probs of the K ids, of the target (-inf if it is one of them), and of the tail."""
+    target = stats.target.unsqueeze(1).masked_fill(seen, -torch.inf)
+    logits = torch.cat([best, target], 1) - stats.m.unsqueeze(1) - stats.l.log().unsqueeze(1)
+    return torch.cat([logits, tail.log().unsqueeze(1)], 1)

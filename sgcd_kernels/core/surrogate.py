@@ -1,0 +1,166 @@
+"""The GRPO family as a function of log p(y) alone: the one definition of the loss, shared by every backend.
+
+Per token, with the ratio r = exp(logp - old_logp), advantage A, and both clip bounds around 1:
+
+    grpo, bnpo, dr_grpo, dapo   -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)     PPO, arXiv 1707.06347
+    gspo                        the same with r the sequence's geometric mean ratio, its gradient through the token
+                                (GSPO-token, arXiv 2507.18071 eq. 14): equal to GSPO when A is constant in a sequence
+    cispo                       -stop_gradient(min(r, 1 + epsilon_high)) A logp          MiniMax-M1, arXiv 2506.13585
+
+times the importance weight, plus beta (exp(d) - d - 1) with d = ref_logp - logp (the k3 estimate of KL(p || ref)).
+ln r and d are clamped at 20, far beyond any clip, so that exp does not overflow: there the term is constant.
+Sums are divided by
+
+    grpo, gspo          each sequence's loss tokens, then the number of sequences
+    bnpo, dapo, cispo   the number of loss tokens
+    dr_grpo             sequences x longest sequence (arXiv 2503.20783 asks for a constant: give num_items_in_batch)
+
+where `num_items_in_batch` replaces the last divisor, so that micro-batches sum to the whole batch's loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.core.segments import Segments
+from sgcd_kernels.core.validation import check_choice, check_float
+
+MAX_EXPONENT = 20.0
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+PER_SEQUENCE = ("grpo", "gspo", "dr_grpo")  # these need to know where sequences begin
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """The hyperparameters of a policy loss. Raises ValueError naming the field that does not fit.
+
+    >>> PolicyLossConfig(loss_type="dapo", epsilon_high=0.28).epsilon
+    0.2
+    """
+
+    loss_type: str = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None  # None is epsilon
+    beta: float = 0.0  # weight of the k3 estimate of KL(p || ref)
+    num_items_in_batch: float | Tensor | None = None  # what the whole batch divides by; None is this call's own
+
+    def __post_init__(self) -> None:
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_float("epsilon", self.epsilon, 0.0)
+        check_float("beta", self.beta, 0.0)
+        if self.epsilon_high is not None:
+            check_float("epsilon_high", self.epsilon_high, 0.0)
+        items = self.num_items_in_batch
+        one_value = isinstance(items, Tensor) and items.numel() == 1  # as TRL gives it
+        if items is not None and not one_value:
+            check_float("num_items_in_batch", items, 0.0, open_low=True)
+
+    @property
+    def clip_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class TokenInputs(NamedTuple):
+    """What the loss reads of each token beside its log-prob: [n], or None."""
+
+    old_logp: Tensor | None = None  # None is on-policy
+    ref_logp: Tensor | None = None
+    importance_weights: Tensor | None = None
+
+
+class PolicyMetrics(NamedTuple):
+    """Over the loss tokens; the public names are `PolicyMetrics.named`'s."""
+
+    clip_low: Tensor
+    clip_high: Tensor
+    clip_region: Tensor
+    ratio_mean: Tensor
+    ratio_min: Tensor
+    ratio_max: Tensor
+    num_tokens: Tensor
+    kl: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        values = {
+            "clip_ratio/low_mean": self.clip_low,
+            "clip_ratio/high_mean": self.clip_high,
+            "clip_ratio/region_mean": self.clip_region,
+            "ratio/mean": self.ratio_mean,
+            "ratio/min": self.ratio_min,
+            "ratio/max": self.ratio_max,
+            "num_tokens": self.num_tokens,
+            "kl": self.kl,
+            "entropy": self.entropy,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def surrogate_loss(
+    logp: Tensor,  # [n]
+    advantages: Tensor,  # [n]
+    segments: Segments,
+    cfg: PolicyLossConfig,
+    tokens: TokenInputs = TokenInputs(),  # noqa: B008  # immutable
+) -> tuple[Tensor, PolicyMetrics]:
+    """The loss, differentiable in `logp`, and its metrics."""
+    ratio = _ratio(logp, logp.detach() if tokens.old_logp is None else tokens.old_logp, segments, cfg)
+    token_loss = _policy_term(logp, ratio, advantages, cfg)
+    if tokens.importance_weights is not None:
+        token_loss = token_loss * tokens.importance_weights
+    metrics = _metrics(ratio.detach(), advantages, cfg)
+    if tokens.ref_logp is not None and cfg.beta != 0:
+        gap = (tokens.ref_logp - logp).clamp(max=MAX_EXPONENT)
+        kl = gap.exp() - gap - 1
+        token_loss = token_loss + cfg.beta * kl
+        metrics = metrics._replace(kl=_mean(kl.detach()))
+    return _reduce(token_loss, segments, cfg), metrics
+
+
+def _ratio(logp: Tensor, old_logp: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Tensor:
+    log_ratio = logp - old_logp
+    if cfg.loss_type == "gspo":
+        sequence = segments.mean(log_ratio.detach())[segments.ids]
+        log_ratio = sequence + logp - logp.detach()
+    return log_ratio.clamp(max=MAX_EXPONENT).exp()
+
+
+def _policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> Tensor:
+    if cfg.loss_type == "cispo":
+        return -ratio.detach().clamp(max=1 + cfg.clip_high) * advantages * logp
+    clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.clip_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def _reduce(token_loss: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Tensor:
+    if cfg.loss_type in ("grpo", "gspo"):
+        total, items = segments.mean(token_loss).sum(), float(segments.count)
+    elif cfg.loss_type == "dr_grpo":
+        total, items = token_loss.sum(), float(segments.count * segments.longest)
+    else:
+        total, items = token_loss.sum(), float(token_loss.numel())
+    return total / (max(items, 1.0) if cfg.num_items_in_batch is None else cfg.num_items_in_batch)
+
+
+def _metrics(ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> PolicyMetrics:
+    low = (ratio < 1 - cfg.epsilon) & (advantages < 0) & (cfg.loss_type != "cispo")
+    high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
+    return PolicyMetrics(
+        clip_low=_mean(low),
+        clip_high=_mean(high),
+        clip_region=_mean(low | high),
+        ratio_mean=_mean(ratio),
+        ratio_min=ratio.amin() if ratio.numel() else ratio.sum(),
+        ratio_max=ratio.amax() if ratio.numel() else ratio.sum(),
+        num_tokens=torch.tensor(float(ratio.numel()), device=ratio.device),
+    )
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean; 0 of nothing."""
+    x = x if x.is_floating_point() else x.float()
+    return x.sum() / max(x.numel(), 1)

@@ -1,0 +1,225 @@
+"""Checks shared by the ops. Every refusal names the argument, what it got and what it needs.
+
+Shapes, dtypes, devices and options are checked before an op is called, also while torch.compile traces; the values of
+tensors (targets, temperatures, `cu_seqlens`) inside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.core.lm_head import LMHead, Projection, group_name, shard_range
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_choice(name: str, value: str, options: Sequence[str]) -> None:
+    """Refuse a name that is not one of `options`, suggesting the nearest."""
+    if value in options:
+        return
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}, needs one of {', '.join(options)}{hint}")
+
+
+def check_float(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse a number outside [low, high] ((low, high] if `open_low`), or not finite."""
+    bounds = f"{'(' if open_low else '['}{low}, {high}]"
+    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    above = number > low if open_low else number >= low
+    # Not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
+    if not (-math.inf < number < math.inf and above and number <= high):
+        raise ValueError(f"{name} is {value!r}, needs a finite number in {bounds}")
+
+
+def check_int(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse what is no integer, or lies outside [low, high]."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and low <= int(value) <= high):  # type: ignore[call-overload]
+        raise ValueError(f"{name} is {value!r}, needs an integer in [{low}, {high}]")
+
+
+def check_jsd_beta(beta: float) -> None:
+    """At an end the JSD is constantly 0, and very near one only rounding is left of it."""
+    if not 1e-6 <= beta <= 1 - 1e-6:
+        hint = "for beta 0 or 1 as TRL means them use forward_kl or reverse_kl"
+        raise ValueError(f"beta is {beta!r}, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; {hint}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+    if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
+        raise ValueError(
+            f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
+            f"under vocab-parallelism give {name}.to_local() and group (docs/parallel.md)"
+        )
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    """Accept what the ops compute with."""
+    if value.dtype not in FLOATS:
+        hint = "" if value.dtype.is_complex or value.dtype == torch.bool else "; what is quantised must be dequantised"
+        raise ValueError(f"{name} is {value.dtype}, needs a float dtype (fp16, bf16, fp32, fp64){hint}")
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, needs {other.device}, where {other_name} is")
+
+
+def check_per_token(name: str, value: Tensor | None, leading: torch.Size, device: torch.device) -> None:
+    """Accept one value per token, shaped like the leading dimensions of hidden, or nothing."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.shape != leading:
+        raise ValueError(f"{name} has shape {list(value.shape)}, needs {list(leading)}, one value per token")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, needs {device}, where hidden is")
+
+
+def check_all_per_token(values: Mapping[str, Tensor | None], leading: torch.Size, device: torch.device) -> None:
+    for name, value in values.items():
+        check_per_token(name, value, leading, device)
+
+
+def check_hidden(name: str, hidden: Tensor) -> torch.Size:
+    """Accept [N, H] or [B, T, H] of a float dtype; give the leading shape."""
+    check_tensor(name, hidden)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{name} has shape {list(hidden.shape)}, needs [N, H] or [B, T, H]")
+    check_dtype(name, hidden)
+    return hidden.shape[:-1]
+
+
+def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "") -> torch.Size:
+    """Check hidden states and their head; give the leading shape. Values of a temperature tensor: `checked_values`."""
+    hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    leading = check_hidden(hidden_name, hidden)
+    check_weight(weight_name, head.weight, hidden_name, hidden)
+    if head.bias is not None:
+        check_tensor(bias_name, head.bias)
+        check_dtype(bias_name, head.bias)
+        if head.bias.shape != head.weight.shape[:1]:
+            needs = f"[{head.weight.shape[0]}], one value per vocab id"
+            raise ValueError(f"{bias_name} has shape {list(head.bias.shape)}, needs {needs}")
+        check_device(bias_name, head.bias, hidden_name, hidden)
+    if head.softcap is not None:
+        check_float("softcap", head.softcap, 0.0, open_low=True)
+    if not isinstance(head.temperature, Tensor):
+        check_float("temperature", head.temperature, 0.0, open_low=True)
+    elif head.temperature.dim() != 0:
+        check_per_token("temperature", head.temperature, leading, hidden.device)
+    group_name(head.group)
+    return leading
+
+
+def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    """Accept [V, H] of a float dtype, H and device those of `hidden`."""
+    check_tensor(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
+        raise ValueError(f"{name} has shape {list(weight.shape)}, needs {needs}")
+    check_dtype(name, weight)
+    check_device(name, weight, hidden_name, hidden)
+
+
+def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher: LMHead) -> torch.Size:
+    """Check two heads over one vocabulary; give the leading shape."""
+    leading = check_head(student_hidden, head)
+    check_tensor("teacher_hidden", teacher_hidden)
+    if teacher_hidden.shape[:-1] != leading:
+        got, needs = list(teacher_hidden.shape[:-1]), list(leading)
+        raise ValueError(f"teacher_hidden has leading shape {got}, needs {needs} as student_hidden")
+    check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    check_head(teacher_hidden, teacher, prefix="teacher_")
+    if teacher.weight.shape[0] != head.weight.shape[0]:
+        vocab, needed = teacher.weight.shape[0], head.weight.shape[0]
+        raise ValueError(f"teacher_weight has V = {vocab}, needs V = {needed} as weight")
+    return leading
+
+
+def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
+    """Accept integers and a mask, one per token."""
+    check_tensor("targets", targets)
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
+    check_all_per_token({"targets": targets, "mask": mask}, leading, device)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Accept integers [B + 1]; their values are checked by `cu_seqlens_values`."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
+        got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"cu_seqlens is {got}, needs integers [B + 1]")
+
+
+def check_advantages(advantages: Tensor, leading: torch.Size, sequences: int) -> None:
+    """Accept one per token or one per sequence."""
+    check_tensor("advantages", advantages)
+    if advantages.shape != leading and advantages.shape != (sequences,):
+        got, needs = list(advantages.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
+        raise ValueError(f"advantages has shape {got}, needs {needs}")
+
+
+def checked_temperature(head: LMHead) -> LMHead:
+    """Refuse temperatures that are not positive; give a 0-dimensional one as a number and others flat, per token."""
+    temperature = head.temperature
+    if not isinstance(temperature, Tensor):
+        return head
+    if temperature.dim() == 0:
+        check_float("temperature", float(temperature), 0.0, open_low=True)
+        return replace(head, temperature=float(temperature))
+    flat = temperature.detach().reshape(-1)
+    if flat.numel() and not bool((flat > 0).all() & flat.isfinite().all()):
+        raise ValueError(f"temperature has a minimum of {float(flat.min())}, needs finite numbers > 0")
+    return replace(head, temperature=flat)
+
+
+def checked_targets(targets: Tensor, head: LMHead, ignore_index: int, mask: Tensor | None = None) -> Tensor:  # [N]
+    """Accept values in [0, V) or `ignore_index`; give them flat, int64.
+
+    Where `mask` is false the target may be anything (padding, a placeholder) and comes back as `ignore_index`.
+    """
+    vocab = shard_range(head)[1]
+    flat = targets.reshape(-1).long()
+    if mask is not None:
+        flat = flat.masked_fill(mask.reshape(-1) == 0, ignore_index)
+    wrong = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
+    if bool(wrong.any()):
+        needs = f"needs 0 <= y < {vocab} (the rows of weight) or ignore_index {ignore_index}"
+        raise ValueError(f"targets holds {int(flat[wrong][0])}, {needs}")
+    return flat
+
+
+def project_targets(
+    hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, mask: Tensor | None = None
+) -> tuple[Projection, Tensor]:
+    """(the head on the tokens that are neither ignored nor masked, their targets [n]), values checked."""
+    flat = checked_targets(targets, head, ignore_index, mask)
+    x = Projection.of(hidden, checked_temperature(head)).on(flat != ignore_index)
+    return x, x.gather(flat)
+
+
+def cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, look: bool = True) -> Tensor:  # [B + 1]
+    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64.
+
+    To look at the values the host must wait for a GPU that holds them; without `look` only shape and dtype are checked.
+    """
+    check_cu_seqlens(cu_seqlens)
+    cu = cu_seqlens.long()
+    if look and (int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((cu.diff() < 0).any())):
+        got = f"from {int(cu[0])} to {int(cu[-1])}"
+        raise ValueError(f"cu_seqlens goes {got}, needs to rise from 0 to {tokens}, the number of tokens")
+    return cu

@@ -1,0 +1,1 @@
+"""From divergences to token weights: SGCD's rule, its ablations and its neighbours."""

@@ -1,0 +1,183 @@
+"""`credit_weights`: one definition for all devices (`credit.rules`), without a gradient. Nothing waits for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.backends.registry import credit_backend
+from sgcd_kernels.core.lm_head import stats_dtype
+from sgcd_kernels.core.registration import register
+from sgcd_kernels.core.validation import (
+    check_choice,
+    check_cu_seqlens,
+    check_device,
+    check_per_token,
+    check_tensor,
+    cu_seqlens_values,
+)
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
+from sgcd_kernels.credit.eligible import EligibleTokens
+from sgcd_kernels.credit.rules import RULES, Batch, Credit
+
+
+class CreditSignals(NamedTuple):
+    """What the rules read, each [N]; advantages may be [B]."""
+
+    divergence: Tensor
+    teacher_entropy: Tensor | None
+    advantages: Tensor | None
+    log_ratio: Tensor | None
+    forward_kl: Tensor | None
+    bhattacharyya: Tensor | None
+    student_entropy: Tensor | None
+
+
+def credit_weights(
+    divergence: Tensor,  # [N], d
+    teacher_entropy: Tensor,  # [N], H_q
+    cu_seqlens: Tensor,  # [B + 1]
+    *,
+    mask: Tensor | None = None,  # [N], true where a token may carry credit
+    turn_ids: Tensor | None = None,  # [N]
+    advantages: Tensor | None = None,  # [N] or [B]
+    log_ratio: Tensor | None = None,  # [N], D = log q(y) - log p(y)
+    forward_kl: Tensor | None = None,  # [N], KL(q || p)
+    bhattacharyya: Tensor | None = None,  # [N]
+    student_entropy: Tensor | None = None,  # [N], H_p
+    config: CreditConfig = DEFAULT,
+    impl: str = "auto",
+) -> Credit:
+    """Token weights W, saliency s and span ids, each [N]; never a gradient. Tokens outside `mask`: W 1, s 0, span -1.
+
+    sgcd (arXiv 2606.12634), over the eligible tokens of a sequence: u = clip(d / max(quantile(d), d_floor), 0, 1). A
+    span starts at a token with u > start. It ends before a token whose teacher entropy is above
+    max(entropy_ratio H_onset, H_onset + entropy_margin), before the `patience`-th token in a row with u < reset, and
+    where its turn or sequence ends; a hole in the mask does not end it. Inside a span s = u of its onset (or each
+    token's own u), outside s = 0, and W = clip(1 + gamma s, 1, clip).
+
+    Ablations:
+    - none: W = 1
+    - uniform: s = 1, W = min(1 + gamma, clip)
+    - matched_uniform: W = the mean sgcd W of the sequence's eligible tokens
+    - permuted: the sgcd result shuffled within the sequence; the order depends on config.seed, the sequence's place in
+      the batch and its number of eligible tokens
+
+    Neighbours, with D = log_ratio, A = advantages and the parameters of `CreditConfig`:
+    - gear (2605.11853): r = clip(-D / max(quantile(-D), d_floor), 0, 1), spans as above on r; the onset's r inside, a
+      token's own outside (R); w = .5 + (.5 - r) sign A; W = a w + 1 - a / 2
+    - rlsd (2604.03128): (1 - l) + l clip(exp(sign(A) D), 1 - e, 1 + e)
+    - sc_grpo (2606.18810): K / (K + c), K = forward_kl, c = max(the sequence's P75 of K, 1e-4)
+    - egrsd (2605.13255): clip(exp(sign(A) D), .8, 1.2) clip(1 - g H, .1, 1), H = H_q / its maximum in the sequence (R)
+    - dgpo (2605.03327): T softmax(h H^k / tau), h = sqrt(1 - bhattacharyya), H = H_p / its maximum in the sequence (R),
+      T the eligible tokens, so that the mean is 1
+    - turn_level (common to GRSD and TurnSight, 2608.04007): 1 + e tanh(sign(A) z), m the mean of D in a turn,
+      z = (m - mean m) / std m over the turns of the sequence (R), each counted once. Reads turn_ids; one turn: W = 1
+
+    These weights may fall below 1, and `gamma` and `clip` do not apply. Saliency is r for gear and 0 otherwise.
+
+    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that
+    is missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU
+    no value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise
+    from 0 to N.
+
+    Gradients: none
+    Backends: torch; the span scan and the quantiles by `impl`
+    Cost: 0 U forward, 0 U backward
+
+    >>> import torch
+    >>> d = torch.tensor([0.0, 0.9, 0.0, 0.0, 0.0, 0.0])  # two sequences; the teacher disagrees at one token
+    >>> entropy = torch.tensor([0.2, 0.2, 0.2, 0.9, 0.2, 0.2])  # and is uncertain two tokens later
+    >>> credit = credit_weights(d, entropy, torch.tensor([0, 4, 6]))
+    >>> credit.weights.tolist(), credit.span_ids.tolist()
+    ([1.0, 2.0, 2.0, 1.0, 1.0, 1.0], [-1, 0, 0, -1, -1, -1])
+    """
+    check_config(config)
+    check_choice("impl", impl, IMPLS)
+    check_cu_seqlens(cu_seqlens)
+    check_tensor("divergence", divergence)
+    signals = CreditSignals(
+        divergence, teacher_entropy, advantages, log_ratio, forward_kl, bhattacharyya, student_entropy
+    )
+    given = signals._asdict() | {"mask": mask, "turn_ids": turn_ids}
+    for name, value in given.items():
+        if value is not None:
+            check_tensor(name, value)
+    signals = CreditSignals(*(None if x is None else x.detach() for x in signals))  # type: ignore[arg-type]
+    return credit_op(signals, cu_seqlens, mask, turn_ids, config_for_op(config), impl)
+
+
+def config_for_op(config: CreditConfig) -> CreditConfig:
+    """With a seed of 63 bits, as an op's integers are; rules use no more of it."""
+    return replace(config, seed=config.seed % (1 << 63))
+
+
+def _fake(signals: CreditSignals, *_: object) -> Credit:
+    d, dtype = signals.divergence, stats_dtype(signals.divergence)
+    weights, saliency = (d.new_empty(d.shape, dtype=dtype) for _ in range(2))
+    return Credit(weights, saliency, d.new_empty(d.shape, dtype=torch.long))
+
+
+@register(_fake)
+def credit_op(
+    signals: CreditSignals,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    turn_ids: Tensor | None,
+    config: CreditConfig,
+    impl: str,
+) -> Credit:
+    divergence, rule = signals.divergence, RULES[config.rule]
+    if divergence.dim() != 1:
+        raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
+    shape, device, on_host = divergence.shape, divergence.device, divergence.device.type == "cpu"
+    cu = cu_seqlens_values(cu_seqlens, divergence.numel(), look=on_host or cu_seqlens.device.type == "cpu").to(device)
+    for name, value in (("mask", mask), ("turn_ids", turn_ids)):
+        check_per_token(name, value, shape, device)
+    eligible = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask != 0
+    turns = None if turn_ids is None else turn_ids.long().contiguous()
+    tokens = EligibleTokens(cu, eligible, turns)
+    given = signals._replace(advantages=_per_token(signals.advantages, tokens, divergence))._asdict()
+    for name, value in given.items():
+        check_per_token(name, value, shape, device)
+    for name, value in (given | {"turn_ids": turns}).items():
+        if name in rule.reads and value is None:
+            raise ValueError(f"{name} is None, needs one value per token for rule {config.rule!r}")
+    read = {name: value for name, value in given.items() if name in rule.reads}
+    if on_host:
+        _check_finite(read, eligible)
+    dtype = stats_dtype(divergence)
+    inputs = {name: x.to(dtype).contiguous() for name, x in read.items()}
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    if divergence.numel() == 0:
+        return Credit(zeros, zeros.clone(), zeros.long())
+    weights, saliency, ids = rule.compute(Batch(inputs, tokens, zeros, credit_backend(impl, divergence)), config)
+    for x in inputs.values() if not on_host else ():
+        weights = weights.masked_fill(~x.isfinite(), torch.nan)
+    return Credit(
+        torch.where(eligible, weights, 1.0).to(dtype),
+        torch.where(eligible, saliency, 0.0).to(dtype),
+        torch.where(eligible, ids, -1),
+    )
+
+
+def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:
+    for name, x in read.items():
+        if count := int((eligible & ~x.isfinite()).sum()):
+            raise ValueError(f"{name} holds {count} NaN or infinite values at eligible tokens, needs finite ones")
+
+
+def _per_token(advantages: Tensor | None, tokens: EligibleTokens, divergence: Tensor) -> Tensor | None:
+    """Advantages per token, from one per token or one per sequence."""
+    if advantages is None or advantages.shape == divergence.shape:
+        return advantages
+    sequences = tokens.lengths.numel()
+    if advantages.shape != (sequences,):
+        got, needs = list(advantages.shape), f"[{divergence.numel()}] (per token) or [{sequences}] (per sequence)"
+        raise ValueError(f"advantages has shape {got}, needs {needs}")
+    check_device("advantages", advantages, "divergence", divergence)
+    return tokens.spread(advantages)

@@ -1,0 +1,177 @@
+"""Per-token divergences between a student and a teacher distribution, without the logits of either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_for, no_autocast
+from sgcd_kernels.core.lm_head import LMHead, Projection, shard_range, stats_dtype
+from sgcd_kernels.core.registration import register
+from sgcd_kernels.core.validation import (
+    check_choice,
+    check_float,
+    check_int,
+    check_jsd_beta,
+    check_pair,
+    check_targets,
+    checked_temperature,
+    project_targets,
+)
+
+FEATURES = ("jsd", "tv")
+
+
+class DivergenceStats(NamedTuple):
+    """Per token, shaped like `targets`; p is the student, q the teacher. Fields that were not asked for are None."""
+
+    student_logp: Tensor  # log p(y)
+    teacher_logp: Tensor  # log q(y)
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor  # nats
+    student_lse: Tensor  # log-sum-exp of the logits after softcap and temperature
+    teacher_lse: Tensor
+    reverse_kl: Tensor  # KL(p || q)
+    forward_kl: Tensor  # KL(q || p)
+    bhattacharyya: Tensor  # sum sqrt(p q), in [0, 1]; squared Hellinger distance is 1 minus this
+    jsd: Tensor | None = None  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+    tv: Tensor | None = None  # sum |p - q| / 2
+    topk_reverse_kl: Tensor | None = None  # KL(p || q) over {teacher's top K, observed token, tail}
+    topk_forward_kl: Tensor | None = None  # KL(q || p) over the same buckets
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # [N, H] or [B, T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N] or [B, T]
+    teacher_hidden: Tensor,  # [N, H'] or [B, T, H']
+    teacher_weight: Tensor | None = None,  # [V, H']
+    *,
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # or per token
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    features: Sequence[str] = (),
+    beta: float = 0.5,
+    top_k: int | None = None,
+    impl: str = "auto",
+    group: ProcessGroup | None = None,
+) -> DivergenceStats:
+    """Full-vocabulary KL both ways, Bhattacharyya coefficient, log-probs, entropies and normalisers of p and q.
+
+    p is the student, q the teacher. Without `teacher_weight` the teacher uses the student's head (and its bias, unless
+    `teacher_bias` is given). Softcap and then temperature apply once to both. Results are shaped like `targets`, fp32
+    (fp64 for fp64 inputs), and never carry a gradient; ignored targets give 0.
+
+    With the running A_p = sum e^{z_p - m_p} (z_p - z_q) and A_q likewise, KL(p || q) = A_p / l_p - (lse_p - lse_q) and
+    KL(q || p) = (lse_p - lse_q) - A_q / l_q, where l = sum e^{z - m}. Differences of logits are summed, so that small
+    divergences keep their digits and identical distributions give exactly 0. Every divergence is clamped to >= 0.
+
+    `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649, beta in
+    [1e-6, 1 - 1e-6]) and "tv"; they cost a second pass. `top_k` adds the KLs over the teacher's K most likely vocab
+    ids, the observed token and one bucket for all others (SDPO, arXiv 2601.20802); up to rounding they never exceed the
+    full KLs. They cost a second pass too (one for all).
+
+    A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a vocab id of probability
+    0: where both heads have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it,
+    forward_kl is. The top-K KL in that direction is +inf too if the vocab id has a bucket of its own. Under a softcap c
+    no logit is infinite: an infinite bias gives -c or c.
+
+    `group`: both weights (and biases) are this rank's rows of vocab-sharded heads, targets are global ids; every rank
+    gets the full result.
+
+    Gradients: none
+    Backends: triton, cpp, torch
+    Cost: 2 U forward, 0 U backward; with features or top_k 4 U forward, 0 U backward
+
+    Raises ValueError for shapes, dtypes, devices, targets, options or temperatures that do not fit.
+
+    >>> import torch
+    >>> g = torch.Generator().manual_seed(0)
+    >>> student, teacher, weight = (torch.randn(n, 4, generator=g) for n in (3, 3, 10))
+    >>> targets = torch.tensor([1, 5, 9])
+    >>> stats = linear_divergence(student, weight, targets, teacher, features=("tv",))
+    >>> stats.reverse_kl.shape, bool((stats.reverse_kl > 0).all()), bool((stats.tv < 1).all()), stats.jsd
+    (torch.Size([3]), True, True, None)
+    >>> linear_divergence(student, weight, targets, student).reverse_kl.tolist()  # not merely small
+    [0.0, 0.0, 0.0]
+    """
+    if isinstance(features, str):
+        raise ValueError(f"features is {features!r}, a string; needs a sequence of names, such as ({features!r},)")
+    for feature in features:
+        check_choice("features", feature, FEATURES)
+    check_float("beta", beta, 0.0, 1.0)
+    if "jsd" in features:
+        check_jsd_beta(beta)
+    check_choice("impl", impl, IMPLS)
+    check_int("ignore_index", ignore_index)
+    head = LMHead(weight, bias, softcap, temperature, group)
+    teacher = teacher_head(head, teacher_weight, teacher_bias)
+    leading = check_pair(student_hidden, head, teacher_hidden, teacher)
+    check_targets(targets, leading, student_hidden.device)
+    if top_k is not None:  # a shard's V is known inside the op
+        check_int("top_k", top_k, 1, weight.shape[0] if group is None else math.inf)
+    options = DivergenceOptions(tuple(name for name in FEATURES if name in features), float(beta), top_k)
+    with torch.no_grad():
+        return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl)
+
+
+def teacher_head(head: LMHead, weight: Tensor | None, bias: Tensor | None) -> LMHead:
+    """The teacher's: without a weight the student's, and then its bias too, unless the teacher has one."""
+    own_bias = head.bias if weight is None and bias is None else bias
+    return LMHead(head.weight if weight is None else weight, own_bias, head.softcap, head.temperature, head.group)
+
+
+def _given(options: DivergenceOptions) -> list[str]:
+    """The fields of DivergenceStats that a call gives."""
+    absent = {name for name in FEATURES if name not in options.features}
+    if options.top_k is None:
+        absent |= {"topk_reverse_kl", "topk_forward_kl"}
+    return [name for name in DivergenceStats._fields if name not in absent]
+
+
+def _fake(
+    student_hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher: LMHead,
+    targets: Tensor,
+    ignore_index: int,
+    options: DivergenceOptions,
+    impl: str,
+) -> DivergenceStats:
+    dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
+    return DivergenceStats(**{name: targets.new_empty(targets.shape, dtype=dtype) for name in _given(options)})
+
+
+@register(_fake)
+def divergence_op(
+    student_hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher: LMHead,
+    targets: Tensor,
+    ignore_index: int,
+    options: DivergenceOptions,
+    impl: str,
+) -> DivergenceStats:
+    student, y = project_targets(student_hidden, head, targets, ignore_index)
+    other = Projection.of(teacher_hidden, checked_temperature(teacher), student.rows)
+    if head.group is not None and options.top_k is not None:
+        check_int("top_k", options.top_k, 1, shard_range(head)[1])
+    second_pass = bool(options.features) or options.top_k is not None
+    backend = backend_for(impl, "divergence_second_pass" if second_pass else "divergence_forward", student, other)
+    if student.num_rows == 0:
+        dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
+        zeros = torch.zeros(targets.shape, dtype=dtype, device=targets.device)
+        return DivergenceStats(**{name: zeros.clone() for name in _given(options)})
+    with no_autocast(student_hidden.device):
+        fields = backend.divergence_forward(student, other, y, options)
+    return DivergenceStats(**{name: student.scatter(fields[name], targets.shape) for name in _given(options)})
