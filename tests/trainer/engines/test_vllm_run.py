@@ -16,6 +16,8 @@ from trainer.config import EngineConfig, ModelConfig
 from trainer.engines import vllm_launch
 from trainer.errors import EngineLost, UserError
 from trainer.preflight import check, config_file
+from trainer.preflight.checks import check_engine
+from trainer.preflight.probe import Probe
 from trainer.records import checkpoint
 
 
@@ -87,7 +89,7 @@ def test_check_names_what_is_missing(folder: Path, tmp_path: Path, options: dict
     made = config(folder, tmp_path, ["http://127.0.0.1:9"])
     made = made.model_copy(update={"engine": EngineConfig(name="vllm", **options)})
     with pytest.raises(UserError, match=wanted):
-        check.engine(check.Probe(made))
+        check_engine(Probe(made))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is here")
@@ -95,13 +97,13 @@ def test_check_names_a_python_without_vllm_for_colocation(folder: Path, tmp_path
     made = config(folder, tmp_path, ["http://a:1"])
     made = made.model_copy(update={"engine": EngineConfig(name="vllm", vllm_mode="colocate")})
     with pytest.raises(UserError, match=r"vllm_mode: colocate: .* has no package vllm; .*sgcd-kernels\[trainer\]"):
-        check.engine(check.Probe(made))
+        check_engine(Probe(made))
 
 
 def test_check_names_a_server_that_is_too_short(servers: list[Process], folder: Path, tmp_path: Path) -> None:
     made = config(folder, tmp_path, [servers[0].url], model=ModelConfig(path=str(folder), max_length=400))
     with pytest.raises(UserError, match=r"serves 200 tokens, model.max_length is 400"):
-        check.engine(check.Probe(made))
+        check_engine(Probe(made))
 
 
 @pytest.mark.parametrize(

@@ -242,10 +242,10 @@ def test_a_world_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
             asyncio.run(pool.enter())
 
 
-def test_a_forker_that_dies_says_what_it_said_last(tmp_path: Path) -> None:
+def test_a_forker_that_dies_quotes_its_last_line(tmp_path: Path) -> None:
     broken = tmp_path / "world.py"
     broken.write_text("import os, sys\nprint('out of ink', file=sys.stderr, flush=True)\nos._exit(1)\n")
-    with pytest.raises(EnvironmentBroken, match="died; it said last: out of ink"):
+    with pytest.raises(EnvironmentBroken, match="died; its last line: out of ink"):
         asyncio.run(Pool(PYTHON, broken, 1).enter())
 
 

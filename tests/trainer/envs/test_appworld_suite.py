@@ -167,7 +167,8 @@ def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:
 
 def test_waiting_for_a_place_is_not_timed() -> None:
     """An environment that offers `open` may queue for longer than env.timeout."""
-    from tests.trainer import test_rollout, toy
+    from tests.trainer import toy
+    from tests.trainer.rollout.test_episode import Script, play
 
     class Queued(toy.ParityEnvironment):
         async def open(self) -> None:
@@ -179,6 +180,6 @@ def test_waiting_for_a_place_is_not_timed() -> None:
             return Queued(self.log, self.faults)
 
     suite = Suite()
-    rollout = test_rollout.play(test_rollout.Script("w1 w2"), suite, timeout=2.0)
-    assert rollout is not None and rollout.reward == 1
+    rollout = play(Script("w1 w2"), suite, timeout=2.0)
+    assert rollout.reward == 1
     assert suite.log[:2] == ["open", "reset"]
