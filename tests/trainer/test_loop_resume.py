@@ -87,7 +87,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(
 
 
 @pytest.mark.parametrize("when", ["sampling", "evaluation"])
-def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_goes_on(
+def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """From some moment on every rollout breaks; a run that never met it ends in the same records."""

@@ -211,7 +211,7 @@ def test_no_request_is_made_without_room(only: Any) -> None:
         asyncio.run(eng.generate([], 1, DRAW))
 
 
-def test_a_run_that_fails_goes_on_from_its_checkpoint(
+def test_a_run_that_fails_resumes_from_its_checkpoint(
     only: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)

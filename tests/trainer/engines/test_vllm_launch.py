@@ -28,7 +28,8 @@ from trainer.records import checkpoint
 
 ROOT = Path(__file__).parents[3]
 STUB = (
-    "import sys; sys.path.insert(0, {root!r}); from tests.trainer.engines import vllm_stub; vllm_stub.serve({folder!r}, {port})"
+    "import sys; sys.path.insert(0, {root!r}); from tests.trainer.engines.vllm_stub import serve; "
+    "serve({folder!r}, {port})"
 )
 
 

@@ -26,7 +26,7 @@ def _parity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
 
 
-def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
+def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_resumes(
     servers: list[Process], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(folder, tmp_path / "run", [s.url for s in servers])
