@@ -1,1 +1,1 @@
-"""Commands that make what the repository ships or needs: weights, models, measured times."""
+"""Commands for people who change this repository: they make its assets, record results and measure its structure."""

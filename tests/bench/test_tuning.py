@@ -6,7 +6,8 @@ import pytest
 
 from bench import timing, tuning
 from bench.__main__ import main
-from sgcd_kernels.triton.configs import HALF, Config, config_for
+from sgcd_kernels.backends.triton.configs import HALF, Config
+from sgcd_kernels.backends.triton.launch import config_for
 
 from .clock import Clock
 

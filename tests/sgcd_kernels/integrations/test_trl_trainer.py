@@ -19,9 +19,9 @@ from transformers import Cohere2Config, Gemma2Config, Qwen3MoeConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from sgcd_kernels import CreditConfig, reference
+from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer
 from sgcd_kernels.integrations.trl import trainer as integration
-from sgcd_kernels.backends.torch import blocks
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
@@ -303,7 +303,9 @@ def test_two_processes(tmp_path: Path) -> None:
     """Data parallel: without credit the stock trainer, with it whole groups on every process and metrics of both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.sgcd_kernels.integrations.trl_two_processes", str(tmp_path)], capture_output=True, text=True
+        [*command, "-m", "tests.sgcd_kernels.integrations.trl_two_processes", str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sgcd_kernels import CreditConfig, reference
+from sgcd_kernels.backends.protocol import CreditTokens
 from tests.kernels.cases import DEVICES
 
 pytest.importorskip("triton")
@@ -19,7 +20,7 @@ def expected(u: list[float], entropy: list[float], turns: list[int], cfg: Credit
 
 @pytest.mark.parametrize("seed", range(20))
 def test_onsets(seed: int) -> None:
-    from sgcd_kernels.triton.spans import find_spans
+    from sgcd_kernels.backends.triton.credit import find_spans
 
     g = torch.Generator().manual_seed(seed)
     lengths = [0, 1, 17, 40, 3]
@@ -31,8 +32,8 @@ def test_onsets(seed: int) -> None:
     eligible = torch.rand(n, generator=g) < 0.8
     for start in cu[:-1][torch.tensor(lengths) > 0].tolist():
         u[start], eligible[start] = 1.0, True
-    device = (a.to(DEVICES["triton"]) for a in (u, entropy, turns, eligible, cu))
-    got = find_spans(*device, cfg).cpu()  # type: ignore[arg-type]
+    u_, entropy_, turns_, eligible_, cu_ = (a.to(DEVICES["triton"]) for a in (u, entropy, turns, eligible, cu))
+    got = find_spans(u_, entropy_, CreditTokens(eligible_, cu_, turns_), cfg).cpu()
     want = torch.full((n,), -1)
     for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist()):
         at = start + eligible[start:stop].nonzero().squeeze(1)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from bench.aot import BF16, OPTIONS, TEACHERS, UNEVEN, WAYS, Mix, configurations
 from sgcd_kernels import linear_logprob
-from sgcd_kernels.backends import resolve
-from sgcd_kernels.triton import availability
-from sgcd_kernels.triton.configs import HALF, INTERPRETER, ODD, RICH, SINGLE, WIDE, config_for
-from sgcd_kernels.types import Projection
+from sgcd_kernels.backends import registry
+from sgcd_kernels.backends.triton.configs import FP32, HALF, HALF_CAST, HALF_EPILOGUE, INTERPRETER, UNALIGNED
+from sgcd_kernels.core.lm_head import LMHead, Projection
 
 pytest.importorskip("triton")
-from sgcd_kernels.triton import launch
+from sgcd_kernels.backends.triton import launch
+from sgcd_kernels.backends.triton.launch import config_for
+
+
+def head(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None, **options: Any) -> Projection:
+    return Projection(hidden, LMHead(weight, **options), rows)
+
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so without a GPU")
 
@@ -23,14 +29,14 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so
 @CPU_ONLY
 def test_without_a_gpu_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "no CUDA device" in (availability.unavailable_reason.__wrapped__() or "")
-    p = Projection(torch.randn(2, 4), torch.randn(3, 4))
-    assert "runs on CUDA tensors and hidden is on cpu" in (availability.refuses("logprob_forward", p) or "")
+    assert "no CUDA device" in (registry.triton_unavailable_reason.__wrapped__() or "")
+    x = head(torch.randn(2, 4), torch.randn(3, 4))
+    assert "runs on CUDA tensors and hidden is on cpu" in (registry._triton_refuses("logprob_forward", x) or "")
 
 
 def test_auto_never_interprets() -> None:
-    p = Projection(torch.randn(2, 4), torch.randn(3, 4))
-    assert "triton" not in resolve("logprob_forward", "auto", p).__module__
+    x = head(torch.randn(2, 4), torch.randn(3, 4))
+    assert "triton" not in registry.backend_for("auto", "logprob_forward", x).logprob_forward.__module__
 
 
 @CPU_ONLY
@@ -45,18 +51,18 @@ def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    reason = availability.unavailable_reason.__wrapped__() or ""
+    reason = registry.triton_unavailable_reason.__wrapped__() or ""
     assert "ROCm" in reason or "Triton is not installed" in reason
 
 
 TABLES = {
     (2, False, False, False): HALF,
-    (2, True, False, False): RICH,
-    (2, True, True, False): WIDE,
-    (2, False, True, False): WIDE,
-    (2, True, True, True): ODD,
-    (4, False, False, True): ODD,
-    (4, True, False, False): SINGLE,
+    (2, True, False, False): HALF_EPILOGUE,
+    (2, True, True, False): HALF_CAST,
+    (2, False, True, False): HALF_CAST,
+    (2, True, True, True): UNALIGNED,
+    (4, False, False, True): UNALIGNED,
+    (4, True, False, False): FP32,
 }
 
 
@@ -91,7 +97,7 @@ MIXES = sorted({*(mix for mix, _, _ in WAYS), *TEACHERS}, key=str)  # in one ord
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_what_the_gate_compiles_is_what_runs(mix: Mix, odd: bool, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "major_of", lambda device: major)
-    own, plain = mix in TEACHERS, Projection(torch.zeros(4, 1), torch.zeros(4, 1))
+    own, plain = mix in TEACHERS, head(torch.zeros(4, 1), torch.zeros(4, 1))
     names = ("own_pair_stats", "distill_grad", "mixture_stats", *(() if own else ("head_stats", "logprob_grad")))
     for name, (how, given) in itertools.product(names, ((UNEVEN, {}), (OPTIONS, {"bias": True}))):
         both = heads(mix, odd, **given)
@@ -104,15 +110,15 @@ def test_operands_of_the_gate_are_those_of_a_gpu() -> None:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for mix in MIXES:
         for x, w, operand in (("x", "w", "operand"), ("y", "v", "teacher_operand")):
-            p = Projection(*(torch.empty(4, 4, dtype=types[mix.of(name)], device="meta") for name in (x, w)))
-            assert launch.operand_dtype(p) == types[mix.of(operand)], (str(mix), x)
+            projection = head(*(torch.empty(4, 4, dtype=types[mix.of(name)], device="meta") for name in (x, w)))
+            assert launch.operand_dtype(projection) == types[mix.of(operand)], (str(mix), x)
 
 
 def test_a_master_weight_takes_smaller_tiles_on_hopper() -> None:
     """What is in flight of a step lies in shared memory as it is stored: fp32 in the tiles of bf16 took 288 KB."""
     for name in HALF:
-        tile = config_for(name, 9, 2, wide=True)
-        assert tile.stages * tile.depth * (2 * 2 * tile.tokens + 4 * tile.words) <= 227 << 10
+        tile = config_for(name, 9, 2, needs_cast=True)
+        assert tile.num_stages * tile.block_h * (2 * 2 * tile.block_n + 4 * tile.block_v) <= 227 << 10
 
 
 def test_options_choose_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,65 +128,62 @@ def test_options_choose_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "major_of", lambda device: 9)
     x, w = torch.randn(2, 4), torch.randn(3, 4)
     bias, temperature = torch.zeros(3), torch.ones(2)
-    for rich, p, other in [
-        (False, Projection(x, w), {}),
-        (False, Projection(x, w, rows=torch.tensor([1])), {}),
-        (True, Projection(x, w, bias=bias), {"bias": True}),
-        (True, Projection(x, w), {"teacher_bias": True}),
-        (True, Projection(x, w, softcap=3.0), {}),
-        (True, Projection(x, w, temperature=0.7), {}),
-        (True, Projection(x, w, temperature=temperature), {}),
+    for has_epilogue, projection, other in [
+        (False, head(x, w), {}),
+        (False, head(x, w, rows=torch.tensor([1])), {}),
+        (True, head(x, w, bias=bias), {"bias": True}),
+        (True, head(x, w), {"teacher_bias": True}),
+        (True, head(x, w, softcap=3.0), {}),
+        (True, head(x, w, temperature=0.7), {}),
+        (True, head(x, w, temperature=temperature), {}),
     ]:
-        launch.config_of("distill_grad", p, *heads(BF16, **other))
-        assert asked.pop() == ("distill_grad", 9, 2, rich, False, False)
+        launch.config_of("distill_grad", projection, *heads(BF16, **other))
+        assert asked.pop() == ("distill_grad", 9, 2, has_epilogue, False, False)
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "odd"),
+    ("x", "w", "unaligned"),
     [
         (torch.zeros(4, 48), torch.zeros(5, 48), False),
         (torch.zeros(4, 48)[1:], torch.zeros(5, 48)[2:], False),
         (torch.zeros(4, 64)[:, :48], torch.zeros(5, 64)[:, 16:], False),
-        (torch.zeros(4, 48), torch.zeros(5, 49)[:, :48], True),  # rows of the weight lie anywhere
+        (torch.zeros(4, 48), torch.zeros(5, 49)[:, :48], True),  # rows of the weight begin anywhere
         (torch.zeros(4, 49)[:, :48], torch.zeros(5, 48), True),
         (torch.zeros(4, 64)[:, 1:49], torch.zeros(5, 48), True),  # hidden begins anywhere
         (torch.zeros(4, 48), torch.zeros(5 * 48 + 1)[1:].view(5, 48), True),
         (torch.zeros(4, 64)[:, :40], torch.zeros(5, 64)[:, :40], True),  # rows end anywhere
     ],
 )
-def test_rows_are_odd_where_sixteen_does_not_divide(x: torch.Tensor, w: torch.Tensor, odd: bool) -> None:
-    assert launch.Head.of(Projection(x, w)).odd == odd
+def test_rows_are_unaligned_where_sixteen_does_not_divide(x: torch.Tensor, w: torch.Tensor, unaligned: bool) -> None:
+    assert launch.Head.of(head(x, w)).unaligned == unaligned
 
 
 def test_a_slice_of_a_bias_compiles_nothing_anew() -> None:
     for start in (0, 1, 3, 4):
         bias = torch.arange(20.0)[start : start + 8]
-        kept = launch.Head.of(Projection(torch.zeros(2, 4), torch.zeros(8, 4), bias)).bias
+        kept = launch.Head.of(head(torch.zeros(2, 4), torch.zeros(8, 4), bias=bias)).bias
         assert kept is not None and kept.data_ptr() % 16 == 0 and torch.equal(kept, bias)
 
 
-@pytest.mark.parametrize("group", [1, 7, 18, 1000])
-def test_work_is_cut_to_end_together(group: int) -> None:
-    from sgcd_kernels.triton.launch import shares_of
-
+@pytest.mark.parametrize("group_n", [1, 7, 18, 1000])
+def test_programs_end_together(group_n: int) -> None:
     config, slots = config_for("pair_stats", 9, 2), 132
     for n, vocab in [(1, 49_152), (100, 248_320), (8192, 151_936), (16_384, 248_320), (1, 5)]:
-        cut = shares_of(n, vocab, config, slots, group)
-        assert cut.words % config.words == 0 and (cut.count - 1) * cut.words < vocab <= cut.count * cut.words
-        assert cut.token_tiles * config.tokens >= n
-    cut = shares_of(8192, 151_936, config, slots, group)
-    waves = -(-cut.token_tiles * cut.count // slots)
-    assert cut.token_tiles * cut.count / (waves * slots) > 0.9  # of the last wave little is idle
-    if group >= 7:  # fewer would need more shares than there may be
-        assert min(group, cut.token_tiles) * cut.count >= slots  # one group of tokens keeps the device busy
+        sizes = launch.split_vocab(n, vocab, config, slots, group_n)
+        splits, per_split = sizes.num_splits, sizes.vocab_per_split
+        assert per_split % config.block_v == 0 and (splits - 1) * per_split < vocab <= splits * per_split
+        assert sizes.token_tiles * config.block_n >= n
+    sizes = launch.split_vocab(8192, 151_936, config, slots, group_n)
+    (programs,) = sizes.grid
+    assert programs / (-(-programs // slots) * slots) > 0.9  # little of the last wave is idle
+    if group_n >= 7:  # fewer would need more splits than there may be
+        assert min(group_n, sizes.token_tiles) * sizes.num_splits >= slots  # one group of tokens keeps the device busy
 
 
 def test_hidden_states_that_run_together_fit_into_the_cache() -> None:
-    from sgcd_kernels.triton.launch import RESIDENT_BYTES, Head, token_group
-
     config = config_for("pair_stats", 9, 2)
     for width in (64, 576, 2560, 4096, 8192):
         x = torch.empty(1, width, dtype=torch.bfloat16)
-        group = token_group(config, *[Head(x, x, None, torch.bfloat16)] * 2)
-        tile = 2 * config.tokens * width * 2
-        assert group >= 1 and group * tile <= RESIDENT_BYTES < (group + 1) * tile
+        group_n = launch.token_tile_group(config, *[launch.Head(x, x, None, torch.bfloat16)] * 2)
+        tile = 2 * config.block_n * width * 2
+        assert group_n >= 1 and group_n * tile <= launch.RESIDENT_BYTES < (group_n + 1) * tile

@@ -1,4 +1,4 @@
-"""The gradient walk at the sizes of real models, on tensors without data: everything but the CPU goes the GPU's way.
+"""The gradient sweep at the sizes of real models, on tensors without data: everything but the CPU goes the GPU's way.
 
 What would run there is followed op by op: which products it asks the library for, and what it holds meanwhile.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels import linear_distill_loss, linear_logprob
-from sgcd_kernels.types import Projection
+from sgcd_kernels.core.lm_head import LMHead, Needs, Projection
 from tests.kernels.cases import DEVICES
 from tests.kernels.test_memory import LiveBytes
 
@@ -63,11 +63,11 @@ class Written:
     starts: list[int] = field(default_factory=list)
     strides: set[int] = field(default_factory=set)
 
-    def writer(self, p: Projection, tokens: slice) -> Any:
+    def writer(self, x: Projection, tokens: slice) -> Any:
         self.starts.append(tokens.start)
 
         def write(first: int, out: Tensor) -> None:
-            assert out.shape[0] == p.num_rows and out.stride(1) == 1
+            assert out.shape[0] == x.num_rows and out.stride(1) == 1
             self.strides.add(out.stride(0))
 
         return write
@@ -77,7 +77,7 @@ def projection(n: int, width: int, vocab: int, dtypes: tuple[torch.dtype, torch.
     """Masked: every other row of hidden counts, and n of them do."""
     hidden = torch.empty(2 * n if masked else n, width, dtype=dtypes[0], device="meta")
     rows = torch.arange(n, device="meta") * 2 if masked else None
-    return Projection(hidden, torch.empty(vocab, width, dtype=dtypes[1], device="meta"), rows=rows)
+    return Projection(hidden, LMHead(torch.empty(vocab, width, dtype=dtypes[1], device="meta")), rows)
 
 
 SIZES = [(16_384, 2560, 248_320), (20_000, 8192, 128_256), (129, 576, 50_257), (129, 576, 251), (1, 576, 49_152)]
@@ -95,22 +95,22 @@ SIZES = [(16_384, 2560, 248_320), (20_000, 8192, 128_256), (129, 576, 50_257), (
 def test_products_and_workspace(
     dtypes: tuple[torch.dtype, torch.dtype], n: int, width: int, vocab: int, masked: bool
 ) -> None:
-    from sgcd_kernels.triton.grads import WORKSPACE_BYTES, cut_of, walk
-    from sgcd_kernels.triton.launch import operand_dtype
+    from sgcd_kernels.backends.triton.gradients import WORKSPACE_BYTES, plan, sweep_gradients
+    from sgcd_kernels.backends.triton.launch import operand_dtype
 
-    p, wrote = projection(n, width, vocab, dtypes, masked), Written()
+    x, wrote = projection(n, width, vocab, dtypes, masked), Written()
     with Products() as seen:
-        seen.known = {t.untyped_storage()._cdata for t in (p.hidden, p.weight, p.rows) if t is not None}
-        grads = walk(p, wrote, (True, True, False))  # type: ignore[arg-type]
+        seen.known = {t.untyped_storage()._cdata for t in (x.hidden, x.head.weight, x.rows) if t is not None}
+        grads = sweep_gradients(x, Needs(True, True, False), wrote.writer)
     results = sum(g.untyped_storage().nbytes() for g in grads[:2] if g is not None)
     held = seen.peak - results
-    operand = operand_dtype(p)
-    cut = cut_of(n, width, vocab, operand.itemsize, dtypes[1] != operand)
-    assert held <= cut.bytes(width, operand.itemsize, dtypes[1] != operand) + SMALL
+    operand = operand_dtype(x)
+    chunk = plan(n, width, vocab, operand.itemsize, dtypes[1] != operand)
+    assert held <= chunk.bytes(width, operand.itemsize, dtypes[1] != operand) + SMALL
     assert held <= WORKSPACE_BYTES + SMALL, f"{held / 2**20:.0f} MB"
     assert held >= WORKSPACE_BYTES / 2 or n < 1000, "the counter sees nothing, or the budget is not used"
     assert seen.count >= 2 * len(wrote.starts)
-    assert all(start % 128 == 0 for start in wrote.starts)  # a token's numbers begin on sixteen bytes in every group
+    assert all(start % 128 == 0 for start in wrote.starts)  # a token's numbers begin on sixteen bytes in every chunk
     assert all(stride % 16 == 0 for stride in wrote.strides)
 
 
@@ -123,11 +123,11 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_whole_ops_keep_to_the_budget(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels themselves, in forward and backward, on small tensors with a budget that is small beside these."""
-    from sgcd_kernels.triton import grads
+    from sgcd_kernels.backends.triton import gradients
 
     n, width, vocab, budget = 300, 128, 160, 160 << 10
-    monkeypatch.setattr(grads, "WORKSPACE_BYTES", budget)
-    monkeypatch.setattr(grads, "SLICE_MULTIPLE", 32)
+    monkeypatch.setattr(gradients, "WORKSPACE_BYTES", budget)
+    monkeypatch.setattr(gradients, "VOCAB_MULTIPLE", 32)
     g = torch.Generator().manual_seed(0)
     x, w, t = (torch.randn(rows, width, generator=g).to(DEVICES["triton"]) for rows in (n, vocab, n))
     y = torch.randint(vocab, (n,), generator=g)

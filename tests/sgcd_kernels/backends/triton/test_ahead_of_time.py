@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 CODE = """
 import json, sys
 from bench.aot import MASTER, OPTIONS, UNEVEN, cases, compile_case
@@ -59,5 +59,5 @@ def test_plain_calls_and_master_weights_on_hopper() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_call_of_every_configuration(kernel: str, arch: int) -> None:
-    """Every mix of dtypes, rows that lie anywhere, masked tokens, words that fill no tile, options, an own teacher."""
+    """All mixes of dtypes, unaligned rows, masked tokens, partly filled tiles, options, a teacher's own weight."""
     compile_all(kernel, arch)

@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 CODE = """
 import json, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import jit
-from sgcd_kernels.triton import grads, launch, ops, topk
-from sgcd_kernels.types import Projection
+from sgcd_kernels.backends.protocol import DistillSaved, DivergenceOptions
+from sgcd_kernels.backends.triton import distill, divergence, gradients, launch, logprob, topk
+from sgcd_kernels.core.lm_head import LMHead, Needs, Projection
+from sgcd_kernels.core.statistics import LogprobValues
 
 backend, keys = CUDABackend(GPUTarget("cuda", 90, 32)), set()
 
@@ -33,7 +35,7 @@ def run(self, *args, grid, warmup, **kwargs):
 
 jit.JITFunction.run = run
 launch.major_of = lambda device: 9
-grads.WORKSPACE_BYTES, grads.SLICE_MULTIPLE, topk.CHUNK_BYTES = 300 << 10, 128, 460 << 10
+gradients.WORKSPACE_BYTES, gradients.VOCAB_MULTIPLE, topk.CHUNK_BYTES = 300 << 10, 128, 460 << 10
 
 def rows(count, width, stride, start):
     return torch.zeros(count * stride + start, dtype=torch.float16)[start:].view(count, stride)[:, :width]
@@ -42,13 +44,14 @@ def launches(n, vocab, width, strides, starts, masked):
     keys.clear()
     x, w, t = (rows(c, width, s, b) for c, s, b in zip((2 * n, vocab, 2 * n), strides, starts))
     counted = torch.arange(n) * 2 if masked else None
-    p, q = (Projection(h if masked else h[:n], w, rows=counted, temperature=torch.ones(2 * n if masked else n))
-            for h in (x, t))
+    head = LMHead(w, temperature=torch.ones(2 * n if masked else n))
+    p, q = (Projection(h if masked else h[:n], head, counted) for h in (x, t))
     numbers, targets = torch.zeros(n), torch.zeros(n, dtype=torch.long)
-    ops.logprob_forward(p, targets)
-    ops.logprob_backward(p, targets, numbers, numbers, (True, True, False))
-    ops.divergence_forward(p, q, targets, ("jsd", "tv"), 0.5, 3)
-    ops.distill_backward(p, q, "jsd", 0.5, (numbers, numbers), numbers, numbers, (True, True, False))
+    needs = Needs(True, True, False)
+    logprob.logprob_forward(p, targets)
+    logprob.logprob_backward(p, targets, LogprobValues(None, lse=numbers), LogprobValues(numbers), needs)
+    divergence.divergence_forward(p, q, targets, DivergenceOptions(("jsd", "tv"), 0.5, 3))
+    distill.distill_backward(p, q, ("jsd", 0.5), DistillSaved(numbers, numbers, numbers), numbers, needs)
     return sorted(keys)
 
 print(json.dumps([launches(*call) for call in json.loads(sys.argv[1])]))
@@ -70,15 +73,15 @@ EVEN, STARTS = (64, 64, 64), (0, 0, 0)
 
 
 def test_no_number_of_tokens_compiles_anew() -> None:
-    """In groups and in chunks, whatever number is left for the last; with words that fill no tile."""
+    """Whatever number is left for the last chunk; with vocab ids that fill no tile."""
     for masked in (False, True):
         first, *others = launches(*((n, 321, 64, EVEN, STARTS, masked) for n in (1000, 1001, 1013, 1407)))
         assert {name for name, *_ in first} >= {"head_stats_kernel", "chosen_logits_kernel", "distill_grad_kernel"}
-        assert len(first) == len({name for name, *_ in first}) + 2  # the last slices' words fill no tile
+        assert len(first) == len({name for name, *_ in first}) + 2  # the last chunks' vocab ids fill no tile
         assert all(other == first for other in others)
 
 
-def test_odd_rows_compile_one_kernel() -> None:
+def test_unaligned_rows_compile_one_kernel() -> None:
     """Whichever of H, strides and addresses 16 does not divide."""
     first, *others = launches(
         (300, 320, 63, (64, 64, 64), STARTS, True),

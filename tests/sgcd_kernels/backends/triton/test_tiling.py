@@ -1,4 +1,4 @@
-"""How the Triton backend cuts its work: shares of the vocabulary, slices, groups of tokens, and their memory."""
+"""Tiling plans of the Triton backend: vocab splits, vocab and token chunks, the order of programs, and their memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.parametrize("shares", [1, 2, 5, 64])
-def test_any_number_of_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sgcd_kernels.triton import launch
+@pytest.mark.parametrize("splits", [1, 2, 5, 64])
+def test_any_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgcd_kernels.backends.triton import launch
 
     c = case(20, 8, 300, torch.float32)
-    monkeypatch.setattr(launch, "slots_of", lambda device, config: 2 * shares)
+    monkeypatch.setattr(launch, "slots_of", lambda device, config: 2 * splits)
     x, w, y, t = on(c, "triton")
     got, want = linear_divergence(x, w, y, t, features=("jsd", "tv"), beta=0.3, impl="triton"), exact(c)
     for name, value in want.items():
@@ -28,8 +28,8 @@ def test_any_number_of_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slices_and_groups_do_not_change_the_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sgcd_kernels.triton import grads as walk
+def test_chunks_do_not_change_the_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgcd_kernels.backends.triton import gradients
 
     c = case(50, 24, 300, dtype)
 
@@ -41,11 +41,11 @@ def test_slices_and_groups_do_not_change_the_result(dtype: torch.dtype, monkeypa
         return grads(loss, leaves_of(c, dtype, DEVICES["triton"]))
 
     whole = run()
-    monkeypatch.setattr(walk, "SLICE_MULTIPLE", 32)
-    monkeypatch.setattr(walk, "GROUP_MULTIPLE", 16)
-    monkeypatch.setattr(walk, "WORKSPACE_BYTES", 9_000)
-    cut = walk.cut_of(50, 24, 300, dtype.itemsize)
-    assert cut.tokens < 50 and cut.words < 300
+    monkeypatch.setattr(gradients, "VOCAB_MULTIPLE", 32)
+    monkeypatch.setattr(gradients, "TOKEN_MULTIPLE", 16)
+    monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 9_000)
+    chunk = gradients.plan(50, 24, 300, dtype.itemsize)
+    assert chunk.tokens < 50 and chunk.vocab < 300
     for a, e in zip(run(), whole):
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
@@ -56,45 +56,44 @@ def test_slices_and_groups_do_not_change_the_result(dtype: torch.dtype, monkeypa
 @pytest.mark.parametrize("n", [1, 1024, 16_384, 65_536])
 @pytest.mark.parametrize("weight_cast", [False, True])
 def test_workspace_keeps_to_its_budget(n: int, vocab: int, width: int, weight_cast: bool) -> None:
-    from sgcd_kernels.triton import grads as walk
-    from sgcd_kernels.triton.configs import config_for
-    from sgcd_kernels.triton.launch import shares_of
+    from sgcd_kernels.backends.triton import gradients
+    from sgcd_kernels.backends.triton.launch import config_for, split_vocab
 
-    cut = walk.cut_of(n, width, vocab, 2, weight_cast)
-    assert cut.bytes(width, 2, weight_cast) <= walk.WORKSPACE_BYTES
-    assert cut.words >= 1024 and (cut.words % 256 == 0 or cut.words == vocab)
+    chunk = gradients.plan(n, width, vocab, 2, weight_cast)
+    assert chunk.bytes(width, 2, weight_cast) <= gradients.WORKSPACE_BYTES
+    assert chunk.vocab >= 1024 and (chunk.vocab % 256 == 0 or chunk.vocab == vocab)
     config = config_for("pair_stats", 9, 2)
-    shares = shares_of(n, vocab, config, 132 * config.programs, 18)
-    partials = shares.count * 11 * n * 4
-    assert partials * 3 <= walk.WORKSPACE_BYTES  # and what merging makes of them
+    sizes = split_vocab(n, vocab, config, 132 * config.programs_per_sm, 18)
+    partials = sizes.num_splits * 11 * n * 4
+    assert partials * 3 <= gradients.WORKSPACE_BYTES  # and what merging makes of them
 
 
 @pytest.mark.parametrize("vocab", [49_152, 151_936, 248_320])
 @pytest.mark.parametrize("top_k", [1, 20, 100, 1000])
-@pytest.mark.parametrize("words", [16, 64, 128])
-def test_top_k_keeps_to_its_budget(top_k: int, vocab: int, words: int) -> None:
-    from sgcd_kernels.triton import topk
+@pytest.mark.parametrize("block_v", [16, 64, 128])
+def test_top_k_keeps_to_its_budget(top_k: int, vocab: int, block_v: int) -> None:
+    from sgcd_kernels.backends.triton import topk
 
-    tokens = topk.chunk_tokens(top_k, vocab, words)
-    tiles = -(-vocab // words)
-    chosen = tokens * (min(top_k, tiles) + 1) * words
-    kept = 3 * 4 * tokens * tiles + 2 * 4 * chosen + 8 * chosen  # peaks, logits, the numbers of words
+    tokens = topk.chunk_size(top_k, vocab, block_v)
+    tiles = -(-vocab // block_v)
+    chosen = tokens * (min(top_k, tiles) + 1) * block_v
+    kept = 3 * 4 * tokens * tiles + 2 * 4 * chosen + 8 * chosen  # peaks, logits, vocab ids
     assert tokens % 16 == 0 or tokens < 16  # what is per token begins on sixteen bytes in every chunk
     assert tokens >= 1 and kept <= topk.CHUNK_BYTES / 2  # as much again for what is made of them
 
 
 WAYS = {
     "stacked": {"stacked": True},
-    "flat": {"flat": True},
+    "flatten": {"flatten": True},
     "guarded": {"guarded": True},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that no test takes by itself: rows of both heads in one product, flat loops, folds with guards at once."""
-    from sgcd_kernels.triton import launch
-    from sgcd_kernels.triton.configs import INTERPRETER, Config
+    """Those that no test takes by itself: both heads as one product, flattened loops, guards in every tile."""
+    from sgcd_kernels.backends.triton import launch
+    from sgcd_kernels.backends.triton.configs import INTERPRETER, Config
 
     asked = []
     tile = INTERPRETER if DEVICES["triton"] == "cpu" else Config(64, 32, 64, 8, 2)  # twice its rows fit, if stacked
@@ -128,11 +127,11 @@ def test_every_way_of_a_configuration(way: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("resident", [1, 4, 1000])
 def test_any_order_of_programs(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever number of token tiles runs together, every tile is made once: forward and backward."""
-    from sgcd_kernels.triton import launch
+    """However many token tiles run together, each tile is made once: forward and backward."""
+    from sgcd_kernels.backends.triton import launch
 
     c = case(85, 8, 200, torch.float32)
-    monkeypatch.setattr(launch, "token_group", lambda config, *heads: resident)
+    monkeypatch.setattr(launch, "token_tile_group", lambda config, *heads: resident)
     monkeypatch.setattr(launch, "slots_of", lambda device, config: 7)
     x, w, y, t = on(c, "triton")
     got, want = linear_divergence(x, w, y, t, impl="triton"), exact(c)
@@ -144,8 +143,8 @@ def test_any_order_of_programs(resident: int, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_every_word_is_found() -> None:
-    """Targets at the edges of tiles of words, forward and backward; no other target brings a tile of tokens there."""
+def test_every_target_is_found() -> None:
+    """Targets at the edges of vocab tiles, forward and backward; no other target lies in these tiles of tokens."""
     c = case(96, 3, 130, torch.float32)
     x, w, y, t = on(c._replace(y=torch.tensor([0, 63, 64, 127, 128, 129]).repeat_interleave(16)), "triton")
     got, want = (linear_divergence(x, w, y, t, impl=impl) for impl in ("triton", "torch"))
