@@ -70,14 +70,14 @@ test-gpu:
 # The trainer beside vLLM's server, then inside vLLM's own environment.
 SMOLLM2_BASE := .cache/models/smollm2-135m-instruct
 test-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_real $(SMOLLM2_BASE) colocate
-	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/test_vllm_colocated.py $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) colocate
+	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/engines/test_vllm_colocated.py $(ARGS)
 
-# vLLM as it comes, which is compiled and so takes minutes to start: ARGS=--eager does not.
+# vLLM out of the box compiles, so it takes minutes to start; ARGS=--eager does not.
 bench-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --vllm $(PY_VLLM) $(ARGS)
-	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m bench.vllm_rollouts $(SMOLLM2_BASE) --vllm $(PY_VLLM) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m bench.vllm_rollouts $(SMOLLM2_BASE) $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
@@ -130,16 +130,16 @@ bench-gpu:
 	@$(PY) -m bench table
 
 train-real: $(READY_REAL)
-	@$(PY) -m trainer.real prepare
+	@$(PY) -m scripts.bfcl_model
 	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
 
 tau3: $(READY_TAU3)
 
 warmstart: $(READY)
-	@$(PY) -m trainer.warmstart $(ARGS)
+	@$(PY) -m scripts.warmstart $(ARGS)
 
 selfcheck: $(READY)
-	@$(PY) -m trainer.envs.workday.selfcheck $(ARGS)
+	@$(PY) -m scripts.check_workday $(ARGS)
 
 # AppWorld wants pydantic 1, so it has a Python of its own, 3.11 or newer: APPWORLD_PYTHON=python3.12 chooses it.
 APPWORLD_VENV := .venv-appworld
@@ -148,7 +148,7 @@ READY_APPWORLD := $(APPWORLD_VENV)/.ready
 appworld: $(READY_APPWORLD)
 
 test-appworld: $(READY) $(READY_APPWORLD)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/appworld tests/trainer/test_appworld.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/appworld tests/trainer/envs/test_appworld_pool.py tests/trainer/envs/test_appworld_suite.py $(ARGS)
 
 $(READY_APPWORLD): | $(READY)
 	@$(APPWORLD_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
