@@ -110,7 +110,7 @@ def policy_loss(
                 log_ratio = logp[t] - old[t]
             ratio = torch.exp(log_ratio.clamp(max=20))
             if loss_type == "cispo":
-                loss = -min(ratio.detach(), torch.tensor(1 + high)) * advantages[t] * logp[t]
+                loss = -ratio.detach().clamp(max=1 + high) * advantages[t] * logp[t]
             else:
                 clipped = ratio.clamp(1 - epsilon, 1 + high)
                 loss = -min(ratio * advantages[t], clipped * advantages[t])

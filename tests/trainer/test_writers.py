@@ -423,7 +423,7 @@ FATES = {
     st.integers(0, 3),
     st.integers(1, 4),
 )
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(25))  # they wait for time-outs: 100 times as many take half an hour
 def test_the_token_budget_holds_whatever_becomes_of_a_try(
     fates: list[str], limit: int, retries: int, concurrency: int
 ) -> None:

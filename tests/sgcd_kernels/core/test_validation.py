@@ -9,6 +9,7 @@ import torch
 
 from sgcd_kernels import (
     FusedLinearSGCDLoss,
+    backend_status,
     credit_weights,
     linear_distill_loss,
     linear_divergence,
@@ -163,7 +164,7 @@ def test_sgcd_refuses_before_it_scores(message: str, arguments: dict, monkeypatc
     def score(*args: object, **kwargs: object) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr("sgcd_kernels.sgcd.linear_divergence", score)
+    monkeypatch.setattr("sgcd_kernels.ops.sgcd.divergence_op", score)
     inputs = {"hidden": X, "weight": W, "targets": Y, "teacher_hidden": X, "advantages": A, "cu_seqlens": CU}
     with pytest.raises(ValueError, match=re.escape(message)):
         sgcd_loss(**inputs | arguments)
@@ -176,8 +177,6 @@ def test_module_names_the_nearest_hyperparameter() -> None:
 
 @pytest.mark.parametrize("impl", ["cpp", "triton"])
 def test_unusable_backend_says_why(impl: str) -> None:
-    from sgcd_kernels import backend_status
-
     status = backend_status()
     assert status["torch"].usable
     if not status[impl].usable:

@@ -19,9 +19,9 @@ from transformers import Cohere2Config, Gemma2Config, Qwen3MoeConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from sgcd_kernels import CreditConfig, reference
+from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer
 from sgcd_kernels.integrations.trl import trainer as integration
-from sgcd_kernels.backends.torch import blocks
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sgcd_kernels import linear_logprob, linear_policy_loss, reference
-from sgcd_kernels.core.surrogate import LOSS_TYPES
 from sgcd_kernels.backends.torch import blocks
+from sgcd_kernels.core.surrogate import LOSS_TYPES
 
 F64 = torch.float64
 CU = [0, 4, 4, 9, 17]  # one sequence is empty
