@@ -18,6 +18,8 @@ PY_VLLM := .venv-vllm/bin/python
 READY_VLLM := .venv-vllm/.ready
 READY_TAU3 := $(VENV)/.ready-tau3
 READY_BENCH := $(VENV)/.ready-bench
+VENV_DOCS := .venv-docs
+READY_DOCS := $(VENV_DOCS)/.ready
 RUN := $(PY) -m trainer.run
 ARGS ?=
 
@@ -25,14 +27,15 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
-.PHONY: train-real warmstart selfcheck view clean
+.PHONY: train-real warmstart selfcheck view docs clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
-	@echo "make test        the test suite; make test-slow runs the long tests"
+	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff and mypy"
+	@echo "make docs        the documentation site, links checked   (site/index.html)"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
 	@echo "make bench-vllm  a step's rollouts through vLLM and through the hf engine"
@@ -43,7 +46,7 @@ help:
 	@echo "make view        open the newest run for reading             (RUN_DIR=runs/sgcd)"
 	@echo "make warmstart   make the embedded policy's starting weights again"
 	@echo "make selfcheck   replay gold, nothing-done and near-misses of every embedded task"
-	@echo "make clean       remove .venv and caches; runs stay"
+	@echo "make clean       remove .venv, .venv-docs, site and caches; runs stay"
 
 train: $(READY)
 	@$(RUN) train configs/workday_sgcd.yaml $(ARGS)
@@ -52,8 +55,9 @@ train: $(READY)
 test: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(ARGS)
 
+# The long tests, and the property tests (which Hypothesis marks) with 100 times the examples.
 test-slow: $(READY) $(READY_TAU3)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough $(ARGS)
 
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
 test-gpu:
@@ -79,6 +83,11 @@ lint: $(READY)
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) -m bench table --check
+
+# Read from the sources, so neither torch nor the package is installed.
+docs: $(READY_DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo "site/index.html"
 
 # The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
 SANITIZED := build/sanitize
@@ -142,22 +151,34 @@ view: $(READY)
 	@$(RUN) view $(RUN_DIR)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV_DOCS) site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# $(call make_venv,FOLDER): a virtual environment of the first suitable Python on PATH, unless it is there.
+define make_venv
+python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
+  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+  then python=$$candidate; break; fi; done; \
+if [ -z "$$python" ]; then echo "no Python 3.10-3.12 with venv on PATH: install one (Debian: python3 python3-venv)" >&2; exit 2; fi; \
+[ -x $(1)/bin/python ] || "$$python" -m venv $(1)
+endef
 
 # The C++ extension compiles against the torch that is installed, hence --no-build-isolation.
 # torch comes first and by an exact pin: a range would let pip take a newer build with gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt requirements-verl.txt setup.py $(wildcard csrc/*)
-	@python=""; for candidate in python3 python3.12 python3.11 python3.10 python; do \
-	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
-	  then python=$$candidate; break; fi; done; \
-	if [ -z "$$python" ]; then echo "no Python 3.10-3.12 with venv on PATH: install one (Debian: python3 python3-venv)" >&2; exit 2; fi; \
-	[ -x $(PY) ] || "$$python" -m venv $(VENV)
+	@$(call make_venv,$(VENV))
 	@echo "setting up $(VENV), once: torch $(TORCH) ..."
 	@$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	@echo "setting up $(VENV), once: everything else ..."
 	@$(PY) -m pip install --quiet 'setuptools>=77'
 	@$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[trainer,dev,verl]'
 	@$(PY) -m pip install --quiet --no-deps $(BFCL) -r requirements-verl.txt
+	@touch $@
+
+$(READY_DOCS): pyproject.toml constraints.txt
+	@$(call make_venv,$(VENV_DOCS))
+	@echo "setting up $(VENV_DOCS), once ..."
+	@$(VENV_DOCS)/bin/python -m pip install --quiet 'pip>=25.1'  # the first that knows --group
+	@$(VENV_DOCS)/bin/python -m pip install --quiet -c constraints.txt --group docs
 	@touch $@
 
 $(READY_BENCH): $(READY)

@@ -1,6 +1,7 @@
 """`python -m bench COMMAND`: measure, check, plot, and put the results into the documents.
 
-A person's mistake is one line on stderr and exit code 2. `table` needs no torch, `plot` only matplotlib.
+A mistake of the caller is one line on stderr and exit code 2. `table` needs no torch, `plot` and `figure` only
+matplotlib.
 """
 
 from __future__ import annotations
@@ -9,12 +10,26 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from bench import rows
-from bench.cases import METRICS
-from bench.errors import UserError
+from bench import results
+from bench.cases import (
+    DTYPES,
+    HEADS,
+    METRICS,
+    MODES,
+    OPS,
+    Case,
+    UserError,
+    check_names,
+    cpu_selection,
+    gpu_selection,
+    modes_of,
+)
+
+TOKENS = [1024]  # where a head is named and a number of tokens is not
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,15 +54,18 @@ def parser() -> Parser:
         run.add_argument("--threads", type=int, default=0, help="of a CPU; 0 leaves it to PyTorch")
         run.add_argument("--budget", type=float, default=0.0, help="seconds after which no case is begun; 0: none")
         run.add_argument("--with", dest="files", nargs="+", default=[], help="Python files that register providers")
-        run.add_argument("--out", default=str(rows.RESULTS), help="folder of the CSVs")
+        run.add_argument("--out", default=str(results.RESULTS), help="folder of the CSVs")
         run.add_argument("--dry-run", action="store_true", help="say what would be measured")
     train = commands.add_parser("train", help="the trainer, and TRL's GRPOTrainer beside it")
     train.add_argument("--provider", nargs="+", default=[])
     train.add_argument("--steps", type=int, default=3)
-    train.add_argument("--out", default=str(rows.RESULTS))
-    plot = commands.add_parser("plot", help="pictures from the CSVs")
-    plot.add_argument("--results", default=str(rows.RESULTS))
-    plot.add_argument("--out", default="")
+    train.add_argument("--out", default=str(results.RESULTS))
+    plot = commands.add_parser("plot", help="pictures of all rows of the newest CPU and GPU")
+    plot.add_argument("--results", default=str(results.RESULTS))
+    plot.add_argument("--out", default="", help="folder; by default `plots` beside the CSVs")
+    figure = commands.add_parser("figure", help="the front page's figure: memory and time over tokens")
+    figure.add_argument("--results", default=str(results.RESULTS))
+    figure.add_argument("--out", default=str(results.ROOT / "docs" / "figures" / "memory_time.png"))
     table = commands.add_parser("table", help="the documents' tables from the CSVs")
     table.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
     commands.add_parser("tune", help="the configs of the Triton kernels, and the time of each on a GPU")
@@ -67,52 +85,128 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bench import machine, select, supervise
-    from bench.job import Job
+    from bench import suite
 
-    select.check(args)
-    on = select.device(args.device)
-    found = select.cases(args, on)
-    if on == "cpu" and not args.dtype and "bf16" not in machine.fast_dtypes(on):
+    check(args)
+    device = choose_device(args.device)
+    cases = choose_cases(args, device)
+    if device == "cpu" and not args.dtype and "bf16" not in results.fast_dtypes(device):
         print("bf16 is left out: this processor has no instructions for it; --dtype bf16 measures it all the same")
     if args.dry_run:
-        print("\n".join(str(case) for case in found))
+        print("\n".join(str(case) for case in cases))
         return 0
     verify = args.command == "verify"
     start = time.time()
-    wrong = supervise.run(
-        Job(
-            found,
-            args.provider,
-            ["error"] if verify else args.metric,
-            args.samples,
-            args.threads,
-            "" if verify else str(Path(args.out).resolve()),
-            start + args.budget if args.budget else 0.0,
-            args.budget,
-            [str(Path(f).resolve()) for f in args.files],
+    wrong = suite.run_job(
+        suite.Job(
+            cases=cases,
+            providers=args.provider,
+            metrics=["error"] if verify else args.metric,
+            samples=args.samples,
+            threads=args.threads,
+            folder="" if verify else str(Path(args.out).resolve()),
+            deadline=start + args.budget if args.budget else 0.0,
+            budget=args.budget,
+            files=[str(Path(f).resolve()) for f in args.files],
         )
     )
-    print(f"\n{len(found)} cases in {time.time() - start:.0f} s" + (f"; {wrong} of our own failed" if wrong else ""))
+    print(f"\n{len(cases)} cases in {time.time() - start:.0f} s" + (f"; {wrong} of our own failed" if wrong else ""))
     return 1 if wrong else 0
 
 
-def plot(args: argparse.Namespace) -> int:
-    from bench import plots
+def check(args: argparse.Namespace) -> None:
+    """Refuse names that do not exist, and numbers that make no sense."""
+    from bench import providers
 
-    return plots.main(Path(args.results), Path(args.out) if args.out else None)
+    check_names("op", args.op, OPS)
+    check_names("mode", args.mode, MODES)
+    check_names("shape", args.shape, HEADS)
+    check_names("dtype", args.dtype, DTYPES)
+    check_names("metric", args.metric, METRICS)
+    providers.load(tuple(Path(f) for f in args.files))
+    check_names("provider", args.provider, providers.names())
+    for n in args.tokens:
+        if n < 1:
+            raise UserError(f"--tokens: got {n}, needs at least 1")
+    if args.samples < 1:
+        raise UserError(f"--samples: got {args.samples}, needs at least 1")
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the GPU if there is one."""
+    import torch
+
+    check_names("device", [name], ("auto", "cpu", "cuda"))
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; --device cpu, or a CUDA build of PyTorch")
+    return name
+
+
+def choose_cases(args: argparse.Namespace, device: str) -> list[Case]:
+    """The device's selection, narrowed by the options; with a head or tokens named, all their combinations."""
+    from bench import providers
+
+    dtypes = tuple(args.dtype) or results.fast_dtypes(device)
+    if args.shape or args.tokens:
+        cases = [
+            Case(op, mode, shape, n, dtype, device)
+            for op in args.op or OPS
+            for mode in modes_of(op)
+            for shape in args.shape or ["smollm2"]
+            for n in args.tokens or TOKENS
+            for dtype in (dtypes if op != "credit" else ("fp32",))
+        ]
+    else:
+        selection = cpu_selection(dtypes) if device == "cpu" else gpu_selection()
+        cases = [c for c in selection if not args.op or c.op in args.op]
+        if device == "cuda" and args.dtype:
+            cases = [replace(c, dtype=dtype) for c in cases for dtype in dtypes]
+        cases += _modes_left_out(cases, args.mode)
+    cases = [c for c in cases if not args.mode or c.mode in args.mode]
+    if args.provider:
+        cases = [c for c in cases if any(p.name in args.provider for p in providers.providers_of(c.op))]
+    if not cases:
+        modes = "; ".join(f"{op} has {', '.join(modes_of(op))}" for op in args.op or OPS)
+        raise UserError(f"nothing to measure: no op of these has such a mode or provider ({modes})")
+    return cases
+
+
+def _modes_left_out(cases: list[Case], modes: Sequence[str]) -> list[Case]:
+    """Each op's first case again in the modes that were asked for and that the selection does not have."""
+    present = {(c.op, c.mode) for c in cases}
+    first = {c.op: c for c in reversed(cases)}
+    return [
+        replace(first[op], mode=mode)
+        for op in dict.fromkeys(c.op for c in cases)
+        for mode in modes
+        if mode in modes_of(op) and (op, mode) not in present
+    ]
+
+
+def plot(args: argparse.Namespace) -> int:
+    from bench import figures
+
+    return figures.plot_all(Path(args.results), Path(args.out) if args.out else None)
+
+
+def figure(args: argparse.Namespace) -> int:
+    from bench import figures
+
+    return figures.draw_front_page(Path(args.results), Path(args.out))
 
 
 def table(args: argparse.Namespace) -> int:
-    from bench import tables
+    from bench import report
 
-    return tables.main(check=args.check)
+    return report.write_tables(check=args.check)
 
 
 def train(args: argparse.Namespace) -> int:
     from bench import training
 
-    return training.main(args.provider, args.steps, Path(args.out))
+    return training.measure_trainers(args.provider, args.steps, Path(args.out))
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -121,7 +215,15 @@ def tune(args: argparse.Namespace) -> int:
     return tuning.main()
 
 
-COMMANDS = {"run": run, "verify": run, "plot": plot, "table": table, "train": train, "tune": tune}
+COMMANDS = {
+    "run": run,
+    "verify": run,
+    "train": train,
+    "plot": plot,
+    "figure": figure,
+    "table": table,
+    "tune": tune,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

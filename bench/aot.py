@@ -22,23 +22,10 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_MEMORY = 512  # columns
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-LISTS = (
-    "target",
-    "rows",
-    "order",
-    "block_tile",
-    "block_start",
-    "tile_stop",
-    "turns",
-    "cu_seqlens",
-    "onsets",
-)  # of int64
 ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in calls without options
 BESIDE = ("rows", "entropy", "d_entropy")  # absent in the plain call, besides
-STATISTICS = (
-    "target temperature lse scale d_logp entropy d_entropy teacher_lse centre d_loss normalisers out peaks u".split()
-)
-FLOATS = ("softcap", "beta")
+INT64 = ("targets", "rows", "order", "block_tile", "block_start", "tile_stop", "turns", "cu_seqlens", "onsets")
+NUMBERS = {"beta": "fp32", "out_stride": "i32", "eligible": "*u8"}  # all other arguments are pointers to fp32
 HEADER = (
     "| kernel | stored (multiplied) | target | tile | registers | shared, KB | stack | spilled bytes | "
     "matrix instructions |"
@@ -110,17 +97,17 @@ WAYS: tuple[tuple[Mix, str, bool], ...] = (
 
 def kernels() -> dict[str, Any]:
     """By their names in the tables; `own_pair_stats` is the kernel of `pair_stats` for two weights."""
-    from sgcd_kernels.triton import forward_kernels, grad_kernels, spans, topk_kernels
+    from sgcd_kernels.backends.triton import credit, distill, divergence, logprob, topk
 
     return {
-        "head_stats": forward_kernels.head_stats_kernel,
-        "pair_stats": forward_kernels.pair_stats_kernel,
-        "own_pair_stats": forward_kernels.pair_stats_kernel,
-        "mixture_stats": forward_kernels.mixture_stats_kernel,
-        "chosen_logits": topk_kernels.chosen_logits_kernel,
-        "logprob_grad": grad_kernels.logprob_grad_kernel,
-        "distill_grad": grad_kernels.distill_grad_kernel,
-        "scan": spans.scan_kernel,
+        "head_stats": logprob.head_stats_kernel,
+        "pair_stats": divergence.pair_stats_kernel,
+        "own_pair_stats": divergence.pair_stats_kernel,
+        "mixture_stats": divergence.mixture_stats_kernel,
+        "chosen_logits": topk.chosen_logits_kernel,
+        "logprob_grad": logprob.logprob_grad_kernel,
+        "distill_grad": distill.distill_grad_kernel,
+        "scan": credit.scan_kernel,
     }
 
 
@@ -171,7 +158,8 @@ class Row:
         call, c = self.call, self.call.config
         how = "" if call.how == PLAIN else f", {call.how}"
         how += (", odd rows" if call.odd else "") + (", own weight" if call.own else "")
-        tile = f"{c.tokens}x{c.words}x{c.depth} w{c.warps} s{c.stages}{' flat' if c.flat else ''}" if c else ""
+        tile = f"{c.block_n}x{c.block_v}x{c.block_h} w{c.num_warps} s{c.num_stages}" if c else ""
+        tile += " flatten" if c and c.flatten else ""
         return (
             f"| {call.kernel}{how} | {call.mix} | sm_{call.arch} | "
             f"{tile}{'' if call.first else ' (to try)'} | {self.registers} | {self.shared / 1024:.0f} | {self.stack} | "
@@ -211,7 +199,7 @@ def cases_of(name: str, arch: int) -> Iterator[Call]:
 
 def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: bool) -> tuple[Any, ...]:
     """The one that `launch.config_of` chooses for such a call, and the others to try."""
-    from sgcd_kernels.triton.configs import column_of, table_for
+    from sgcd_kernels.backends.triton.launch import column_of, table_for
 
     operand, stored = mix.bytes
     table = table_for(operand, how in (OPTIONS, OTHER), stored > operand, odd)
@@ -221,60 +209,102 @@ def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: boo
     return found
 
 
-def signature_of(fn: Any, mix: Mix, constants: dict[str, Any]) -> dict[str, str]:
-    types = {}
-    for name in fn.arg_names:
+def arguments_of(call: Call, fn: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any]]:
+    """(the types of a kernel's arguments by name, its constants by position, those inside of tuples too)"""
+    from sgcd_kernels.backends.triton.launch import HeadArguments, Transform
+
+    mix, constants = call.mix, constants_of(call)
+    of_student = HeadArguments(f"*{mix.of('x')}", "i32", f"*{mix.of('w')}", "i32", "i32")
+    of_teacher = HeadArguments(f"*{mix.of('y')}", "i32", f"*{mix.of('v')}", "i32", "i32")
+    transform = Transform(f"*{mix.of('bias')}", f"*{mix.of('teacher_bias')}", "fp32", "*fp32")
+    absent = {name for name, value in constants.items() if value is None}
+    if "teacher" not in fn.arg_names:
+        absent.add("teacher_bias")
+    bundles = {
+        "head": of_student,
+        "student": of_student,
+        "teacher": of_teacher,
+        "transform": transform._replace(**dict.fromkeys(absent & set(Transform._fields), "constexpr")),
+        "sizes": sizes_type(call.kernel),
+        "out": f"*{mix.of('out')}" if "grad" in call.kernel else "*fp32",
+    }
+    types = bundles | NUMBERS | dict.fromkeys(INT64, "*i64") | dict.fromkeys(constants, "constexpr")
+    values: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(fn.arg_names):
         if name in constants:
-            types[name] = "constexpr"
-        elif name in ("x", "w", "bias", "y", "v", "teacher_bias") or (name == "out" and "grad" in fn.__name__):
-            types[name] = f"*{mix.of(name)}"
-        elif name in FLOATS:
-            types[name] = "fp32"
-        elif name == "eligible":
-            types[name] = "*u8"
-        elif name in STATISTICS or name in LISTS:
-            types[name] = "*i64" if name in LISTS else "*fp32"
-        else:
-            types[name] = "i32"
-    return types
+            values[index,] = constants[name]
+        elif name == "transform":
+            values |= {(index, Transform._fields.index(field)): None for field in absent & set(Transform._fields)}
+    return {name: types.get(name, "*fp32") for name in fn.arg_names}, values
 
 
-def constants_of(call: Call, fn: Any) -> dict[str, Any]:
+def sizes_type(kernel: str) -> Any:
+    from sgcd_kernels.backends.triton.launch import ChunkSizes, ForwardSizes
+    from sgcd_kernels.backends.triton.topk import EntrySizes
+
+    of_kernel: Any = EntrySizes if kernel == "chosen_logits" else ChunkSizes if "grad" in kernel else ForwardSizes
+    return of_kernel(*["i32"] * len(of_kernel._fields))
+
+
+def constants_of(call: Call) -> dict[str, Any]:
+    """What a call makes constant, by name: of the kernel's arguments, or of what is in its tuples."""
     import triton.language as tl
+
+    from sgcd_kernels.backends.triton.launch import Meta
 
     if call.config is None:
         rules = {"START": 0.1, "RESET": 0.02, "PATIENCE": 16, "RATIO": 1.5, "MARGIN": 0.1}
         return rules | ({"turns": None} if call.how == PLAIN else {})
     config, types = call.config, {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-    even = call.how == PLAIN
-    values = {
-        "SHARED": not call.own, "STACKED": config.stacked and not call.own and call.kernel != "chosen_logits",
-        "EVEN_H": even, "EVEN_G": even, "EVEN_V": even, "PRECISION": call.mix.precision,
-        "OPERAND": types[call.mix.operand], "TEACHER_OPERAND": types[call.mix.of("teacher_operand")],
-        "JSD": call.how != OTHER, "KIND": {OPTIONS: "jsd", OTHER: "forward_kl"}.get(call.how, "reverse_kl"),
-        "FLAT": config.flat, "GUARDED": config.guarded, "T": config.tokens, "W": config.words, "K": config.depth,
-    }  # fmt: skip
+    divisible = call.how == PLAIN
+    meta = Meta(
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        DIVISIBLE_H=divisible,
+        DIVISIBLE_TEACHER_H=divisible,
+        DIVISIBLE_V=divisible,
+        OPERAND=types[call.mix.operand],
+        TEACHER_OPERAND=types[call.mix.of("teacher_operand")],
+        PRECISION=call.mix.precision,
+        SHARED=not call.own,
+        STACKED=config.stacked and not call.own and call.kernel != "chosen_logits",
+        FLATTEN=config.flatten,
+        GUARDED=config.guarded,
+    )
+    kind = {OPTIONS: "jsd", OTHER: "forward_kl"}.get(call.how, "reverse_kl")
     absent = {UNEVEN: ABSENT, PLAIN: ABSENT + BESIDE}.get(call.how, ())
-    return {name: value for name, value in (values | dict.fromkeys(absent)).items() if name in fn.arg_names}
+    return {"META": meta, "JSD": call.how != OTHER, "KIND": kind} | dict.fromkeys(absent)
+
+
+def known_divisible(fn: Any, types: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    """The positions of arguments of which a kernel knows that 16 divides them."""
+    for param in fn.params:
+        given = types[param.name]
+        leaves = {(param.num, i): x for i, x in enumerate(given)} if isinstance(given, tuple) else {(param.num,): given}
+        yield from (at for at, x in leaves.items() if not param.do_not_specialize and x not in ("constexpr", "fp32"))
+
+
+def source_of(call: Call) -> tuple[Any, dict[str, int]]:
+    """(what Triton compiles for a call, with which options)"""
+    from triton.compiler import ASTSource
+
+    from sgcd_kernels.backends.triton import launch
+
+    fn, config = kernels()[call.kernel], call.config
+    if call.odd:
+        fn = launch.without_alignment(fn)
+    types, constants = arguments_of(call, fn)
+    attrs = {at: [["tt.divisibility", 16]] for at in known_divisible(fn, types)}
+    return ASTSource(fn, types, constants, attrs), launch.options(config) if config else {"num_warps": 1}
 
 
 def compile_case(call: Call) -> Row:
     """Compile a call."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from sgcd_kernels.triton import launch
-
-    fn, config = kernels()[call.kernel], call.config
-    if call.odd:
-        fn = launch.anywhere(fn)
-    constants = constants_of(call, fn)
-    types = signature_of(fn, call.mix, constants)
-    known = (p.num for p in fn.params if not p.do_not_specialize and types[p.name] not in ("constexpr", "fp32"))
-    attrs = {(index,): [["tt.divisibility", 16]] for index in known}
-    source = ASTSource(fn, types, constants, attrs)
-    options = {"num_warps": config.warps, "num_stages": config.stages} if config else {"num_warps": 1}
+    source, options = source_of(call)
     compiled = triton.compile(source, target=GPUTarget("cuda", call.arch, 32), options=options)
     usage, ptx = resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Row(

@@ -1,13 +1,28 @@
-"""What is measured: heads of real models, how many tokens, which op in which mode; and the two selections of it."""
+"""What is measured: heads of real models, numbers of tokens, ops and their modes; the two default selections.
+
+Needs no torch, so that tables can be checked without it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 MODES = ("forward", "backward", "full")  # full is forward and backward together
 METRICS = ("speed", "memory", "error")
 DTYPES = ("fp32", "bf16", "fp16")
+
+
+class UserError(Exception):
+    """A mistake on the command line: shown as one line on stderr, exit code 2."""
+
+
+def check_names(what: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Refuse a name that is not among `valid`."""
+    valid = list(valid)
+    for name in given:
+        if name not in valid:
+            raise UserError(f"unknown {what} {name!r}; there are {', '.join(valid)}")
 
 
 @dataclass(frozen=True)
@@ -24,35 +39,26 @@ HEADS = {
     "llama3": Head(4096, 128_256),
     "qwen3-8b": Head(4096, 151_936),
     "qwen3.5-4b": Head(2560, 248_320),
-    "tiny": Head(64, 512),  # of no model: for trying the suite itself
+    "tiny": Head(64, 512),  # no real model: for trying the suite itself
 }
 
-
-@dataclass(frozen=True)
-class Op:
-    """An operation: the modes it has, and its floor in U, one U being the product of hidden states and weight.
-
-    One U is 2 n H V FLOP over the n tokens that are not masked. The floor is what cannot be left out by anybody who
-    holds no logits: docs/benchmarks.md derives the numbers.
-    """
-
-    floor: dict[str, float]  # mode -> U; 0 where products with the head play no part
-    says: str
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return tuple(self.floor)
-
-
-OPS = {
-    "logprob": Op({"forward": 1, "backward": 3, "full": 4}, "log p(y) of each token, differentiable"),
-    "cross_entropy": Op({"forward": 1, "full": 3}, "mean of -log p(y): supervised fine-tuning"),
-    "divergence": Op({"forward": 2}, "what credit reads: KL(student || teacher) and the teacher's entropy, each token"),
-    "distill": Op({"forward": 2, "full": 4}, "mean Jensen-Shannon divergence to the teacher"),
-    "policy_loss": Op({"forward": 1, "full": 3}, "DAPO's clipped policy loss, one advantage a sequence"),
-    "credit": Op({"forward": 0}, "token weights from divergence and entropy; nothing of it multiplies by the head"),
-    "sgcd": Op({"full": 5}, "the whole credit step: score, weights, weighted policy loss, gradients"),
+# The matrix products of each op and mode that an implementation without stored logits cannot avoid, in U: the matmul
+# baseline. One U is the product of hidden states and weight, 2 n H V FLOP over the n tokens that have a loss. 0 where
+# the head plays no part. docs/benchmarks.md derives the numbers.
+PRODUCTS: dict[str, dict[str, float]] = {
+    "logprob": {"forward": 1, "backward": 3, "full": 4},
+    "cross_entropy": {"forward": 1, "full": 3},
+    "divergence": {"forward": 2},
+    "distill": {"forward": 2, "full": 4},
+    "policy_loss": {"forward": 1, "full": 3},
+    "credit": {"forward": 0},
+    "sgcd": {"full": 5},
 }
+OPS = tuple(PRODUCTS)
+
+
+def modes_of(op: str) -> tuple[str, ...]:
+    return tuple(PRODUCTS[op])
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op} {self.mode} {self.shape} N={self.tokens} {self.dtype}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def cpu_selection(dtypes: tuple[str, ...]) -> list[Case]:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is owed of a GPU, in pieces of under ten minutes that a broken session can go on from:
+# Everything that needs a GPU, in pieces of under ten minutes, so that a broken session can be resumed:
 #
 #   bench/gpu_report.sh              all pieces that are not done yet
 #   bench/gpu_report.sh PIECE ...    these pieces, done or not
-#   bench/gpu_report.sh list         the pieces and what became of them
+#   bench/gpu_report.sh list         the pieces and how each ended
 #
-# Results go to $OUT (default gpu_report): CSVs, plots, and PIECE.log; PIECE.done marks a piece that succeeded, and
-# PIECE.failed one that did not: the others go on. DEVICE=cpu tries the script without a GPU, on small cases.
-# PY is the Python to use. Peers that need not be compiled may be brought along in a folder on PYTHONPATH.
+# Results go to $OUT (default gpu_report): CSVs, plots, and PIECE.log. PIECE.done marks a piece that succeeded and
+# PIECE.failed one that did not; a failure does not stop the others. DEVICE=cpu tries the script without a GPU, on small
+# cases. PY is the Python to use. Peers that need no compilation may be installed in a folder on PYTHONPATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,7 +33,7 @@ PYTHON
 }
 tests() { # of the kernels; compiling them takes most of the time, and Triton keeps what it compiled for a second try
   if [ "$DEVICE" = cpu ]; then
-    "$PY" -m pytest -q tests/sgcd_kernels/test_package.py tests/bench/test_gate.py
+    "$PY" -m pytest -q tests/sgcd_kernels/test_package.py tests/bench/test_truth.py
   else
     make test-gpu PY="$PY"
   fi

@@ -1,9 +1,9 @@
 """Inputs that look like training: peaked rows, a teacher close to the student, 30 % of the tokens masked.
 
-Uniform noise is kind to every kernel: its softmax is flat, nothing overflows, both heads agree everywhere. Here a
-hidden state leans towards the embedding of one word, by an amount that varies from token to token, so that most rows
-are nearly certain and some are not; the teacher is the student and a little noise, and at one token in twenty it leans
-towards another word.
+Uniform noise is kind to every kernel: its softmax is flat, nothing overflows, both heads agree everywhere. Here each
+hidden state leans towards the embedding of one vocab id, by an amount that varies from token to token, so that most
+rows are nearly certain and some are not; the teacher is the student plus a little noise, and at one token in twenty it
+leans towards another id.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bench.cases import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEQUENCES = 8
-TURN, OBSERVED = 40, 0.3  # tokens of a turn, about, and the share of them that somebody else wrote
-SPREAD = 2.0  # standard deviation of the logits of words that are not meant
+TURN, OBSERVED = 40, 0.3  # tokens per turn, about, and the fraction of them that is an observation, and so masked
+SPREAD = 2.0  # standard deviation of the logits of all other ids
 IGNORED = -100
 EPSILON, EPSILON_HIGH = 0.2, 0.28
-CLEAR = 0.1  # of log p(y) / p_old(y): how far from where clipping begins every token stays
+CLEAR = 0.1  # least distance of every log ratio from where clipping begins
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Inputs:
     teacher: Tensor  # [N, H]
     weight: Tensor  # [V, H], of student and teacher
     targets: Tensor  # [N] int64, IGNORED where masked
-    words: Tensor  # [N] int64, the same with a word everywhere
+    ids: Tensor  # [N] int64, the same without IGNORED: the vocab id of every token
     mask: Tensor  # [N] bool
     rows: Tensor  # [n] int64, where `mask` is true
     turns: Tensor  # [N] int64
@@ -66,7 +66,7 @@ class Inputs:
 
 
 def make(case: Case, seed: int = 0) -> Inputs:
-    """The inputs of a case; `old_logp`, `divergence` and `teacher_entropy` still to be set by `bench.truth`."""
+    """The inputs of a case; `bench.truth` sets `old_logp`, `divergence` and `teacher_entropy`."""
     n, head, device = case.tokens, case.head, torch.device(case.device)
     g = torch.Generator(device).manual_seed(seed)
 
@@ -75,17 +75,17 @@ def make(case: Case, seed: int = 0) -> Inputs:
 
     batch = next(b for b in (SEQUENCES, 4, 2, 1) if n % b == 0 and n // b >= min(n, TURN // 2))
     weight = normal(head.vocab, head.hidden).mul_(SPREAD / head.hidden**0.5)
-    word = torch.randint(head.vocab, (n,), generator=g, device=device)
+    ids = torch.randint(head.vocab, (n,), generator=g, device=device)
     other = torch.randint(head.vocab, (n,), generator=g, device=device)
-    # A word's logit L beats the V others of standard deviation s when L > ln V + s^2 / 2.
+    # A logit L beats V others of standard deviation s when L > ln V + s^2 / 2.
     lean = torch.log(torch.tensor(float(head.vocab))) + SPREAD**2 / 2 + 3 + 3 * normal(n)
     hidden = normal(n, head.hidden)
-    hidden += _towards(weight[word], lean, hidden)
+    hidden += _towards(weight[ids], lean, hidden)
     dissent = torch.rand(n, generator=g, device=device) < 0.05
     teacher = hidden + 0.03 * normal(n, head.hidden)
     teacher += dissent[:, None] * _towards(weight[other], lean, teacher)
-    sampled = torch.rand(n, generator=g, device=device) < 0.1  # now and then the policy says something else
-    word = torch.where(sampled, other, word)
+    unlikely = torch.rand(n, generator=g, device=device) < 0.1  # now and then the policy samples something else
+    ids = torch.where(unlikely, other, ids)
     length = n // batch
     place = torch.arange(n, device=device) % length
     turns = max(1, length // TURN)
@@ -97,8 +97,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
         hidden=hidden.to(dtype),
         teacher=teacher.to(dtype),
         weight=weight.to(dtype),
-        targets=word.masked_fill(~mask, IGNORED),
-        words=word,
+        targets=ids.masked_fill(~mask, IGNORED),
+        ids=ids,
         mask=mask,
         rows=mask.nonzero().squeeze(1),
         turns=place * turns // length,
@@ -112,7 +112,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
 
 
 def _towards(embedding: Tensor, lean: Tensor, hidden: Tensor) -> Tensor:  # [N, H]
-    """What has to be added to `hidden` for the embedding's word to get the logit `lean`."""
+    """What has to be added to `hidden` for the embedding's id to get the logit `lean`."""
     gap = lean.to(hidden.device) - (embedding * hidden).sum(1)
     return embedding * (gap / embedding.square().sum(1))[:, None]
 
@@ -120,8 +120,8 @@ def _towards(embedding: Tensor, lean: Tensor, hidden: Tensor) -> Tensor:  # [N, 
 def with_history(i: Inputs, logp: Tensor, divergence: Tensor, teacher_entropy: Tensor) -> Inputs:
     """Log-probs of a policy that was nearly this one, and the divergences that op credit starts from; all [n].
 
-    The gradient jumps where clipping begins, so that a token that is there says nothing of a provider: half-precision
-    logits, which peers have, put it on either side.
+    The gradient jumps where clipping begins, and half-precision logits, which peers have, may fall on either side; a
+    token that is there would say nothing of a provider.
     """
     g = torch.Generator(i.hidden.device).manual_seed(1)
     drift = 0.1 * torch.randn(i.kept, generator=g, device=i.hidden.device)

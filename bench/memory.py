@@ -3,7 +3,7 @@
 On a GPU it is the caching allocator's peak. On a CPU it is the peak resident set of a child process that has loaded
 the inputs and warmed the provider up: the kernel's own high-water mark (VmHWM), set back just before the run. glibc is
 told to give every block of a megabyte back at once, or a warm-up would leave memory behind that the run then reuses
-unseen. The child is also where a provider is tried first: what kills it, kills the child.
+unseen. The child is also where a provider is tried first: a crash there costs only the child.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from bench import calls, inputs, registry
+from bench import inputs, providers
 from bench.cases import Case
 from bench.inputs import Inputs
-from bench.registry import Provider
+from bench.providers import Provider, describe_failure, run_once
 
 TIMEOUT = 120.0  # seconds for a child's two runs
 START = "forkserver"  # a server without threads of its own: OpenMP does not survive a fork
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
-SPARE = 512 << 20  # of the machine's free memory a child leaves alone
+SPARE = 512 << 20  # bytes of the machine's free memory that a child leaves alone
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Trial:
     failure: str = ""
 
 
-def on_cuda(p: Provider, i: Inputs, mode: str) -> tuple[Trial, dict[str, torch.Tensor]]:
+def measure_on_cuda(p: Provider, i: Inputs, mode: str) -> tuple[Trial, dict[str, torch.Tensor]]:
     """One run, with its values."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = calls.once(p, i, mode)
+    found = run_once(p, i, mode)
     torch.cuda.synchronize()
     return Trial(torch.cuda.max_memory_allocated() - before), found
 
 
 class ChildTrials:
-    """Runs trials of one case in child processes, one a provider."""
+    """Runs trials of one case in child processes, one per provider."""
 
     def __init__(self, case: Case, i: Inputs, files: tuple[Path, ...]) -> None:
         self.case, self.files = case, files
@@ -63,7 +63,7 @@ class ChildTrials:
         torch.save({f.name: getattr(i, f.name) for f in fields(i)}, self.path)
         self.context: Any = multiprocessing.get_context(START)
         if START == "forkserver":
-            multiprocessing.set_forkserver_preload(["bench.preload"])
+            multiprocessing.set_forkserver_preload(["bench.providers.preload"])
 
     def __enter__(self) -> ChildTrials:
         return self
@@ -72,7 +72,7 @@ class ChildTrials:
         self.folder.cleanup()
 
     def run(self, p: Provider) -> Trial:
-        """Try the provider; whatever becomes of the child is said in the trial."""
+        """Try the provider; however the child ends, the trial says so."""
         receive, send = self.context.Pipe(duplex=False)
         arguments = (send, p.op, p.name, self.case, self.path, self.files, torch.get_num_threads())
         child = self.context.Process(target=_child, args=arguments, daemon=False)
@@ -86,11 +86,11 @@ class ChildTrials:
             found = Trial(failure=f"gave up after {TIMEOUT:.0f} s")
             child.kill()
         child.join()
-        return found or Trial(failure=name_death(child.exitcode or 0))
+        return found or Trial(failure=describe_exit(child.exitcode or 0))
 
 
-def name_death(code: int) -> str:
-    """How a process ended that left no word."""
+def describe_exit(code: int) -> str:
+    """How a process ended that reported nothing."""
     if code == -signal.SIGKILL:
         return "killed by the system, most likely out of memory"
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -99,19 +99,19 @@ def name_death(code: int) -> str:
 def _child(send: Connection, op: str, name: str, case: Case, path: Path, files: tuple[Path, ...], threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        registry.load(files)
-        p = next(p for p in registry.of(op) if p.name == name)
-        send.send(_measured(p, Inputs(**torch.load(path)), case))
+        providers.load(files)
+        p = next(p for p in providers.providers_of(op) if p.name == name)
+        send.send(_measure(p, Inputs(**torch.load(path)), case))
     except BaseException as error:
-        send.send(Trial(failure=calls.name_failure(error)))
+        send.send(Trial(failure=describe_failure(error)))
 
 
-def _measured(p: Provider, i: Inputs, case: Case) -> Trial:
+def _measure(p: Provider, i: Inputs, case: Case) -> Trial:
     _limit_memory()
     libc, mode = give_blocks_back(), case.mode
     # Libraries are loaded by a call on small inputs; code that is compiled for its shapes needs these.
-    calls.once(p, i if p.compiles else inputs.make(replace(case, shape="tiny", tokens=64)), mode)
-    return Trial(peak_of(lambda: calls.once(p, i, mode), libc))
+    run_once(p, i if p.compiles else inputs.make(replace(case, shape="tiny", tokens=64)), mode)
+    return Trial(peak_of(lambda: run_once(p, i, mode), libc))
 
 
 def peak_of(call: Callable[[], object], libc: ctypes.CDLL | None) -> int | None:  # bytes

@@ -1,27 +1,30 @@
-"""Time, taken honestly: variants interleaved, cold caches, and a run too short for the timer repeated.
+"""Honest times: variants interleaved, cold caches, and a run too short for the timer repeated.
 
 On a GPU: CUDA events, and the L2 cache overwritten before each sample. On a CPU: `perf_counter`. Both rotate between
-copies of the inputs, so that no run finds its operands where the last one left them. On a CPU an untimed run comes
-first, so that no variant pays for memory that its predecessor gave back to the system: a virtual machine fetches it
-from its host at 1-2 ms a MB.
+copies of the inputs, so that no run finds its operands in the caches. On a CPU an untimed run of the same comes first,
+so that no variant pays for memory that its predecessor gave back to the system: a virtual machine fetches it from its
+host at 1-2 ms per MB.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-SHORTEST = {"cpu": 5e-3, "cuda": 5e-4}  # seconds a sample lasts at least; below, it is repeated within the sample
+SHORTEST = {"cpu": 5e-3, "cuda": 5e-4}  # least seconds of a sample; a shorter run is repeated within it
 SAMPLES = 5
-SLOW = 8.0  # seconds; what takes longer is sampled once, after its warm-up
+SLOW = 8.0  # seconds; a longer run is sampled once, after its warm-up
 SPEND = 4.0  # seconds of samples a variant that is not slow may take beyond three of them
-WARMED = 2.0  # seconds; what takes longer is not warmed up again: it spends little of that on fetching memory
+WARMED = 2.0  # seconds; a longer run is not warmed up again: fetching memory is little of it
 
-# Takes the number of the run (to choose among copies of the inputs), prepares it untimed, and gives what is timed.
+# Takes the number of the run (to choose among copies of the inputs), prepares it untimed, returns what is timed.
 Prepare = Callable[[int], Callable[[], object]]
 
 
@@ -78,19 +81,19 @@ def samples_for(seconds: float, samples: int = SAMPLES) -> int:
     return max(min(3, samples), min(samples, int(SPEND / max(seconds, 1e-9))))
 
 
-def interleaved(
+def time_interleaved(
     runs: dict[str, Prepare],
     device: str,
     samples: int = SAMPLES,
     after_failure: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Sample all variants in turn, so that whatever else the machine does falls on all; and those that threw."""
+    """Times of all variants, sampled in turn, so that other load falls on all alike; and the variants that threw."""
     watch = Stopwatch(device)
     plan: dict[str, tuple[int, int]] = {}
     warm: dict[str, bool] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, Exception] = {}
-    for name, run in runs.items():  # a run of each says how long it takes; it is a sample if nothing was owed to it
+    for name, run in runs.items():  # one run of each plans the others; it is a sample where no warm-up is needed
         try:
             once = watch(run, 0, 1)
             plan[name] = (samples_for(once, samples), repeats_for(once, device))
@@ -118,3 +121,28 @@ def summary(seconds: list[float], repeats: int) -> Timing:
     quantiles = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
     median = statistics.median(seconds)
     return Timing(median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, len(seconds), repeats)
+
+
+class OtherLoad:
+    """How many cores other programs used on average since this was created; None where the system does not say."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        now = self._now()
+        if now is None or self.start is None:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self.start, now))
+        return max(0.0, busy - own) / max(wall, 1e-9)
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """(seconds on the wall, seconds of all processors, ours among them)"""
+        stat = Path("/proc/stat")
+        if not stat.is_file():
+            return None
+        ticks = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        busy = sum(ticks) - ticks[3] - ticks[4]  # idle, iowait
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own = sum(u.ru_utime + u.ru_stime for u in usage)
+        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), own

@@ -1,14 +1,13 @@
-"""`python -m bench train`: tokens per second, the share of each stage in a step, what SGCD adds to GRPO; TRL beside it.
+"""`python -m bench train`: tokens per second, the share of each stage in a step, what SGCD adds to GRPO.
 
-Task workday is the embedded world with all its turns, task first_call one turn of it (`bench.first_call`), where TRL's
-GRPOTrainer is the peer. The first step warms up and is not counted.
+Task workday is the embedded world with all its turns; task first_call is one turn of it (`bench.first_call`), where
+TRL's GRPOTrainer is the peer. The first step warms up and is not counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +15,17 @@ from statistics import fmean
 
 import torch
 
-from bench import calls, machine, registry, training_rows
-from bench.errors import UserError, check_names
-from bench.rows import OK
-from bench.training_rows import SHARES, TrainingRow
+from bench import results
+from bench.cases import UserError, check_names
+from bench.providers import describe_failure, version
+from bench.report import STAGES
+from bench.results import OK, TrainingRow
+from bench.timing import OtherLoad
 
 CONFIG = Path("configs/workday_sgcd.yaml")
 
 
-def main(providers: Sequence[str], steps: int, folder: Path) -> int:
+def measure_trainers(providers: Sequence[str], steps: int, folder: Path) -> int:
     """Measure each trainer, print and write its row."""
     check_names("provider", providers, [f"{task}/{name}" for task, name in RUNS])
     if steps < 1:
@@ -32,27 +33,26 @@ def main(providers: Sequence[str], steps: int, folder: Path) -> int:
     for (task, name), measure in RUNS.items():
         if providers and f"{task}/{name}" not in providers:
             continue
-        row = _blank(task, name)
-        elsewhere = machine.Elsewhere()
+        row = _blank_row(task, name)
+        load = OtherLoad()
         try:
             with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
                 measure(row, steps, Path(scratch))
-            cores = elsewhere.cores() if not torch.cuda.is_available() else None
-            row.others = "" if cores is None else f"{cores:.2f}"
-            row.threads = str(torch.get_num_threads())
+            row.others = load.cores() if not torch.cuda.is_available() else None
+            row.threads = torch.get_num_threads()
         except Exception as error:
-            row.status = calls.name_failure(error)
-        training_rows.append(training_rows.path_of(row, folder), row)
-        print(f"{task}/{name}: {_words(row)}", flush=True)
+            row.status = describe_failure(error)
+        results.append([row], folder)
+        print(f"{task}/{name}: {_describe(row)}", flush=True)
     return 0
 
 
-def _words(row: TrainingRow) -> str:
+def _describe(row: TrainingRow) -> str:
     if row.status != OK:
         return row.status
-    shares = ", ".join(f"{name} {float(getattr(row, f'{name}_share') or 0):.0%}" for name in SHARES)
-    rates = f"rollout {row.rollout_tokens_per_s} tokens/s, update {row.update_tokens_per_s} tokens/s"
-    return f"{row.seconds_per_step} s a step; {rates}; {shares}"
+    shares = ", ".join(f"{stage} {getattr(row, f'{stage}_share') or 0:.0%}" for stage in STAGES)
+    rates = f"rollout {row.rollout_tokens_per_s:.0f} tokens/s, update {row.update_tokens_per_s:.0f} tokens/s"
+    return f"{row.seconds_per_step:.2f} s per step; {rates}; {shares}"
 
 
 def ours(arm: str, first_call: bool) -> Callable[[TrainingRow, int, Path], None]:
@@ -60,15 +60,15 @@ def ours(arm: str, first_call: bool) -> Callable[[TrainingRow, int, Path], None]
 
     def measure(row: TrainingRow, steps: int, folder: Path) -> None:
         found = asyncio.run(_take_steps(arm, first_call, steps, folder))
-        row.version = registry.version("sgcd-kernels")
-        stages = {name: fmean(step.get(f"time/{name}", 0.0) for step in found) for name in SHARES}
+        row.version = version("sgcd-kernels")
+        stages = {name: fmean(step.get(f"time/{name}", 0.0) for step in found) for name in STAGES}
         total = sum(stages.values())
         tokens = fmean(step["bench/tokens"] for step in found)
         trained = fmean(step["bench/trained"] for step in found)
         rates = (tokens / stages["rollout"], trained / stages["update"])
         _fill(row, steps, total, rates, {n: s / total for n, s in stages.items() if s})
         if arm == "sgcd":
-            row.sgcd_overhead = f"{fmean(step['time/sgcd_overhead'] for step in found):.3f}"
+            row.sgcd_overhead = fmean(step["time/sgcd_overhead"] for step in found)
 
     return measure
 
@@ -108,13 +108,13 @@ async def _take_steps(arm: str, first_call: bool, steps: int, folder: Path) -> l
 
 
 def trl(row: TrainingRow, steps: int, folder: Path) -> None:
-    """TRL's GRPOTrainer; what is not generation is its update."""
-    from bench import trl_trainer
+    """TRL's GRPOTrainer; all time that is not generation counts as update."""
+    from bench import first_call
     from trainer import configfile
 
-    row.version = registry.version("trl")
+    row.version = version("trl")
     config = configfile.load(CONFIG, ["--arm", "grpo", "--output_dir", str(folder / "run")])
-    clock = trl_trainer.run(config, steps + 1, folder)
+    clock = first_call.train_with_trl(config, steps + 1, folder)
     total, rollout = fmean(clock.steps[1:]), fmean(clock.rollouts[1:])
     tokens = fmean(clock.tokens[1:])
     rates = (tokens / rollout, tokens / (total - rollout))
@@ -122,21 +122,21 @@ def trl(row: TrainingRow, steps: int, folder: Path) -> None:
 
 
 def _fill(row: TrainingRow, steps: int, total: float, rates: tuple[float, float], shares: dict[str, float]) -> None:
-    row.steps, row.seconds_per_step = str(steps), f"{total:.2f}"
-    row.rollout_tokens_per_s, row.update_tokens_per_s = (f"{rate:.0f}" for rate in rates)
-    for name, share in shares.items():
-        setattr(row, f"{name}_share", f"{share:.3f}")
+    row.steps, row.seconds_per_step = steps, total
+    row.rollout_tokens_per_s, row.update_tokens_per_s = rates
+    for stage, share in shares.items():
+        setattr(row, f"{stage}_share", share)
 
 
-def _blank(task: str, name: str) -> TrainingRow:
+def _blank_row(task: str, name: str) -> TrainingRow:
     return TrainingRow(
         task=task,
         provider=name,
-        device=machine.device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        device=results.device_name("cuda" if torch.cuda.is_available() else "cpu"),
         torch=torch.__version__,
-        transformers=registry.version("transformers"),
-        sha=machine.commit(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        transformers=version("transformers"),
+        sha=results.commit(),
+        date=results.now(),
     )
 
 

@@ -1,12 +1,14 @@
-"""What is right, in fp64, and how wrong plain PyTorch is in the same dtype: the correctness gate measures against both.
+"""The right answers, in fp64, and the gate: a provider whose error is out of proportion gets no time.
 
-Values are exact at every token. Gradients are exact at some tokens (of the hidden states) and some words (of the
-weight): each element there still depends on all words, or all tokens.
+Values are exact at every token. Gradients are exact at some tokens (of the hidden states) and some vocab ids (of the
+weight): each element there still depends on the whole vocabulary, or on all tokens. Errors are judged by those that
+plain PyTorch makes in the same dtype.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,13 +22,16 @@ from bench.inputs import EPSILON, EPSILON_HIGH, Inputs
 from sgcd_kernels import CreditConfig, credit_weights
 
 CHUNK = {"cpu": 1 << 27, "cuda": 1 << 31}  # bytes of one fp64 block of logits
-SAMPLED = 64  # tokens and words whose gradients are checked
-TRIED = (
-    2048  # tokens whose values plain PyTorch is tried on: one in twenty holds most of a divergence, and of its error
-)
+SAMPLED = 64  # tokens and vocab ids whose gradients are checked
+TRIED = 2048  # tokens on which plain PyTorch is tried: one in twenty has most of the divergence, and of its error
 CREDIT = CreditConfig()
 TINY = 1e-6  # what fp32 statistics may be off by where plain PyTorch happens to be closer
 BETA = 0.5  # of the Jensen-Shannon divergence
+# More than this many times the error of plain PyTorch in the same dtype is a wrong answer, not a rounding.
+ALLOWED = 10.0
+# Weights jump where a divergence crosses a threshold, so that noise in it moves whole spans of tokens.
+JUMPS = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+ERROR_OF = {"reverse_kl": "kl", "teacher_entropy": "entropy", "logp": "logp"}
 
 
 def prepare(case: Case) -> tuple[Inputs, Truth]:
@@ -52,7 +57,7 @@ class Truth:
         self.jsd, self.mixture_kl = columns[9:]
 
     def _block(self, rows: Tensor) -> tuple[Tensor, ...]:
-        i, at = self.i, self.i.words[rows][:, None]
+        i, at = self.i, self.i.ids[rows][:, None]
         z_p, z_q = i.hidden[rows].double() @ self.weight.T, i.teacher[rows].double() @ self.weight.T
         lse_p, lse_q = z_p.logsumexp(-1), z_q.logsumexp(-1)
         log_p, log_q = z_p.sub_(lse_p[:, None]), z_q.sub_(lse_q[:, None])
@@ -76,7 +81,7 @@ class Truth:
     @cached_property
     def weights(self) -> Tensor:  # [n]
         """Token weights W from the exact divergences."""
-        n = self.i.words.numel()
+        n = self.i.ids.numel()
         full = [torch.zeros(n, dtype=x.dtype, device=x.device).index_copy(0, self.i.rows, x) for x in self._signals]
         return credit(self.i, *full)[self.i.rows].double()
 
@@ -109,13 +114,13 @@ class Truth:
         return torch.linspace(0, self.i.kept - 1, min(SAMPLED, self.i.kept), device=self.i.rows.device).long()
 
     @cached_property
-    def vocabulary(self) -> Tensor:  # words that occur as targets, and some that need not
-        some = self.i.words[self.i.rows[self.tokens]][: SAMPLED // 2]
+    def vocabulary(self) -> Tensor:  # ids that occur as targets, and some that need not
+        some = self.i.ids[self.i.rows[self.tokens]][: SAMPLED // 2]
         step = max(1, self.weight.shape[0] // (SAMPLED // 2))
         return torch.unique(torch.cat([some, torch.arange(0, self.weight.shape[0], step, device=some.device)]))  # type: ignore[no-any-return]
 
     def gradients(self, e: Expected) -> tuple[Tensor, Tensor]:
-        """(d hidden at the sampled tokens [s, H], d weight at the sampled words [w, H]), fp64."""
+        """(d hidden at the sampled tokens [s, H], d weight at the sampled ids [v, H]), fp64."""
         assert e.coefficients is not None
         i, rows = self.i, self.i.rows
         at = self.tokens
@@ -126,16 +131,16 @@ class Truth:
             d_weight += self._d_logits(e, part, self.vocabulary).T @ i.hidden[rows[part]].double()
         return d_hidden, d_weight
 
-    def _d_logits(self, e: Expected, tokens: Tensor, words: Tensor | None) -> Tensor:
+    def _d_logits(self, e: Expected, tokens: Tensor, vocabulary: Tensor | None) -> Tensor:
         """The derivative by logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
         assert e.coefficients is not None
         i, rows = self.i, self.i.rows[tokens]
-        weight = self.weight if words is None else self.weight[words]
-        ids = torch.arange(self.weight.shape[0], device=rows.device) if words is None else words
+        weight = self.weight if vocabulary is None else self.weight[vocabulary]
+        ids = torch.arange(self.weight.shape[0], device=rows.device) if vocabulary is None else vocabulary
         log_p = i.hidden[rows].double() @ weight.T - self.student_lse[tokens][:, None]
         scale = e.coefficients[tokens][:, None]
         if not e.of_divergence:
-            return scale * ((ids == i.words[rows][:, None]).double() - log_p.exp())
+            return scale * ((ids == i.ids[rows][:, None]).double() - log_p.exp())
         log_q = i.teacher[rows].double() @ weight.T - self.teacher_lse[tokens][:, None]
         log_m = torch.log((1 - BETA) * log_p.exp() + BETA * log_q.exp())
         return scale * (1 - BETA) * log_p.exp() * (log_p - log_m - self.mixture_kl[tokens][:, None])
@@ -175,7 +180,7 @@ class Truth:
         p, q = log_p.exp(), log_q.exp()
         log_m = torch.logaddexp(log_p + math.log(1 - BETA), log_q + math.log(BETA))
         jsd = (1 - BETA) * (p * (log_p - log_m)).sum(-1) + BETA * (q * (log_q - log_m)).sum(-1)
-        logp = log_p.gather(1, self.i.words[rows][:, None])[:, 0]
+        logp = log_p.gather(1, self.i.ids[rows][:, None])[:, 0]
         return logp, (p * (log_p - log_q)).sum(-1), -(q * log_q).sum(-1), jsd, x
 
 
@@ -195,7 +200,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:  
 
 
 def credit(i: Inputs, divergence: Tensor, teacher_entropy: Tensor) -> Tensor:  # [N] each
-    """Token weights by SGCD's rule. Nobody else has one, so that compositions of peers use ours."""
+    """Token weights by SGCD's rule. No other library has it, so compositions of peers use ours."""
     found = credit_weights(divergence, teacher_entropy, i.cu_seqlens, mask=i.mask, turn_ids=i.turns, config=CREDIT)
     return found.weights
 
@@ -205,5 +210,65 @@ def rms(value: Tensor, exact: Tensor) -> float:
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
-    """Norm of the error over norm of the truth."""
+    """Norm of the error over norm of the exact values."""
     return float((value.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors against fp64: of values in nats (RMS over the tokens; a loss: absolute), of gradients relative."""
+
+    error: float | None
+    grad_error: float | None
+    reason: str = ""  # why it is wrong; empty if it is right
+
+    @property
+    def right(self) -> bool:
+        return not self.reason
+
+
+def judge(op: str, dtype: str, i: Inputs, truth: Truth, outputs: Mapping[str, Tensor]) -> Verdict:
+    """Compare. `outputs` are the op's values, and `d_hidden` [N, H], `d_weight` [V, H] if there was a backward pass."""
+    expected = truth.expected(op)
+    worst, reasons = 0.0, []
+    for name, exact in expected.values.items():
+        if name not in outputs:
+            return Verdict(None, None, f"wrong: it returned no {name}")
+        value = outputs[name].detach()
+        if value.numel() == i.mask.numel() != exact.numel():
+            value = value.reshape(-1)[i.rows]
+        if value.shape != exact.shape:
+            return Verdict(None, None, f"wrong: {name} has shape {list(value.shape)}, needs {list(exact.shape)}")
+        error, allowed = rms(value, exact), _allowed(op, dtype, name, truth)
+        worst = max(worst, error) if error == error else error
+        if not error <= allowed:  # a NaN is not
+            reasons.append(f"{name} off by {error:.1e}, at most {allowed:.1e} allowed")
+    grad_error = None
+    if "d_hidden" in outputs:
+        d_hidden, d_weight = truth.gradients(expected)
+        pairs = (
+            ("d_hidden", outputs["d_hidden"].reshape(i.hidden.shape)[i.rows[truth.tokens]], d_hidden),
+            ("d_weight", outputs["d_weight"][truth.vocabulary], d_weight),
+        )
+        plain = truth.plain["jsd_grad" if op == "distill" else "grad"]
+        grad_allowed = max(ALLOWED * max(plain, TINY), JUMPS[dtype] if op == "sgcd" else 0.0)
+        found = {name: relative(value, exact) for name, value, exact in pairs}
+        grad_error = max(found.values(), key=lambda e: float("inf") if e != e else e)
+        reasons += [
+            f"{name} off by {error:.1e} of its norm, at most {grad_allowed:.1e} allowed"
+            for name, error in found.items()
+            if not error <= grad_allowed
+        ]
+    return Verdict(worst, grad_error, "wrong: " + "; ".join(reasons) if reasons else "")
+
+
+def _allowed(op: str, dtype: str, name: str, truth: Truth) -> float:
+    if op == "credit":
+        return TINY
+    if name == "loss":  # every token may be off by what plain PyTorch's log-probs (or divergences) are off by
+        coefficients = truth.expected(op).coefficients
+        assert coefficients is not None
+        each = truth.plain["jsd" if op == "distill" else "logp"]
+        jumps = JUMPS[dtype] if op == "sgcd" else 0.0
+        return float(coefficients.abs().sum()) * (ALLOWED * max(each, TINY) + jumps)
+    return ALLOWED * max(truth.plain[ERROR_OF[name]], TINY)

@@ -1,7 +1,7 @@
 """`python -m bench tune`: each configuration of the Triton kernels' tables, in the op that it serves.
 
-On a GPU every candidate of `sgcd_kernels.triton.configs` for that device is timed, interleaved, inside the whole op;
-the tables are changed by hand, from what this prints. Without a GPU the candidates are listed.
+On a GPU every candidate of `sgcd_kernels.backends.triton.configs` for that device is timed, interleaved, inside the
+whole op; the tables are changed by hand, from what this prints. Without a GPU the candidates are listed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 
 from bench.cases import Case
 from bench.inputs import Inputs, make
-from bench.timing import Prepare, interleaved
+from bench.timing import Prepare, time_interleaved
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
-from sgcd_kernels.triton.configs import HALF, Config, column_of
+from sgcd_kernels.backends.triton.configs import HALF, Config
+from sgcd_kernels.backends.triton.launch import column_of
 
 CASE = Case("divergence", "forward", "qwen3-8b", 8192, "bf16", "cuda")
 
@@ -65,7 +66,7 @@ def compare(kernel: str, major: int, call: Callable[[], object], device: str) ->
             except Exception as error:
                 refused[str(config)] = error
         compiled = {str(config): chosen(config) for config in candidates if str(config) not in refused}
-        timings, failed = interleaved(compiled, device)
+        timings, failed = time_interleaved(compiled, device)
     finally:
         table[major] = candidates
     failed |= refused

@@ -11,8 +11,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import check_model, linear_distill_loss
-from sgcd_kernels.logit_transform import logit_transform
+from sgcd_kernels import check_model, linear_distill_loss, logit_transform
 
 
 def tiny(width, layers):

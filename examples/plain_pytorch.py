@@ -9,8 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model
-from sgcd_kernels.logit_transform import logit_transform
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, logit_transform
 
 
 def states(prompt, answers):  # packed [N, H]: those that predict the answers' tokens

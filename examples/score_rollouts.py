@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgcd_kernels import CreditConfig, check_model, credit_weights, linear_divergence
-from sgcd_kernels.logit_transform import logit_transform
+from sgcd_kernels import CreditConfig, check_model, credit_weights, linear_divergence, logit_transform
 
 TINY = Path(__file__).resolve().parents[1] / "trainer" / "assets" / "workday-tiny"
 REFERENCE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bench.inputs import Inputs
-from bench.registry import Outputs, needs, provides
+from bench.providers import Outputs, needs, provides
 
 PACKAGE = "cut-cross-entropy"
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from bench.inputs import Inputs
-from bench.providers import eager
-from bench.registry import Outputs, provides
+from bench.providers import Outputs, eager, provides
 from bench.truth import policy_loss
 
 
@@ -19,18 +18,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def loss_of_rows(hidden: Any, weight: Any, words: Any, old_logp: Any, advantages: Any) -> Any:
-    return policy_loss(eager.target_logp(hidden, weight, words), old_logp, advantages)
+def loss_of_rows(hidden: Any, weight: Any, ids: Any, old_logp: Any, advantages: Any) -> Any:
+    return policy_loss(eager.target_logp(hidden, weight, ids), old_logp, advantages)
 
 
 @provides("logprob", "compile", compiles=True)
 def logprob(i: Inputs, mode: str) -> Outputs:
-    return {"logp": compiled(eager.target_logp)(i.hidden[i.rows], i.weight, i.words[i.rows])}
+    return {"logp": compiled(eager.target_logp)(i.hidden[i.rows], i.weight, i.ids[i.rows])}
 
 
 @provides("cross_entropy", "compile", compiles=True)
 def cross_entropy(i: Inputs, mode: str) -> Outputs:
-    return {"loss": compiled(eager.mean_nll)(i.hidden[i.rows], i.weight, i.words[i.rows])}
+    return {"loss": compiled(eager.mean_nll)(i.hidden[i.rows], i.weight, i.ids[i.rows])}
 
 
 @provides("divergence", "compile", compiles=True)
@@ -47,16 +46,16 @@ def distill(i: Inputs, mode: str) -> Outputs:
 @provides("policy_loss", "compile", compiles=True)
 def policy(i: Inputs, mode: str) -> Outputs:
     rows = i.rows
-    tensors = (i.hidden[rows], i.weight, i.words[rows], i.old_logp[rows], i.token_advantages)
+    tensors = (i.hidden[rows], i.weight, i.ids[rows], i.old_logp[rows], i.token_advantages)
     return {"loss": compiled(loss_of_rows)(*tensors)}
 
 
 @provides("sgcd", "compile", compiles=True)
 def sgcd(i: Inputs, mode: str) -> Outputs:
-    """Both halves compiled; the credit weights between them are a walk over spans, which is not for a compiler."""
+    """Both halves compiled; the credit weights between them are a sequential scan, which is left to eager."""
     rows = i.rows
     student, teacher = i.hidden[rows], i.teacher[rows]
     with torch.no_grad():
         weights = eager.credit_of(i, *compiled(eager.kl_and_entropy)(student, teacher, i.weight))
-    tensors = (student, i.weight, i.words[rows], i.old_logp[rows], i.token_advantages * weights)
+    tensors = (student, i.weight, i.ids[rows], i.old_logp[rows], i.token_advantages * weights)
     return {"loss": compiled(loss_of_rows)(*tensors)}

@@ -1,12 +1,11 @@
-"""The whole credit step from other people's best pieces. Nobody has it in one, nor the weights, which are ours."""
+"""The whole credit step from the best pieces of other libraries. None has it whole, or the weights: those are ours."""
 
 from __future__ import annotations
 
 from bench.cases import Case
 from bench.inputs import Inputs
-from bench.providers import liger, trl, verl
+from bench.providers import Outputs, liger, provides, trl, verl
 from bench.providers.eager import credit_of, spread
-from bench.registry import Outputs, provides
 from bench.truth import policy_loss
 
 
@@ -28,5 +27,5 @@ def trl_liger(i: Inputs, mode: str) -> Outputs:
 def trl_verl(i: Inputs, mode: str) -> Outputs:
     """TRL's divergence, verl's log-probs."""
     weights = credit_of(i, *trl.score(i))
-    logp, _ = verl.logp_and_entropy(i.hidden[i.rows], i.weight, i.words[i.rows])
+    logp, _ = verl.logp_and_entropy(i.hidden[i.rows], i.weight, i.ids[i.rows])
     return {"loss": policy_loss(logp, i.old_logp[i.rows], i.token_advantages * weights)}

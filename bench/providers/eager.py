@@ -1,4 +1,4 @@
-"""Plain PyTorch: logits as a matrix, of the tokens that have a loss. What everybody writes first."""
+"""Plain PyTorch: the matrix of logits of the tokens that have a loss. The version that one writes first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.inputs import Inputs
-from bench.registry import Outputs, provides
+from bench.providers import Outputs, provides
 from bench.truth import BETA, CREDIT, credit, policy_loss
 from sgcd_kernels import reference
 
@@ -18,12 +18,12 @@ def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:  # [n, V] fp32
     return F.log_softmax((hidden @ weight.T).float(), -1)
 
 
-def target_logp(hidden: Tensor, weight: Tensor, words: Tensor) -> Tensor:  # [n]
-    return log_probs(hidden, weight).gather(1, words[:, None])[:, 0]
+def target_logp(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # [n]
+    return log_probs(hidden, weight).gather(1, ids[:, None])[:, 0]
 
 
-def mean_nll(hidden: Tensor, weight: Tensor, words: Tensor) -> Tensor:
-    return F.cross_entropy((hidden @ weight.T).float(), words)
+def mean_nll(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).float(), ids)
 
 
 def kl_and_entropy(hidden: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # [n] each
@@ -32,10 +32,10 @@ def kl_and_entropy(hidden: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Ten
     return (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
 
 
-def every_statistic(hidden: Tensor, teacher: Tensor, weight: Tensor, words: Tensor) -> tuple[Tensor, ...]:
+def every_statistic(hidden: Tensor, teacher: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     """The nine that `linear_divergence` gives."""
     log_p, log_q = log_probs(hidden, weight), log_probs(teacher, weight)
-    p, q, at = log_p.exp(), log_q.exp(), words[:, None]
+    p, q, at = log_p.exp(), log_q.exp(), ids[:, None]
     return (
         (p * (log_p - log_q)).sum(-1),
         -(q * log_q).sum(-1),
@@ -67,12 +67,12 @@ def credit_of(i: Inputs, divergence: Tensor, teacher_entropy: Tensor) -> Tensor:
 
 @provides("logprob", "eager")
 def logprob(i: Inputs, mode: str) -> Outputs:
-    return {"logp": target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])}
+    return {"logp": target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])}
 
 
 @provides("cross_entropy", "eager")
 def cross_entropy(i: Inputs, mode: str) -> Outputs:
-    return {"loss": mean_nll(i.hidden[i.rows], i.weight, i.words[i.rows])}
+    return {"loss": mean_nll(i.hidden[i.rows], i.weight, i.ids[i.rows])}
 
 
 @provides("divergence", "eager")
@@ -82,7 +82,7 @@ def divergence(i: Inputs, mode: str) -> Outputs:
 
 @provides("divergence", "eager-all")
 def all_statistics(i: Inputs, mode: str) -> Outputs:
-    found = every_statistic(i.hidden[i.rows], i.teacher[i.rows], i.weight, i.words[i.rows])
+    found = every_statistic(i.hidden[i.rows], i.teacher[i.rows], i.weight, i.ids[i.rows])
     return dict(zip(("reverse_kl", "teacher_entropy"), found))
 
 
@@ -93,13 +93,13 @@ def distill(i: Inputs, mode: str) -> Outputs:
 
 @provides("policy_loss", "eager")
 def policy(i: Inputs, mode: str) -> Outputs:
-    logp = target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])
+    logp = target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])
     return {"loss": policy_loss(logp, i.old_logp[i.rows], i.token_advantages)}
 
 
 @provides("credit", "reference", package="sgcd-kernels")
 def naive_credit(i: Inputs, mode: str) -> Outputs:
-    """The specification: a walk over the tokens in Python."""
+    """The specification: a loop over the tokens in Python."""
     weights = torch.ones(i.mask.shape)
     columns = (i.divergence, i.teacher_entropy, i.turns)
     for start, stop in pairwise(i.cu_seqlens.tolist()):
@@ -111,8 +111,8 @@ def naive_credit(i: Inputs, mode: str) -> Outputs:
 
 @provides("sgcd", "eager")
 def sgcd(i: Inputs, mode: str) -> Outputs:
-    student, teacher, words = i.hidden[i.rows], i.teacher[i.rows], i.words[i.rows]
+    student, teacher, ids = i.hidden[i.rows], i.teacher[i.rows], i.ids[i.rows]
     with torch.no_grad():
         weights = credit_of(i, *kl_and_entropy(student, teacher, i.weight))
-    logp = target_logp(student, i.weight, words)
+    logp = target_logp(student, i.weight, ids)
     return {"loss": policy_loss(logp, i.old_logp[i.rows], i.token_advantages * weights)}

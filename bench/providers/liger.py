@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.inputs import EPSILON, EPSILON_HIGH, IGNORED, Inputs
-from bench.registry import Outputs, needs, provides
+from bench.providers import Outputs, needs, provides
 from bench.truth import BETA
 
 PACKAGE = "liger-kernel"
@@ -58,7 +58,7 @@ def grpo(i: Inputs, weights: Tensor | None = None) -> Tensor:
     loss, _ = chunked_grpo_loss()(
         i.hidden.view(b, -1, i.hidden.shape[-1]),
         i.weight,
-        i.words.view(b, -1),
+        i.ids.view(b, -1),
         i.mask.view(b, -1).float(),
         i.advantages,
         old_per_token_logps=i.old_logp.view(b, -1),

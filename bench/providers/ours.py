@@ -1,4 +1,4 @@
-"""This library, one provider a backend; `-lse` reuses the normaliser of a scoring pass, which saves a product."""
+"""This library, one provider per backend; `-lse` reuses the log-sum-exp of the scoring pass, which saves a product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.cases import Case
 from bench.inputs import EPSILON, EPSILON_HIGH, Inputs
-from bench.registry import Outputs, provides
+from bench.providers import Outputs, provides
 from bench.truth import BETA, CREDIT, credit
 from sgcd_kernels import (
     backend_status,
@@ -22,7 +22,7 @@ CLIP = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH, "loss_type": "dapo"}
 
 
 def refuses(impl: str) -> Callable[[Case], str | None]:
-    """Why a backend does not run here, in its own words."""
+    """Why a backend does not run here, as `backend_status` says it."""
 
     def reason(case: Case) -> str | None:
         status = backend_status()[impl]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.inputs import IGNORED, Inputs
-from bench.registry import Outputs, needs, provides
+from bench.providers import Outputs, needs, provides
 
 PACKAGE = "quack-kernels"
 

@@ -1,4 +1,4 @@
-"""TRL's chunked log-probs and divergences: library GEMMs on tiles, folded by Triton on a GPU, by PyTorch elsewhere.
+"""TRL's chunked log-probs and divergences: library GEMMs on tiles, reduced by Triton on a GPU, by PyTorch elsewhere.
 
 They are called as its trainers call them on a GPU: on the tokens that have a loss, with only the outputs needed.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.inputs import Inputs
+from bench.providers import Outputs, needs, provides
 from bench.providers.eager import credit_of
-from bench.registry import Outputs, needs, provides
 from bench.truth import BETA, policy_loss
 
 PACKAGE = "trl"
@@ -20,12 +20,12 @@ refuses = needs("trl")
 
 
 def target_logp(
-    hidden: Tensor, weight: Tensor, words: Tensor, outputs: tuple[str, ...] = ()
+    hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...] = ()
 ) -> tuple[Tensor, Tensor | None]:
     """(log p(y), entropy if it is in `outputs`), [n] each."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    found = ChunkedLogProbFunction.apply(hidden, weight, None, words, 1.0, VOCAB_CHUNK, None, 1.0, outputs)
+    found = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, VOCAB_CHUNK, None, 1.0, outputs)
     return found[0], found[1]
 
 
@@ -42,19 +42,19 @@ def divergence(i: Inputs, beta: float) -> Tensor:  # [n]
 @torch.no_grad()
 def score(i: Inputs) -> tuple[Tensor, Tensor]:
     """(KL(student || teacher), entropy of the teacher): its divergence gives the student's only, so two passes."""
-    _, entropy = target_logp(i.teacher[i.rows], i.weight, i.words[i.rows], ("entropy",))
+    _, entropy = target_logp(i.teacher[i.rows], i.weight, i.ids[i.rows], ("entropy",))
     assert entropy is not None
     return divergence(i, REVERSE_KL), entropy
 
 
 @provides("logprob", "trl", package=PACKAGE, refuses=refuses)
 def logprob(i: Inputs, mode: str) -> Outputs:
-    return {"logp": target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])[0]}
+    return {"logp": target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])[0]}
 
 
 @provides("cross_entropy", "trl", package=PACKAGE, refuses=refuses)
 def cross_entropy(i: Inputs, mode: str) -> Outputs:
-    return {"loss": -target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])[0].mean()}
+    return {"loss": -target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])[0].mean()}
 
 
 @provides("divergence", "trl", package=PACKAGE, refuses=refuses)
@@ -69,7 +69,7 @@ def distill(i: Inputs, mode: str) -> Outputs:
 
 @provides("policy_loss", "trl", package=PACKAGE, refuses=refuses)
 def policy(i: Inputs, mode: str) -> Outputs:
-    logp, _ = target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])
+    logp, _ = target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])
     return {"loss": policy_loss(logp, i.old_logp[i.rows], i.token_advantages)}
 
 
@@ -77,5 +77,5 @@ def policy(i: Inputs, mode: str) -> Outputs:
 def sgcd(i: Inputs, mode: str) -> Outputs:
     """The whole step from TRL's pieces, with our credit weights between them."""
     weights = credit_of(i, *score(i))
-    logp, _ = target_logp(i.hidden[i.rows], i.weight, i.words[i.rows])
+    logp, _ = target_logp(i.hidden[i.rows], i.weight, i.ids[i.rows])
     return {"loss": policy_loss(logp, i.old_logp[i.rows], i.token_advantages * weights)}

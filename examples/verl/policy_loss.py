@@ -29,8 +29,9 @@ advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 8) * mask
 signals = {"reverse_kl": torch.zeros(2, 8), "teacher_entropy": torch.rand(2, 8, generator=generator)}
 signals["reverse_kl"][0, 5], signals["reverse_kl"][1, 1] = 0.9, 0.4  # the tokens where the reference knew better
 
-credit = response_credit(signals, mask, config=credit_config(config.model.fused_kernel_options.sgcd))
-given = TokenWeights(credit.weights, credit_metrics(credit, signals, mask))
+rule = credit_config(config.model.fused_kernel_options.sgcd)
+credit = response_credit(signals, mask, config=rule)
+given = TokenWeights(credit.weights, credit_metrics(credit, signals, mask, rule))
 for mode in ("vanilla", actor.policy_loss.loss_mode):
     with token_weights(given):
         loss, metrics = get_policy_loss_fn(mode)(old, new, advantages, mask, actor.loss_agg_mode, config=actor)

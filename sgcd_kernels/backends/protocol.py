@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sgcd_kernels.credit.config import CreditConfig
 
 
+IMPLS = ("auto", "triton", "cpp", "torch")  # what `impl=` may be
+
+
 class DivergenceOptions(NamedTuple):
     """What `divergence_forward` gives beside the fields of one pass."""
 

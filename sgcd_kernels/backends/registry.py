@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels.backends.cpp import extension
-from sgcd_kernels.backends.protocol import Backend
+from sgcd_kernels.backends.protocol import IMPLS, Backend
 from sgcd_kernels.core.lm_head import Projection
 from sgcd_kernels.core.validation import check_choice
 
@@ -185,7 +185,6 @@ _BACKENDS: dict[str, _Entry] = {
     "torch": _Entry(lambda: None, lambda function, x: None, ("cpu", "cuda")),
 }
 _FOLDERS = {name: cast(Backend, _Folder(name)) for name in _BACKENDS}
-IMPLS = ("auto", *_BACKENDS)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

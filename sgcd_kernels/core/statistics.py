@@ -44,6 +44,11 @@ class HeadStats(NamedTuple):
         zeros = like.new_zeros(rows)
         return HeadStats(like.new_full((rows,), torch.finfo(like.dtype).min), zeros, zeros, zeros)
 
+    @staticmethod
+    def of_splits(fields: Tensor) -> HeadStats:  # [splits, 4, n]
+        """Of the whole vocabulary, from m, l, s and the target's logit in each vocab split."""
+        return _merge_splits(fields)[0]
+
     def rescaled(self, m: Tensor) -> tuple[HeadStats, Tensor]:
         """(the same relative to the maximum `m` >= self.m, the shift of exponents by whose exp all sums shrink)"""
         shift = torch.where(self.l > 0, self.m - m, 0.0)  # before the first block there is nothing to shift
@@ -84,6 +89,20 @@ class HeadStats(NamedTuple):
         return (self.target - self.m) - log_l, entropy, self.m + log_l
 
 
+def _merge_splits(fields: Tensor) -> tuple[HeadStats, Tensor]:  # [splits, 4, n]
+    """(one head's statistics, the shift of each split's exponents [splits, n])"""
+    m, l, s, target = fields.unbind(1)  # noqa: E741
+    m_all = m.amax(0)
+    shift = torch.where(l > 0, m - m_all, 0.0)
+    return HeadStats(m_all, (l * shift.exp()).sum(0), _shrink(s + shift * l, shift).sum(0), target.sum(0)), shift
+
+
+def _shrink(x: Tensor, shift: Tensor) -> Tensor:
+    """e^shift x. Mass that underflows takes an infinite sum with it: 0 times inf would be NaN."""
+    shrink = shift.exp()
+    return torch.where(shrink > 0, x * shrink, 0.0)
+
+
 class PairStats(NamedTuple):
     """Statistics of each row of the student p and the teacher q, [n]."""
 
@@ -102,6 +121,14 @@ class PairStats(NamedTuple):
     def of_fields(fields: Tensor) -> PairStats:  # [11, n]
         """As a kernel writes them: m, l, s, target of p, of q, then a_p, a_q, overlap."""
         return PairStats(HeadStats(*fields[:4]), HeadStats(*fields[4:8]), *fields[8:])
+
+    @staticmethod
+    def of_splits(fields: Tensor) -> PairStats:  # [splits, 11, n]
+        """Of the whole vocabulary, from the fields of each vocab split, in the order of `of_fields`."""
+        (p, shift_p), (q, shift_q) = _merge_splits(fields[:, :4]), _merge_splits(fields[:, 4:8])
+        a_p, a_q = _shrink(fields[:, 8], shift_p).sum(0), _shrink(fields[:, 9], shift_q).sum(0)
+        overlap = (fields[:, 10] * ((shift_p + shift_q) / 2).exp()).sum(0)
+        return PairStats(p, q, a_p, a_q, overlap)
 
     @staticmethod
     def concatenated(parts: Sequence[PairStats]) -> PairStats:

@@ -144,8 +144,8 @@ def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, tea
     check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     check_head(teacher_hidden, teacher, prefix="teacher_")
     if teacher.weight.shape[0] != head.weight.shape[0]:
-        got, needs = teacher.weight.shape[0], head.weight.shape[0]
-        raise ValueError(f"teacher_weight has V = {got}, needs V = {needs} as weight")
+        vocab, needed = teacher.weight.shape[0], head.weight.shape[0]
+        raise ValueError(f"teacher_weight has V = {vocab}, needs V = {needed} as weight")
     return leading
 
 

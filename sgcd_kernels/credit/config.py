@@ -84,3 +84,9 @@ class CreditConfig:
 
 
 DEFAULT = CreditConfig()
+
+
+def check_config(config: object) -> None:
+    """Refuse what is no CreditConfig."""
+    if not isinstance(config, CreditConfig):
+        raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")

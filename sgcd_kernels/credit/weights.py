@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends.registry import IMPLS, credit_backend
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.backends.registry import credit_backend
 from sgcd_kernels.core.lm_head import stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
@@ -19,7 +20,7 @@ from sgcd_kernels.core.validation import (
     check_tensor,
     cu_seqlens_values,
 )
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.eligible import EligibleTokens
 from sgcd_kernels.credit.rules import RULES, Batch, Credit
 
@@ -162,11 +163,6 @@ def credit_op(
         torch.where(eligible, saliency, 0.0).to(dtype),
         torch.where(eligible, ids, -1),
     )
-
-
-def check_config(config: object) -> None:
-    if not isinstance(config, CreditConfig):
-        raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")
 
 
 def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`cut_cross_entropy.linear_cross_entropy` by our kernels: cross-entropy of hidden states, no gradient left out.
+"""`cut_cross_entropy.linear_cross_entropy` by these kernels: cross-entropy of hidden states, no gradient filtered out.
 
 from sgcd_kernels.integrations.cut_cross_entropy import linear_cross_entropy
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sgcd_kernels.core.validation import check_choice
-from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.ops.logprob import linear_logprob
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -25,10 +25,10 @@ def linear_cross_entropy(
     shift: bool | int = False,
     impl: str = "auto",
 ) -> Tensor:
-    """-log softmax(softcap(e c^T + bias))[targets]: fp32, its mean over tokens that are not ignored, sum, or each.
+    """-log softmax(softcap(e c^T + bias))[targets] in fp32, per token or reduced over tokens that count.
 
-    `shift` n (True is 1): position i is judged by target i + n. With reduction "none" the result has the shape of
-    `targets`, or n columns less; ignored tokens give 0. There is no `filter_eps`: small gradients are kept.
+    `shift` n (True is 1): position i predicts target i + n. With reduction "none" the result has the shape of
+    `targets`, less n columns; ignored tokens give 0. There is no `filter_eps`: small gradients are kept.
 
     Raises ValueError as `linear_logprob` does, and for a shift of [N, H] or beyond the sequence.
 

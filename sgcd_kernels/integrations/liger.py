@@ -1,4 +1,4 @@
-"""Liger's GRPO loss by our kernels: its argument names, advantages that may be per token, and the same with credit.
+"""Liger's GRPO loss by these kernels: its argument names, advantages that may be per token, and the same with credit.
 
 from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss, LigerFusedLinearSGCDLoss
 
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
 from sgcd_kernels.core.validation import check_choice, check_tensor
-from sgcd_kernels.credit import check_config
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
-from sgcd_kernels.logprob import linear_logprob
-from sgcd_kernels.policy_loss import linear_policy_loss
-from sgcd_kernels.sgcd import sgcd_loss
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
+from sgcd_kernels.ops.logprob import linear_logprob
+from sgcd_kernels.ops.policy_loss import linear_policy_loss
+from sgcd_kernels.ops.sgcd import sgcd_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
 
 
 class LigerOptions(TypedDict, total=False):
-    """What both losses are made with; defaults and meaning as in `LigerFusedLinearGRPOLoss`."""
+    """Constructor arguments of both losses; defaults and meaning as in `LigerFusedLinearGRPOLoss`."""
 
     beta: float
     compiled: bool
@@ -50,7 +49,7 @@ class LigerOptions(TypedDict, total=False):
 
 
 class _LigerLoss(nn.Module):
-    """What the two losses share: Liger's hyperparameters, and its arguments told to our ops."""
+    """What the two losses share: Liger's hyperparameters, and the translation of its arguments."""
 
     beta: float
     temperature: float
@@ -112,9 +111,9 @@ class _LigerLoss(nn.Module):
         vllm_is_ratio: Tensor | None,
         num_items_in_batch: float | Tensor | None,
     ) -> dict[str, Any]:
-        """What `linear_policy_loss` and `sgcd_loss` call by one name."""
+        """The keywords of `linear_policy_loss` and `sgcd_loss`."""
         if not self.use_ref_model:
-            ref_logp = None  # as Liger has it, also where one is given
+            ref_logp = None  # as in Liger, also where one is given
         elif self.beta != 0 and ref_logp is None:
             ref_logp = self._reference(ids, ref_input, ref_weight, ref_bias)
         return {
@@ -159,26 +158,26 @@ class _LigerLoss(nn.Module):
 
 
 def _per_token(ratio: Tensor, shape: torch.Size) -> Tensor:
-    """[B] and [B, 1] are one a sequence, also where B = T."""
+    """[B] and [B, 1] are one value per sequence, also where B = T."""
     check_tensor("vllm_is_ratio", ratio)
     batch, tokens = shape
     if ratio.shape not in ((batch,), (batch, 1), (batch, tokens)):
         raise ValueError(
-            f"vllm_is_ratio has shape {list(ratio.shape)}, needs [{batch}] or [{batch}, 1] (a sequence) or "
-            f"[{batch}, {tokens}] (a token)"
+            f"vllm_is_ratio has shape {list(ratio.shape)}, needs [{batch}] or [{batch}, 1] (per sequence) or "
+            f"[{batch}, {tokens}] (per token)"
         )
     return (ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio).expand(shape)
 
 
 class LigerFusedLinearGRPOLoss(_LigerLoss):
-    """GRPO-family loss of hidden states, called as liger-kernel's class of that name is.
+    """GRPO-family loss of hidden states, called like liger-kernel's class of that name.
 
     Args:
         beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level, temperature,
-            use_ref_model: as there (for "cispo" epsilon_high is the cap of the ratio itself).
-        compiled, chunk_size: accepted and not used; there are neither graphs nor chunks to choose.
+            use_ref_model: as in Liger (for "cispo" epsilon_high is the cap of the ratio itself).
+        compiled, chunk_size: accepted and ignored; there are neither graphs nor chunks to choose.
         impl: the backend.
-        sapo_*, vespo_*: accepted at any value, as the losses that read them are refused.
+        sapo_*, vespo_*: accepted and ignored; the losses that read them are refused.
 
     Raises:
         ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
@@ -198,17 +197,17 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
         lin_weight: Tensor,  # [V, H]
         selected_token_ids: Tensor,  # [B, T]
         attention_mask: Tensor,  # [B, T]; true where a token has a loss
-        advantages: Tensor,  # [B], or [B, T] for one a token
+        advantages: Tensor,  # [B], or [B, T] per token
         bias: Tensor | None = None,  # [V]
         ref_per_token_logps: Tensor | None = None,  # [B, T]; not read without use_ref_model
         old_per_token_logps: Tensor | None = None,  # [B, T]
         ref_input: Tensor | None = None,  # [B, T, H']
         ref_weight: Tensor | None = None,  # [V, H']
         ref_bias: Tensor | None = None,  # [V]
-        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] for one a sequence
+        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] per sequence
         num_items_in_batch: float | Tensor | None = None,  # tokens
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the share of clipped tokens."""
+        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the fraction of clipped tokens."""
         more = self._arguments(
             selected_token_ids,
             attention_mask,
@@ -230,11 +229,11 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
 
 
 class LigerFusedLinearSGCDLoss(_LigerLoss):
-    """`FusedLinearSGCDLoss` called as liger-kernel's GRPO loss is, with the teacher's states as further arguments.
+    """`FusedLinearSGCDLoss` called like liger-kernel's GRPO loss, with further arguments for the teacher.
 
-    Made with `config`, a `CreditConfig`, and what `LigerFusedLinearGRPOLoss` is made with; raises what that raises.
-    With gamma 0 its results are bitwise those of `LigerFusedLinearGRPOLoss`. Its metrics are Liger's two; those of the
-    credit come from `FusedLinearSGCDLoss`.
+    Takes `config`, a `CreditConfig`, and the arguments of `LigerFusedLinearGRPOLoss`; raises what that raises. With
+    gamma 0 its results are bitwise those of `LigerFusedLinearGRPOLoss`. Its metrics are Liger's two; `credit/*` metrics
+    come from `FusedLinearSGCDLoss`.
 
     >>> criterion = LigerFusedLinearSGCDLoss(beta=0.0, loss_type="dapo")
     >>> g = torch.Generator().manual_seed(0)
@@ -259,23 +258,24 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
         lin_weight: Tensor,  # [V, H]
         selected_token_ids: Tensor,  # [B, T]
         attention_mask: Tensor,  # [B, T]; true where a token has a loss
-        advantages: Tensor,  # [B], or [B, T] for one a token
+        advantages: Tensor,  # [B], or [B, T] per token
         bias: Tensor | None = None,  # [V]
         ref_per_token_logps: Tensor | None = None,  # [B, T]; not read without use_ref_model
         old_per_token_logps: Tensor | None = None,  # [B, T]
         ref_input: Tensor | None = None,  # [B, T, H']
         ref_weight: Tensor | None = None,  # [V, H']
         ref_bias: Tensor | None = None,  # [V]
-        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] for one a sequence
+        vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] per sequence
         num_items_in_batch: float | Tensor | None = None,  # tokens
         *,
         teacher_input: Tensor,  # [B, T, H']; of the same tokens, under the reference
+        has_teacher: Tensor | None = None,  # [B, T] or [B]; None is everywhere
         teacher_weight: Tensor | None = None,  # [V, H']; None is the student's
         teacher_bias: Tensor | None = None,  # [V]
         turn_ids: Tensor | None = None,  # [B, T]
         credit_mask: Tensor | None = None,  # [B, T]; true where a loss token may carry credit
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the share of clipped tokens."""
+        """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the fraction of clipped tokens."""
         more = self._arguments(
             selected_token_ids,
             attention_mask,
@@ -296,6 +296,7 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
             advantages,
             teacher_weight=teacher_weight,
             teacher_bias=teacher_bias,
+            has_teacher=has_teacher,
             turn_ids=turn_ids,
             credit_mask=credit_mask,
             config=self.config,

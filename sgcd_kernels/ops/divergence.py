@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends.protocol import DivergenceOptions
-from sgcd_kernels.backends.registry import IMPLS, backend_for, no_autocast
+from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import LMHead, Projection, shard_range, stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (

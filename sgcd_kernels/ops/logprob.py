@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.backends.registry import IMPLS, backend_for, no_autocast
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs, Projection, empty_grads, stats_dtype
 from sgcd_kernels.core.registration import register, restore, save
 from sgcd_kernels.core.statistics import LogprobValues

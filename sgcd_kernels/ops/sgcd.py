@@ -1,7 +1,7 @@
 """SGCD in one call: score student and teacher, turn divergence into credit, take the weighted policy loss.
 
-`sgcd_loss` takes plain keywords; `score_and_weigh` and `weighted_policy_loss` are its two halves on bundles, for loops
-that need credit per token, or have a loss of their own.
+`sgcd_loss` takes plain keywords. Its two halves, `score_and_weigh` and `weighted_policy_loss`, take bundles: for loops
+that need the credit of each token, or that have a loss of their own.
 """
 
 from __future__ import annotations
@@ -13,34 +13,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
 
-from sgcd_kernels.backends.protocol import DivergenceOptions
-from sgcd_kernels.backends.registry import IMPLS, backend_status
-from sgcd_kernels.core.lm_head import LMHead
-from sgcd_kernels.core.registration import register
-from sgcd_kernels.core.segments import Segments, runs_of
+from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
+from sgcd_kernels.backends.registry import backend_status
 from sgcd_kernels.core.surrogate import PolicyLossConfig
-from sgcd_kernels.core.validation import (
-    check_all_per_token,
-    check_choice,
-    check_float,
-    check_int,
-    check_pair,
-    check_tensor,
-    checked_targets,
-)
-from sgcd_kernels.credit.config import DEFAULT, CreditConfig
+from sgcd_kernels.core.validation import check_choice, check_float, check_int
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.rules import Credit, never_acts
-from sgcd_kernels.credit.summary import CreditSums, credit_summary, credit_sums, warn_if_inert
-from sgcd_kernels.credit.weights import CreditSignals, check_config, config_for_op, credit_op
+from sgcd_kernels.credit.summary import CreditSums, credit_summary
+from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
 from sgcd_kernels.ops.divergence import DivergenceStats, divergence_op, teacher_head
-from sgcd_kernels.ops.policy_loss import (
-    KnownLse,
-    PolicyOptions,
-    PolicyTokens,
-    Settings,
-    check_policy_inputs,
-    policy_loss,
-)
+from sgcd_kernels.ops.policy_inputs import PolicyOptions, PolicyTokens, Settings, check_policy_inputs
+from sgcd_kernels.ops.policy_loss import KnownLse, policy_loss
+from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher, batch_op, check_credit_inputs, weigh_op
 
 
 class SGCDOptions(PolicyOptions, total=False):
@@ -115,29 +99,14 @@ def sgcd_loss(
     settings = Settings.of("sgcd_loss", weight, named)
     tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)
     teacher = Teacher(teacher_hidden, teacher_head(settings.head, teacher_weight, teacher_bias), has_teacher)
-    inputs = CreditInputs(teacher, credit_mask, turn_ids, config)
-    result = weighted_policy_loss(hidden, settings, tokens, inputs, reuse_lse=reuse_lse)
+    if not isinstance(reuse_lse, bool):
+        raise ValueError(f"reuse_lse is {reuse_lse!r}, needs True or False")
+    scored = score_and_weigh(hidden, settings, tokens, CreditInputs(teacher, credit_mask, turn_ids, config))
+    result = weighted_policy_loss(hidden, settings, tokens, scored, reuse_lse=reuse_lse)
     return result.loss, result.metrics
 
 
 _PER_TOKEN = ("old_logp", "ref_logp", "importance_weights")
-
-
-class Teacher(NamedTuple):
-    """The teacher's side of a batch."""
-
-    hidden: Tensor | None  # [N, H'] or [B, T, H']; None: no token has a teacher
-    head: LMHead
-    has_teacher: Tensor | None = None  # like targets, or [B]; None is everywhere
-
-
-class CreditInputs(NamedTuple):
-    """What a batch needs for its credit, beside the policy's tokens."""
-
-    teacher: Teacher
-    credit_mask: Tensor | None = None  # like targets
-    turn_ids: Tensor | None = None  # like targets
-    config: CreditConfig = DEFAULT
 
 
 class SGCDTokens(NamedTuple):
@@ -160,7 +129,6 @@ class SGCDResult(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     tokens: SGCDTokens
-    sums: CreditSums | None  # what `credit/*` are computed from; None where nothing was scored
 
 
 class Scored(NamedTuple):
@@ -192,19 +160,16 @@ def weighted_policy_loss(
     hidden: Tensor,  # [N, H] or [B, T, H]
     settings: Settings,
     tokens: PolicyTokens,
-    inputs: CreditInputs,
+    scored: Scored | None,
     *,
     reuse_lse: bool = True,
 ) -> SGCDResult:
-    """`sgcd_loss` on bundles, with what it knows of each token."""
-    if not isinstance(reuse_lse, bool):
-        raise ValueError(f"reuse_lse is {reuse_lse!r}, needs True or False")
+    """The policy loss of the weighted advantages, or of `tokens` as they are where nothing was scored."""
     check_policy_inputs(hidden, tokens, settings)
-    scored = score_and_weigh(hidden, settings, tokens, inputs)
     if scored is None:
         result = policy_loss(hidden, tokens, settings, KnownLse())
         assert result.entropy is not None
-        return SGCDResult(result.loss, result.metrics.named(), _unscored(result.logp, result.entropy), None)
+        return SGCDResult(result.loss, result.metrics.named(), unscored_tokens(result.logp, result.entropy))
     tokens = tokens._replace(targets=scored.targets, advantages=scored.advantages, mask=None)
     known = KnownLse(scored.stats.student_lse, scored.lse_known) if reuse_lse else KnownLse()
     result = policy_loss(hidden, tokens, settings, known)
@@ -212,14 +177,15 @@ def weighted_policy_loss(
     loss_tokens = scored.targets != settings.ignore_index
     entropy = torch.where(loss_tokens, per_token.student_entropy, 0.0).sum() / loss_tokens.sum().clamp(min=1)
     metrics = result.metrics.named() | {"entropy": entropy} | credit_summary(scored.sums)
-    return SGCDResult(result.loss, metrics, per_token, scored.sums)
+    return SGCDResult(result.loss, metrics, per_token)
 
 
 @torch.no_grad()
 def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> Scored | None:
     """Divergences, credit and weighted advantages; None where credit cannot act, and nothing is scored."""
+    check_policy_inputs(hidden, tokens, settings)
+    check_credit_inputs(hidden, settings, tokens, inputs)
     teacher, config, shape = inputs.teacher, inputs.config, tokens.targets.shape
-    _check_inputs(hidden, settings, tokens, inputs)
     if teacher.hidden is None or never_acts(config):
         return None
     bounds = tokens.cu_seqlens
@@ -240,108 +206,15 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
     turns = batch.runs if inputs.turn_ids is None else inputs.turn_ids.reshape(-1)
     credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl)
     credit = Credit(*(x.reshape(shape) for x in credit))
-    weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip)
+    weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip, inputs.warn)
     return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
 
 
-def _check_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
-    teacher, leading = inputs.teacher, tokens.targets.shape
-    check_config(inputs.config)
-    if teacher.hidden is not None:
-        check_pair(hidden, settings.head, teacher.hidden, teacher.head)
-    check_all_per_token({"credit_mask": inputs.credit_mask, "turn_ids": inputs.turn_ids}, leading, hidden.device)
-    if tokens.cu_seqlens is None and len(leading) == 1:
-        raise ValueError("cu_seqlens is None, needs [B + 1] for packed hidden [N, H]: credit stays within a sequence")
-    sequences = leading[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.numel() - 1
-    if teacher.has_teacher is not None:
-        check_tensor("has_teacher", teacher.has_teacher)
-        if teacher.has_teacher.shape not in (leading, (sequences,)):
-            got, needs = list(teacher.has_teacher.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
-            raise ValueError(f"has_teacher has shape {got}, needs {needs}")
-
-
-def _unscored(logp: Tensor, entropy: Tensor) -> SGCDTokens:
+def unscored_tokens(logp: Tensor, entropy: Tensor) -> SGCDTokens:
+    """Of a batch without teachers."""
     zeros = torch.zeros_like(logp)
     ids = torch.full_like(logp, -1, dtype=torch.long)
     return SGCDTokens(logp, logp, entropy, entropy, zeros, zeros + 1, zeros, ids)
-
-
-class Batch(NamedTuple):
-    """Like `targets`, with every mask put into it; runs is flat."""
-
-    targets: Tensor  # int64, `ignore_index` where there is no loss
-    scored_targets: Tensor  # and where there is no teacher
-    has_teacher: Tensor  # bool, loss tokens only
-    eligible: Tensor  # bool
-    advantages: Tensor
-    runs: Tensor  # [N], the number of a token's run of loss tokens
-
-
-def _fake_batch(head: LMHead, tokens: PolicyTokens, *_: object) -> Batch:
-    targets, wide = tokens.targets, torch.promote_types(tokens.advantages.dtype, torch.float32)
-
-    def like_targets(dtype: torch.dtype) -> Tensor:
-        return targets.new_empty(targets.shape, dtype=dtype)
-
-    return Batch(
-        targets=like_targets(torch.long),
-        scored_targets=like_targets(torch.long),
-        has_teacher=like_targets(torch.bool),
-        eligible=like_targets(torch.bool),
-        advantages=like_targets(wide),
-        runs=targets.new_empty(targets.numel(), dtype=torch.long),
-    )
-
-
-@register(_fake_batch)
-def batch_op(
-    head: LMHead, tokens: PolicyTokens, credit_mask: Tensor | None, has_teacher: Tensor | None, ignore_index: int
-) -> Batch:
-    shape, device = tokens.targets.shape, tokens.targets.device
-    flat = checked_targets(tokens.targets, head, ignore_index, tokens.mask)
-    loss_tokens = flat != ignore_index
-    segments = Segments.of(shape, tokens.cu_seqlens, device)
-    with_teacher = loss_tokens.clone()
-    if has_teacher is not None:
-        with_teacher &= segments.per_token(has_teacher.to(device), shape) != 0
-    eligible = with_teacher.clone() if credit_mask is None else with_teacher & (credit_mask.reshape(-1) != 0)
-    wide = torch.promote_types(tokens.advantages.dtype, torch.float32)
-    advantages = segments.per_token(tokens.advantages.to(dtype=wide, device=device), shape)
-    return Batch(
-        targets=flat.clone().reshape(shape),
-        scored_targets=flat.masked_fill(~with_teacher, ignore_index).reshape(shape),
-        has_teacher=with_teacher.reshape(shape),
-        eligible=eligible.reshape(shape),
-        advantages=advantages.clone().reshape(shape),
-        runs=runs_of(loss_tokens),
-    )
-
-
-class Weighed(NamedTuple):
-    advantages: Tensor  # A W
-    lse_known: Tensor
-    sums: CreditSums
-
-
-def _fake_weigh(batch: Batch, credit: Credit, divergence: Tensor, *_: object) -> Weighed:
-    def scalar(dtype: torch.dtype) -> Tensor:
-        return divergence.new_empty((), dtype=dtype)
-
-    counts = {name: scalar(torch.long) for name in ("tokens", "spans", "in_spans", "diverging", "weighted")}
-    totals = {name: scalar(divergence.dtype) for name in ("divergence", "teacher_entropy")}
-    weights = {"weights": scalar(credit.weights.dtype), "salient": scalar(torch.float32)}
-    sums = CreditSums(**counts, **totals, **weights, saturated=scalar(torch.float32))
-    dtype = torch.promote_types(batch.advantages.dtype, credit.weights.dtype)
-    advantages = batch.advantages.new_empty(batch.advantages.shape, dtype=dtype)
-    return Weighed(advantages, torch.empty_like(batch.has_teacher), sums)
-
-
-@register(_fake_weigh)
-def weigh_op(batch: Batch, credit: Credit, divergence: Tensor, teacher_entropy: Tensor, clip: float) -> Weighed:
-    # One op: the compiler would drop a warning that nothing depends on, but not the advantages.
-    sums = credit_sums(credit, divergence, teacher_entropy, batch.eligible, clip)
-    warn_if_inert(sums)
-    return Weighed(batch.advantages * credit.weights, batch.has_teacher & (sums.weighted > 0), sums)
 
 
 class Hyperparameters(TypedDict, total=False):

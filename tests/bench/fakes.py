@@ -9,8 +9,8 @@ import signal
 import torch
 
 from bench.inputs import Inputs
+from bench.providers import Outputs, provides
 from bench.providers.eager import divergence
-from bench.registry import Outputs, provides
 
 HUNGER = 200 << 20  # bytes
 

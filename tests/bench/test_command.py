@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import registry, timing
-from bench.cases import HEADS, OPS, cpu_selection, gpu_selection
+from bench import providers, timing
+from bench.cases import HEADS, OPS, PRODUCTS, cpu_selection, gpu_selection, modes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +36,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ),
         (["train", "--steps", "0"], "--steps: got 0, needs at least 1"),
         (["plot", "--results", "/nowhere"], "no results in /nowhere"),
+        (
+            ["figure", "--results", "/nowhere"],
+            "the figure needs times for two numbers of tokens",
+        ),
         (["dance"], "invalid choice: 'dance'"),
         ([], "COMMAND"),
     ],
@@ -63,15 +67,15 @@ def test_the_selection_narrows_and_named_shapes_leave_it(capsys: pytest.CaptureF
 
 
 def seconds_on_a_gpu() -> float:
-    """A cautious guess for an H200: everybody at twice the floor, a compiler for each op, the truth in fp64."""
-    registry.load()
-    elsewhere = {"cpp", "cpp-lse", "walk", "reference"}
+    """A cautious guess for an H200: every provider at twice the matmul baseline, compilation, the fp64 answers."""
+    providers.load()
+    elsewhere = {"cpp", "cpp-lse", "sweep", "reference"}
     total = 0.0
     for case in gpu_selection():
         unit = 2 * 0.7 * case.tokens * case.head.hidden * case.head.vocab
-        providers = len({p.name for p in registry.of(case.op)} - elsewhere)
-        once = 2 * OPS[case.op].floor[case.mode] * unit / 400e12
-        total += providers * ((2 + timing.samples_for(once)) * once + 0.3) + 2 * unit / 40e12
+        count = len({p.name for p in providers.providers_of(case.op)} - elsewhere)
+        once = 2 * PRODUCTS[case.op][case.mode] * unit / 400e12
+        total += count * ((2 + timing.samples_for(once)) * once + 0.3) + 2 * unit / 40e12
     return total + 25 * len({c.op for c in gpu_selection()} - {"credit"})
 
 
@@ -85,17 +89,21 @@ def test_the_gpu_matrix_fits_eight_minutes_and_covers_what_is_owed() -> None:
     assert len(set(cases)) == len(cases) and len(set(cpu_selection(("fp32",)))) == len(cpu_selection(("fp32",)))
 
 
-def test_every_op_has_a_floor_and_ours_and_a_plain_one() -> None:
-    registry.load()
-    for op, of in OPS.items():
-        names = {p.name for p in registry.of(op)}
+def test_every_op_has_a_matmul_baseline_and_ours_and_a_plain_one() -> None:
+    providers.load()
+    for op in OPS:
+        names = {p.name for p in providers.providers_of(op)}
         assert names >= (
-            {"ours", "reference"} if op == "credit" else {"triton", "cpp", "torch", "eager", "compile", "gemm"}
+            {"ours", "reference"} if op == "credit" else {"triton", "cpp", "torch", "eager", "compile", "matmul"}
         )
-        assert set(of.modes) <= {"forward", "backward", "full"}
+        assert set(modes_of(op)) <= {"forward", "backward", "full"}
 
 
 def test_tables_need_no_torch() -> None:
-    code = "import sys\nsys.modules['torch'] = None\nfrom bench import tables\nsys.exit(tables.main(check=True))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom bench.__main__ import main\nsys.exit(main(['table', '--check']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "table", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from bench import tuning
+from bench import timing, tuning
 from bench.__main__ import main
-from sgcd_kernels.triton.configs import HALF, Config, config_for
+from sgcd_kernels.backends.triton.configs import HALF, Config
+from sgcd_kernels.backends.triton.launch import config_for
+
+from .clock import Clock
 
 
-def test_each_candidate_is_in_force_while_it_is_timed() -> None:
+def test_each_candidate_is_in_force_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
     table, seen, compiled = dict(HALF["pair_stats"]), [], set()
 
     def call() -> None:
@@ -21,14 +24,14 @@ def test_each_candidate_is_in_force_while_it_is_timed() -> None:
             raise RuntimeError("out of resources")
         if config == table[9][2] and config not in compiled:
             compiled.add(config)
-            time.sleep(0.3)  # what a first call takes is no sample
-        time.sleep(0.02 if config == table[9][0] else 0.006)
+            clock.sleep(0.3)  # what a first call takes is no sample
+        clock.sleep(0.02 if config == table[9][0] else 0.006)
 
     found = tuning.compare("pair_stats", 9, call, "cpu")
     first, second, third, *others = table[9]
     assert set(seen) == set(table[9]) == set(found)
     assert found[second] == "RuntimeError: out of resources"
-    assert isinstance(found[first], float) and isinstance(found[third], float) and found[first] > found[third]
+    assert (found[first], found[third]) == pytest.approx((20.0, 6.0))
     assert all(isinstance(found[other], float) for other in others)
     assert HALF["pair_stats"] == table
 

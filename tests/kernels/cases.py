@@ -38,6 +38,11 @@ def skip_if_slow(impl: str, n: int, v: int) -> None:
         pytest.skip("takes too long in the interpreter")
 
 
+def run_body(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    """What one of our ops does, as ops of PyTorch: a dispatch mode sees these where it is on."""
+    return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+
+
 Leaves = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden, weight, bias
 
 

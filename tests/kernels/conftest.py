@@ -1,43 +1,5 @@
-"""Which backends the tests of the ops run on: the ops by "auto", with and without C++; the kernels by name."""
+"""The fixtures of tests/sgcd_kernels, for the tests of several backends."""
 
-from __future__ import annotations
+from tests.sgcd_kernels.conftest import impl, poison
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-from sgcd_kernels import backend_status, backends
-
-OPS = ("test_divergence", "test_logprob", "test_policy_loss", "test_distill_loss", "test_sgcd")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in OPS and backend_status()["cpp"].usable:
-        metafunc.fixturenames.insert(0, "chosen")
-        metafunc.parametrize("chosen", ["cpp", "torch"], indirect=True)
-
-
-@pytest.fixture
-def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the compiled backend out for the half of the tests that is for the torch backend."""
-    if request.param == "torch":
-        monkeypatch.delitem(backends._BACKENDS, "cpp")
-
-
-@pytest.fixture
-def impl(request: pytest.FixtureRequest) -> str:
-    """A compiled backend by name, where it can be used."""
-    status = backend_status()[request.param]
-    if not status.usable:
-        pytest.skip(status.reason)
-    return str(request.param)
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Fill all fresh memory, scratch inside the operators too, with NaN (bytes with 255, NaN in bf16)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+__all__ = ["impl", "poison"]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sgcd_kernels import spans
-from sgcd_kernels.credit_config import CreditConfig
-from sgcd_kernels.registered.library import on_its_device
+from sgcd_kernels import CreditConfig
+from sgcd_kernels.backends import registry
+from sgcd_kernels.backends.protocol import CreditTokens
+from sgcd_kernels.core import registration
 
 
 class Elsewhere(torch.Tensor):
@@ -33,25 +34,22 @@ def test_the_tensors_gpu_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", Current)
-    body = on_its_device(lambda *args: seen.append("body"))
-    body(None, 1.0, torch.zeros(1), "a")
-    assert seen == ["body"], "nothing is asked of CUDA for CPU tensors"
-    body(None, torch.zeros(1).as_subclass(Elsewhere), 1.0)
-    assert seen == ["body", torch.device("cuda:1"), "body", "left"]
+    for given in ((None, 1.0, torch.zeros(1), "a"), (None, torch.zeros(1).as_subclass(Elsewhere), 1.0)):
+        with registration._on_device_of(given):
+            seen.append("body")
+    assert seen == ["body", torch.device("cuda:1"), "body", "left"], "nothing is asked of CUDA for CPU tensors"
 
 
 def test_every_op_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sgcd_kernels.registered import library
-
     made: list[Any] = []
-    monkeypatch.setattr(library.torch.library, "define", lambda *a, **k: None)
-    monkeypatch.setattr(library.torch.library, "register_fake", lambda *a, **k: None)
-    monkeypatch.setattr(library.torch.library, "impl", lambda name, key, body, lib: made.append(body))
+    monkeypatch.setattr(registration.torch.library, "define", lambda *a, **k: None)
+    monkeypatch.setattr(registration.torch.library, "register_fake", lambda *a, **k: None)
+    monkeypatch.setattr(registration.torch.library, "impl", lambda name, key, body, lib: made.append(body))
 
-    def linear_logprob(hidden: torch.Tensor) -> torch.Tensor:
+    def logprob_op(hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
-    library.register(linear_logprob, linear_logprob)
+    registration.register(logprob_op)(logprob_op)
     entered: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or _Nothing())  # type: ignore[func-returns-value]
     made[0](torch.zeros(1).as_subclass(Elsewhere))
@@ -74,10 +72,10 @@ def test_on_a_second_gpu() -> None:
 
 
 def test_spans_of_a_gpu_without_triton_are_found_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans.availability, "unavailable_reason", lambda: "there is no triton")
+    monkeypatch.setattr(registry, "triton_unavailable_reason", lambda: "there is no triton")
     u, h = torch.tensor([0.0, 9.0, 9.0, 0.0]), torch.ones(4)
-    bounds, eligible = torch.tensor([0, 4]), torch.ones(4, dtype=torch.bool)
-    here = spans.find_spans(u, h, None, eligible, bounds, CreditConfig())
+    tokens = CreditTokens(torch.ones(4, dtype=torch.bool), torch.tensor([0, 4]), None)
+    here = registry.credit_backend("auto", u).find_spans(u, h, tokens, CreditConfig())
 
     class OnGpu(torch.Tensor):
         is_cuda = property(lambda self: True)  # type: ignore[assignment]
@@ -85,5 +83,6 @@ def test_spans_of_a_gpu_without_triton_are_found_on_the_host(monkeypatch: pytest
         def cpu(self) -> torch.Tensor:  # type: ignore[override]
             return self.as_subclass(torch.Tensor)
 
-    there = spans.find_spans(u.as_subclass(OnGpu), h, None, eligible, bounds, CreditConfig())
-    assert torch.equal(here, there) and here.tolist() == [-1, 1, 1, 1]
+    there = registry.credit_backend("auto", u.as_subclass(OnGpu))
+    assert torch.equal(here, there.find_spans(u.as_subclass(OnGpu), h.as_subclass(OnGpu), tokens, CreditConfig()))
+    assert here.tolist() == [-1, 1, 1, 1]

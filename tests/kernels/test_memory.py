@@ -12,16 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
-from sgcd_kernels.registered import distill_loss, divergence, logprob, policy_loss
-from sgcd_kernels.torch_backend import blocks
-from sgcd_kernels.types import Projection
+from sgcd_kernels.backends.torch import blocks
+from sgcd_kernels.core.lm_head import LMHead, Projection
+from tests.kernels.cases import run_body
 
 BUDGET = 1 << 20  # small, so that a small shape has far more logits than fit
 N, H, V = 300, 16, 3000  # 3.6 MB of fp32 logits
-
-# The ops are opaque: what one does is seen only by a mode that goes in with it.
-MODULES = (distill_loss, divergence, logprob, policy_loss)
-BODIES = {name: body for module in MODULES for name, body in vars(module).items() if name.startswith("linear_")}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -35,9 +31,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        if func.namespace == "sgcd":
+        if func.namespace == "sgcd_kernels":
             with self:
-                out = BODIES[func.overloadpacket.__name__](*args)
+                out = run_body(func, args)
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -80,12 +76,10 @@ def peak(op: str, n: int, v: int, dtype: torch.dtype = torch.float32) -> int:
 
 
 def test_the_wider_of_two_heads_sets_the_block_size() -> None:
-    narrow = Projection(torch.zeros(N, H), torch.zeros(V, H))
-    wide = Projection(torch.zeros(N, H, dtype=torch.float64), torch.zeros(V, H, dtype=torch.float64))
-    cuts = {
-        blocks.plan(pair, 8, row_copies=2, word_copies=3) for pair in ((narrow, wide), (wide, narrow), (wide, wide))
-    }
-    assert len(cuts) == 1
+    narrow = Projection(torch.zeros(N, H), LMHead(torch.zeros(V, H)))
+    wide = Projection(torch.zeros(N, H, dtype=torch.float64), LMHead(torch.zeros(V, H, dtype=torch.float64)))
+    pairs = ((narrow, wide), (wide, narrow), (wide, wide))
+    assert len({blocks.plan(*pair, live=8, hidden_copies=2, weight_copies=3) for pair in pairs}) == 1
 
 
 @pytest.mark.parametrize(
@@ -93,7 +87,7 @@ def test_the_wider_of_two_heads_sets_the_block_size() -> None:
 )
 def test_workspace_stays_in_its_budget(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(blocks.WORKSPACE_BYTES, "cpu", BUDGET)
-    per_token = 80 * 4  # statistics: some 80 numbers a token, whatever V
+    per_token = 80 * 4  # statistics: some 80 numbers per token, whatever V
     largest = peak(op, N, V, dtype)
     assert largest <= BUDGET + per_token * N
     assert largest >= BUDGET / 8, "the counter sees nothing, or the budget is not used"

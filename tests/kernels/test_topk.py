@@ -1,4 +1,4 @@
-"""The teacher's K likeliest words and the bucket with all others, by every backend against the reference in fp64."""
+"""The teacher's K most likely vocab ids and the bucket with all others: each backend against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kernels.cases import DEVICES, Case, case, on
 pytestmark = [pytest.mark.usefixtures("poison")]
 IMPLS = ("torch", "cpp", "triton")
 EVERY = pytest.mark.parametrize("impl", IMPLS, indirect=True)
-CASES = [  # n, h, v, k, std: one tile and many, K of one word and of all, peaked and flat rows
+CASES = [  # n, h, v, k, std: one tile and many, K of one vocab id and of all, peaked and flat rows
     (1, 1, 1, 1, 2.0),
     (20, 8, 90, 5, 2.0),
     (33, 17, 301, 7, 2.0),
@@ -42,8 +42,8 @@ def test_against_the_reference(impl: str, n: int, h: int, v: int, k: int, std: f
 
 
 @EVERY
-def test_forbidden_words(impl: str) -> None:
-    """Of probability 0 in both heads, and as many as leave fewer words than K."""
+def test_forbidden_vocab_ids(impl: str) -> None:
+    """Of probability 0 in both heads, and as many as leave fewer vocab ids than K."""
     bias = torch.full((150,), -torch.inf)
     bias[::4] = 0.0
     c = case(10, 8, 150, torch.float32)
@@ -54,9 +54,9 @@ def test_forbidden_words(impl: str) -> None:
 def test_only_the_teacher_forbids(impl: str) -> None:
     c = case(10, 8, 150, torch.float32)
     c = c._replace(y=torch.full((10,), 5))
-    for word, k, infinite in ((5, 3, True), (6, 3, False), (6, 150, True)):
+    for vocab_id, k, infinite in ((5, 3, True), (6, 3, False), (6, 150, True)):
         bias, other = torch.zeros(150), torch.zeros(150)
-        other[word] = -torch.inf
+        other[vocab_id] = -torch.inf
         device = DEVICES[impl]
         x, w, y, t = (a.to(device) for a in c)
         got = linear_divergence(x, w, y, t, bias=bias.to(device), teacher_bias=other.to(device), top_k=k, impl=impl)
@@ -89,8 +89,8 @@ def test_masked_tokens_and_a_teacher_of_its_own(impl: str) -> None:
     assert (got.topk_reverse_kl[1::2] == 0).all()
 
 
-def test_a_tail_beside_a_certain_word_keeps_its_digits() -> None:
-    """Tiles that hold no bucket, and words left over in those that do: 1 minus the rest would be 0."""
+def test_a_tail_beside_a_certain_vocab_id_keeps_its_digits() -> None:
+    """Tiles that hold no bucket, and vocab ids left over in those that do: 1 minus the rest would be 0."""
     pytest.importorskip("triton")
     device = DEVICES["triton"]
     z = torch.full((2, 200), -20.0)
@@ -100,7 +100,7 @@ def test_a_tail_beside_a_certain_word_keeps_its_digits() -> None:
     y = torch.zeros(2, dtype=torch.long, device=device)
     got = linear_divergence(x[:1], w, y[:1], x[1:], top_k=1, impl="triton")
     p, q = (1 - row.double().softmax(0)[0] for row in z)
-    # The certain word's own log-probs are 0 in fp32: what is left is the tails' term.
+    # The certain vocab id's own log-probs are 0 in fp32: what is left is the tails' term.
     assert 0 < float(q) < float(p) < 1e-10
     assert float(got.topk_reverse_kl) == pytest.approx(float(p * (p / q).log()), rel=1e-4)
 
@@ -108,11 +108,11 @@ def test_a_tail_beside_a_certain_word_keeps_its_digits() -> None:
 @pytest.mark.parametrize("tokens", [7])
 def test_chunks_of_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from sgcd_kernels.triton import topk
+    from sgcd_kernels.backends.triton import topk
 
     c = case(20, 8, 150, torch.float32)
     whole = linear_divergence(*on(c, "triton"), features=("tv",), top_k=6, impl="triton")
-    monkeypatch.setattr(topk, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(topk, "chunk_size", lambda *_: tokens)
     for mine, want in zip(linear_divergence(*on(c, "triton"), features=("tv",), top_k=6, impl="triton"), whole):
         if want is not None:
             torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-6)

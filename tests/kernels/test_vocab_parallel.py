@@ -21,7 +21,7 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from sgcd_kernels.surrogate import LOSS_TYPES
+from sgcd_kernels.core.surrogate import LOSS_TYPES
 from tests.kernels.cases import DEVICES
 
 N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
@@ -32,16 +32,16 @@ Results = dict[str, list[torch.Tensor]]
 
 
 class Inputs:
-    """Both heads on one rank's words, or on all; for Triton on the GPU if there is one, which both ranks then share."""
+    """Both heads on one rank's vocab ids, or on all; for Triton on the GPU if there is one, which both ranks share."""
 
-    def __init__(self, impl: str, dtype: torch.dtype, words: slice, group: Group) -> None:
+    def __init__(self, impl: str, dtype: torch.dtype, vocab_ids: slice, group: Group) -> None:
         g = torch.Generator().manual_seed(0)
         device = DEVICES["triton"] if impl == "triton" else torch.device("cpu")
         self.x, self.t = ((torch.randn(N, H, generator=g) * 2).to(device, dtype) for _ in range(2))
-        self.w, self.v = (torch.randn(V, H, generator=g).to(device, dtype)[words] for _ in range(2))
-        self.b = torch.randn(V, generator=g).to(device, dtype)[words]
+        self.w, self.v = (torch.randn(V, H, generator=g).to(device, dtype)[vocab_ids] for _ in range(2))
+        self.b = torch.randn(V, generator=g).to(device, dtype)[vocab_ids]
         self.y = torch.randint(V, (N,), generator=g).to(device)
-        self.y[0], self.y[1], self.y[2] = V - 1, 0, -100  # a word of either rank's, and none
+        self.y[0], self.y[1], self.y[2] = V - 1, 0, -100  # of either rank's vocabulary, and none
         self.a, self.cu = torch.linspace(-1, 1, N, device=device), CU.to(device)
         self.options: dict[str, Any] = {"impl": impl, "group": group}
 
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def with_gradients(i: Inputs, call: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    """A loss, and its gradients in hidden (whole) and in weight and bias (this rank's words)."""
+    """A loss, and its gradients in hidden (whole) and in weight and bias (this rank's rows)."""
     leaves = i.leaves()
     loss = call(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -85,7 +85,7 @@ def everything(i: Inputs) -> Results:
         for own in (False, True):
             out[f"{kind} own={own}"] = with_gradients(i, distill(kind, own))
     out["sgcd"] = with_gradients(i, sgcd)
-    for name, teacher, k in (("shared", None, 3), ("own", i.v, V - 1)):  # more words than the small shard has
+    for name, teacher, k in (("shared", None, 3), ("own", i.v, V - 1)):  # more vocab ids than the small shard has
         stats = linear_divergence(i.x, i.w, y, t, teacher, features=("jsd", "tv"), beta=0.3, top_k=k, **more)
         out[f"divergence {name}"] = [x for x in stats if x is not None]
     return out
@@ -93,11 +93,11 @@ def everything(i: Inputs) -> Results:
 
 def chunks_of_tokens(rank: int, i: Inputs) -> None:
     """Ranks agree how many tokens to take at a time where each by itself would take another number."""
-    from sgcd_kernels.triton import topk
+    from sgcd_kernels.backends.triton import topk
 
     whole = linear_divergence(i.x, i.w, i.y, i.t, top_k=3, **i.options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "chunk_tokens", lambda *sizes: 3 + 2 * rank)
+        patch.setattr(topk, "chunk_size", lambda *sizes: 3 + 2 * rank)
         chunked = linear_divergence(i.x, i.w, i.y, i.t, top_k=3, **i.options)
     assert chunked.topk_reverse_kl is not None and whole.topk_reverse_kl is not None
     torch.testing.assert_close(chunked.topk_reverse_kl, whole.topk_reverse_kl, rtol=1e-5, atol=1e-5)
@@ -108,13 +108,13 @@ def worker(rank: int, folder: str, impl: str, dtype: torch.dtype) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
-    words = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
-    i = Inputs(impl, dtype, words, group)
+    vocab_ids = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
+    i = Inputs(impl, dtype, vocab_ids, group)
     sharded, whole = everything(i), everything(Inputs(impl, dtype, slice(0, V), None))
     tolerance = TOLERANCE[dtype]
     for name, results in whole.items():
         for at, (got, want) in enumerate(zip(sharded[name], results, strict=True)):
-            want = want[words] if got.shape != want.shape else want
+            want = want[vocab_ids] if got.shape != want.shape else want
             scale = max(1.0, float(want.abs().max()))
             message = f"{name}, result {at}: {(got - want).abs().max()}"
             assert torch.allclose(got, want, rtol=tolerance, atol=tolerance * scale), message
@@ -142,8 +142,8 @@ def what_travels(i: Inputs) -> None:
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "a head": (4, lambda: linear_logprob(i.x, i.w, i.y, **i.options)),
         "a scoring pass": (11, lambda: linear_divergence(i.x, i.w, i.y, i.t, i.v, **i.options)),
-        "sgcd": (15, lambda: sgcd_loss(x, w, *teacher, **sgcd)),
-        "reuse_lse": (12, lambda: sgcd_loss(x, w, *teacher, reuse_lse=True, **sgcd)),
+        "sgcd": (12, lambda: sgcd_loss(x, w, *teacher, **sgcd)),
+        "without reuse_lse": (15, lambda: sgcd_loss(x, w, *teacher, reuse_lse=False, **sgcd)),
     }
     reduced = []
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +170,7 @@ def the_cpp_kernels(i: Inputs, group: Group) -> None:
         ):
             assert all(torch.equal(a, b) for a, b in zip(call(i.options), call(by_name)) if a is not None)
     for kind in ("reverse_kl", "jsd"):
-        with pytest.raises(ValueError, match="cannot run sharded_distill_backward here: it has none for vocab-sharded"):
+        with pytest.raises(ValueError, match="cannot run distill_backward here: it has none for vocab-sharded"):
             linear_distill_loss(i.x, i.w, i.t, kind=kind, impl="cpp", group=group)
 
 

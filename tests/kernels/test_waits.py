@@ -21,14 +21,10 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from sgcd_kernels.registered import distill_loss, divergence, logprob, policy_loss, sgcd
-from sgcd_kernels.validation import kept_rows
-from tests.kernels.cases import DEVICES, case
+from sgcd_kernels.core.lm_head import indices_of
+from tests.kernels.cases import DEVICES, case, run_body
 
 pytest.importorskip("triton")
-MODULES = (distill_loss, divergence, logprob, policy_loss)
-BODIES = {name: body for module in MODULES for name, body in vars(module).items() if name.startswith("linear_")}
-BODIES |= {"sgcd_inputs": sgcd.sgcd_inputs, "weigh_advantages": sgcd.weigh_advantages}
 # Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
 LOOKS = (
     "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "bincount", "repeat_interleave", "_unique2",
@@ -43,9 +39,9 @@ class Looks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "sgcd" and name != "credit_weights":  # which has a test of its own
+        if func.namespace == "sgcd_kernels" and name != "credit":  # which has a test of its own
             with self:
-                return BODIES[name](*args)
+                return run_body(func, args)
         sized = (kwargs or {}).get("output_size") is not None or func._overloadname == "self_int"
         if name == "index":
             sized = not any(i is not None and i.dtype == torch.bool for i in args[1])
@@ -107,11 +103,11 @@ def test_looks_of_the_whole_step() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_kept_rows(seed: int) -> None:
+def test_indices_of(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     for n in (0, 1, 7, 1000):
         keep = torch.rand(n, generator=g) < seed / 4
-        rows = kept_rows(keep)
+        rows = indices_of(keep)
         if rows is None:
             assert bool(keep.all())
         else:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.speed import cpu_seconds
 from tests.trainer.test_chatml import make_tokenizer
 from tests.trainer.test_real import ScriptedEngine
 from trainer import envs
@@ -66,7 +67,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(gone: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_until(gone: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not gone() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -109,20 +110,23 @@ def test_a_hang_ends_with_the_callers_patience_and_leaves_nothing(pool: Pool) ->
 
 
 def test_slow_worlds_do_not_hold_others(pool: Pool) -> None:
-    async def both() -> list[float]:
-        async def one(code: str) -> float:
+    async def both() -> None:
+        async def one(code: str) -> None:
             await pool.enter()
             world = await pool.fork(pool.folder)
-            await world.call("execute", code=code)
-            ended = time.monotonic()
-            pool.discard(world, None)
-            pool.leave()
-            return ended
+            try:
+                await world.call("execute", code=code)
+            finally:
+                pool.discard(world, None)
+                pool.leave()
 
-        return list(await asyncio.gather(one("sleep 1.5"), one("say")))
+        slow = asyncio.create_task(one("hang"))
+        await asyncio.wait_for(one("say"), 60)
+        assert not slow.done()
+        slow.cancel()
+        await asyncio.wait([slow])
 
-    slow, quick = asyncio.run(both())
-    assert quick < slow - 0.5
+    asyncio.run(both())
 
 
 def test_a_third_waits_for_its_place(pool: Pool) -> None:
@@ -258,7 +262,7 @@ def play_out(tmp_path: Path, *blocks: str) -> tuple[Group, int]:
     suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)
     renderer = ChatMLRenderer(make_tokenizer())
     turns = [{"role": "assistant", "content": prompt.block(code)} for code in blocks]
-    env = EnvConfig(name="appworld", max_turns=len(turns), timeout=20)
+    env = EnvConfig(name="appworld", max_turns=len(turns), timeout=60)
     task = suite.tasks("train")[0]
     try:
         engine = ScriptedEngine(renderer, [turns, turns])
@@ -447,9 +451,10 @@ def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None
 
 @pytest.mark.parametrize("text", ["```" + " " * 200_000, "``` " * 50_000, "```x\n" * 50_000, "\n" * 200_000])
 def test_finding_the_code_takes_no_time(text: str) -> None:
-    began = time.monotonic()
-    prompt.code_of({"role": "assistant", "content": text})
-    assert time.monotonic() - began < 1
+    """Beside prose of that length: the slowest takes four times as long."""
+    prose = ("The room is free. " * 20_000)[: len(text)]
+    took, usual = (cpu_seconds(lambda t=t: prompt.code_of({"role": "assistant", "content": t})) for t in (text, prose))
+    assert took < 50 * usual
 
 
 def test_the_prompt_names_the_supervisor_and_the_task(tmp_path: Path) -> None:
@@ -474,13 +479,13 @@ def test_waiting_for_a_place_is_not_timed() -> None:
     class Queued(toy.ParityEnvironment):
         async def open(self) -> None:
             self.log.append("open")
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(2.5)
 
     class Suite(toy.ParitySuite):
         def make(self) -> Queued:
             return Queued(self.log, self.faults)
 
     suite = Suite()
-    rollout = test_rollout.play(test_rollout.Script("w1 w2"), suite, timeout=0.2)
+    rollout = test_rollout.play(test_rollout.Script("w1 w2"), suite, timeout=2.0)
     assert rollout is not None and rollout.reward == 1
     assert suite.log[:2] == ["open", "reset"]

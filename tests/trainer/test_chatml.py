@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from trainer.chat.chatml import ChatMLRenderer
 from trainer.chat.signatures import signature
 from trainer.types import Message, TokenClass, Tool, UserError
@@ -102,7 +103,7 @@ def _keyword(name: str) -> bool:
 
 @both_tokenizers
 @both_syntaxes
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(calls_made=call_lists)
 def test_calls_survive_the_round_trip(name: str, calls: str, calls_made: list[tuple[str, dict[str, Any]]]) -> None:
     r = renderer(name, calls)
@@ -114,7 +115,7 @@ def test_calls_survive_the_round_trip(name: str, calls: str, calls_made: list[tu
 
 @both_tokenizers
 @both_syntaxes
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_any_tokens_can_be_read(name: str, calls: str, data: st.DataObject) -> None:
     r = renderer(name, calls)
@@ -127,7 +128,7 @@ def test_any_tokens_can_be_read(name: str, calls: str, data: st.DataObject) -> N
 
 
 @both_tokenizers
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(text=st.text(characters, max_size=40))
 def test_pieces_spell_the_text(name: str, text: str) -> None:
     r = renderer(name)

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from trainer import configfile, envs
 from trainer.config import Config
 from trainer.types import UserError
@@ -117,7 +118,7 @@ def test_every_config_that_ships_is_valid(path: Path) -> None:
     configfile.load(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], max_examples=examples(30))
 @given(
     seed=st.integers(0, 2**31 - 1),
     rate=st.floats(1e-9, 1.0),

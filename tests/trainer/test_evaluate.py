@@ -163,10 +163,10 @@ def test_the_refuser_is_really_played() -> None:
         )
 
 
-@pytest.mark.parametrize("fault", [EnvironmentBroken("gone"), ValueError("bug"), 3.0], ids=["broken", "bug", "hang"])
+@pytest.mark.parametrize("fault", [EnvironmentBroken("gone"), ValueError("bug"), 3600.0], ids=["broken", "bug", "hang"])
 def test_a_world_that_breaks_under_the_refuser_is_left_out(fault: object) -> None:
     suite = Agreeable(faults=[("step", fault)])
-    assert asyncio.run(evaluate.refuse(suite, suite.tasks("dev"), timeout=0.2)) == {"dev-1": 1.0, "dev-2": 1.0}
+    assert asyncio.run(evaluate.refuse(suite, suite.tasks("dev"), timeout=2.0)) == {"dev-1": 1.0, "dev-2": 1.0}
 
 
 def test_the_eval_command_loads_a_checkpoint_prints_and_writes(

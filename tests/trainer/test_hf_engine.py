@@ -192,7 +192,7 @@ def test_an_error_reaches_every_caller(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def run() -> list[Any]:
         waiting = [eng.generate([3, 4, i], 1, Sampling()) for i in range(5)]
-        return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+        return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 300)
 
     with monkeypatch.context() as patch:
         patch.setattr(eng, "_forward", lambda *a: (_ for _ in ()).throw(RuntimeError("no memory")))
@@ -205,11 +205,12 @@ def test_a_cancelled_caller_frees_its_row() -> None:
 
     async def run() -> None:
         first = asyncio.ensure_future(eng.generate([3], 1, Sampling(max_tokens=150)))
-        await asyncio.sleep(0.02)
+        for _ in range(4):
+            await asyncio.sleep(0)
         first.cancel()
-        (got,) = await asyncio.wait_for(eng.generate([4], 1, Sampling(max_tokens=3)), 10)
+        (got,) = await asyncio.wait_for(eng.generate([4], 1, Sampling(max_tokens=3)), 300)
         assert len(got.ids) == 3
-        assert eng.sampled_tokens < 150
+        assert 3 < eng.sampled_tokens < 150
 
     asyncio.run(run())
 

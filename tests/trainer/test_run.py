@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def run(
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -66,10 +65,12 @@ def test_help_says_what_there_is() -> None:
     ],
     ids=["command", "no-config", "no-file", "no-value", "no-dashes"],
 )
-def test_a_slip_is_answered_in_one_line_and_at_once(arguments: list[str], parts: list[str], as_file: bool) -> None:
-    started = time.perf_counter()
-    assert_one_line(run(*arguments, as_file=as_file), *parts)
-    assert time.perf_counter() - started < 2  # torch alone would take about as long
+def test_a_slip_is_answered_in_one_line_and_at_once(
+    arguments: list[str], parts: list[str], as_file: bool, tmp_path: Path
+) -> None:
+    """Before anything imports torch, which takes seconds."""
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')")
+    assert_one_line(run(*arguments, as_file=as_file, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"), *parts)
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "check"])
@@ -128,7 +129,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
         while not child.stdout.readline().startswith("checkpoint"):
             assert child.poll() is None, child.stderr and child.stderr.read()
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=30)
+        _, said = child.communicate(timeout=600)
     assert child.returncode == 130, said
     assert said.splitlines()[-1] == "interrupted: the same command goes on from the newest checkpoint"
     assert "Traceback" not in said

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import string
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
+from tests.speed import cpu_seconds
 from trainer.config import WriterConfig
 from trainer.credit import writers
 from trainer.credit.endpoint import only_ours
@@ -212,10 +213,12 @@ def test_a_group_of_too_many_credentials_stays_here(tmp_path: Path) -> None:
     """Up to a bound they are looked for in reasonable time; beyond it nothing leaves."""
     secrets = [f"kx{i}-zq{i * i}" for i in range(MAX_TOLD + 1)]
     named, bare = "\n".join(f"password: {x}" for x in secrets[1:]), " ".join(secrets[1:] * 10)
+    half = with_messages(([seen(named[: len(named) // 2]), seen(bare[: len(bare) // 2])], 1.0), ([], 0.0))
+    whole = with_messages(([seen(named), seen(bare)], 1.0), ([], 0.0))
+    less, more = (cpu_seconds(lambda g=g: build_prompt(g, Sanitiser(), 480_000), runs=2) for g in (half, whole))
+    assert more < 6 * less  # twice the credentials in twice the text
     cleaner = Sanitiser()
-    start = time.process_time()
-    body = build_prompt(with_messages(([seen(named), seen(bare)], 1.0), ([], 0.0)), cleaner, 480_000)[1]["content"]
-    assert time.process_time() - start < 6.0
+    body = build_prompt(whole, cleaner, 480_000)[1]["content"]
     assert "zq" not in body
     assert cleaner.hits["credential"] >= 11 * MAX_TOLD
     made = with_messages(([seen(f"{named}\npassword: {secrets[0]}")], 1.0), ([], 0.0))
@@ -331,9 +334,12 @@ def test_luhn() -> None:
     ],
 )
 def test_no_text_is_slow(unit: str) -> None:
-    start = time.perf_counter()
-    Sanitiser(["Paris", '"q"x', "12500"]).text(unit * (100_000 // len(unit)))
-    assert time.perf_counter() - start < 2.0
+    """Beside prose of that length."""
+
+    def clean(text: str) -> None:
+        Sanitiser(["Paris", '"q"x', "12500"]).text(text * (100_000 // len(text)))
+
+    assert cpu_seconds(lambda: clean(unit), runs=1) < 10 * cpu_seconds(lambda: clean("The room is free on Monday. "))
 
 
 # ---- the whole way, over the wire
@@ -375,7 +381,7 @@ def bury(text: str, depth: int) -> str:
 
 
 @given(literals, st.lists(frames, min_size=4, max_size=4), st.integers(0, 2), st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_no_planted_literal_ever_leaves(
     stub: StubEndpoint, tmp_path: Path, planted: list[str], shapes: list[str], depth: int, malformed: bool
 ) -> None:

@@ -9,7 +9,6 @@ import html
 import json
 import re
 import string
-import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.properties import examples
+from tests.speed import cpu_seconds
 from trainer.config import WriterConfig
 from trainer.credit import writers
 from trainer.credit.cards import luhn
@@ -177,7 +178,7 @@ def sent(planted: list[str], *traces: list[Message], suite: ToySuite | None = No
 
 
 @given(literals, st.sampled_from(list(WHOLE)), st.sampled_from(["{}", "it is {}.", "x\n{}\ty", "({})", "={}&"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @example("125000", "base64", "{}")
 @example("Q7abc", "hex apart", "({})")
 def test_no_spelling_of_a_literal_leaves(literal: str, way: str, frame: str) -> None:
@@ -193,7 +194,7 @@ def test_no_spelling_of_a_literal_leaves(literal: str, way: str, frame: str) -> 
 
 
 @given(literals, st.sampled_from(list(WHOLE)), st.sampled_from(list(WHOLE)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_no_spelling_of_a_spelling_leaves(literal: str, first: str, second: str) -> None:
     text = WHOLE[second](WHOLE[first](literal))
     body = sent([literal], [seen(text)], [{"role": "assistant", "content": f"so {text} then"}])
@@ -202,7 +203,7 @@ def test_no_spelling_of_a_spelling_leaves(literal: str, first: str, second: str)
 
 
 @given(literals, st.sampled_from(list(SPLIT)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_no_literal_leaves_in_pieces(literal: str, way: str) -> None:
     pieces = SPLIT[way](literal)
     body = sent(
@@ -213,14 +214,14 @@ def test_no_literal_leaves_in_pieces(literal: str, way: str) -> None:
 
 
 @given(literals, st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_no_literal_leaves_in_two_messages(literal: str, at: int) -> None:
     body = sent([literal], [seen(f"first {literal[:at]}"), seen(f"{literal[at:]} last")], [])
     assert not [reading for reading in readings(body) if squeezed(literal) in reading]
 
 
 @given(literals, st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_no_literal_leaves_in_a_made_up_name(literal: str, at: int) -> None:
     """A name is the frame's word only if it is an offered tool's: any other is the policy's own, wherever it stands."""
     first, second = literal[:at], literal[at:]
@@ -266,7 +267,7 @@ TEXTS = st.text(string.printable + "\u0131\u017f\u212a\u00e9\u00df", max_size=12
 
 
 @given(st.lists(st.one_of(literals, TEXTS), max_size=6), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_the_quick_look_for_literals_loses_none(planted: list[str], data: st.DataObject) -> None:
     """What the pattern of all literals finds is found with the pattern of those alone that a text may have."""
     ways = st.sampled_from([str.upper, str.lower, str.swapcase, json.dumps, quote, html.escape, lambda t: t])
@@ -282,10 +283,9 @@ def test_many_literals_are_not_slow() -> None:
     random = Random(0)
     words = ["".join(random.choices(string.ascii_lowercase, k=random.randint(3, 9))) for _ in range(2_000)]
     text = " ".join(random.choices(words, k=10_000))
-    cleaner = Sanitiser([" ".join(random.sample(words, 2)) for _ in range(1_000)])
-    start = time.process_time()
-    cleaner.text(text)
-    assert time.process_time() - start < 1.0
+    literals = [" ".join(random.sample(words, 2)) for _ in range(1_000)]
+    one, many = (cpu_seconds(lambda n=n: Sanitiser(literals[:n]).text(text)) for n in (1, 1_000))
+    assert many < 10 * one
 
 
 CARDS = ["4111111111111111", "5500000000000004", "378282246310005", "6011000990139424"]
@@ -416,11 +416,14 @@ UNITS = [
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_spelling_is_slow(unit: str) -> None:
+    """Beside prose of that length: the slowest takes 40 times as long, one that is quadratic thousands."""
     cleaner = Sanitiser(["Paris", '"q"x', "12500", "Q7xQ7y"])
-    start = time.process_time()
-    cleaner.text(unit * (50_000 // len(unit)))
-    cleaner.lines([unit * 250] * (200 // len(unit)))
-    assert time.process_time() - start < 2.0
+
+    def clean(text: str) -> None:
+        cleaner.text(text * (50_000 // len(text)))
+        cleaner.lines([text * 250] * (200 // len(text)))
+
+    assert cpu_seconds(lambda: clean(unit), runs=1) < 200 * cpu_seconds(lambda: clean("The room is free on Monday. "))
 
 
 def test_over_the_wire(tmp_path: Path) -> None:

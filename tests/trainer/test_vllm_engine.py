@@ -104,7 +104,7 @@ def engine(servers: list[Process], tmp_path: Path, model: Any = None, **options:
     defaults = {
         "stop_ids": toy.renderer().stop_ids,
         "max_length": 200,
-        "timeout": 20.0,
+        "timeout": 60.0,
         "pause": 0.01,
         "max_retries": 2,
     }
@@ -172,7 +172,7 @@ def test_a_passing_fault_costs_nothing_but_a_try(servers: list[Process], tmp_pat
 
 
 def test_a_server_that_hangs_is_left_out(servers: list[Process], tmp_path: Path) -> None:
-    eng, wanted = engine(servers, tmp_path, timeout=2.0), draw(engine(servers, tmp_path))
+    eng, wanted = engine(servers, tmp_path, timeout=5.0), draw(engine(servers, tmp_path))
     servers[1].fault("hang")
     assert draw(eng) == wanted
     assert [s.version == eng.version for s in eng.servers] == [True, False]
@@ -180,12 +180,12 @@ def test_a_server_that_hangs_is_left_out(servers: list[Process], tmp_path: Path)
 
 def test_a_server_that_answers_others_and_then_hangs_is_left_out(servers: list[Process], tmp_path: Path) -> None:
     """Of two requests it answers one after the other was sent: no reason to take the other for slow."""
-    eng, wanted = engine(servers, tmp_path, timeout=2.0), draw(engine(servers, tmp_path), 4)
+    eng, wanted = engine(servers, tmp_path, timeout=5.0), draw(engine(servers, tmp_path), 4)
     servers[1].fault("hang", 1)
 
     async def hang_later() -> list[Completion]:
         drawn = asyncio.ensure_future(eng.generate(PROMPT, 4, DRAW))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.5)
         await asyncio.to_thread(servers[1].fault, "hang")
         return await drawn
 
@@ -218,7 +218,7 @@ def test_servers_that_stay_away_are_not_waited_for_longer_than_a_request(
     begun = time.monotonic()
     with pytest.raises(EngineLost, match=f"no server was there for 1 s: {servers[0].url}"):
         draw(eng)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 100
 
 
 def test_a_cancelled_caller_leaves_no_writer_behind(
@@ -262,7 +262,7 @@ def test_servers_sleep_at_level_one_and_wake_for_new_weights(servers: list[Proce
 
 def test_a_straggler_is_dropped_not_scored(servers: list[Process], tmp_path: Path) -> None:
     """One slow request while its server answers others: an episode's loss, not the server's."""
-    eng = engine(servers[:1], tmp_path, timeout=1.0)
+    eng = engine(servers[:1], tmp_path, timeout=4.0)
     draw(eng, 1)
     servers[0].fault("slow", 1)
 
@@ -272,7 +272,7 @@ def test_a_straggler_is_dropped_not_scored(servers: list[Process], tmp_path: Pat
         return await asyncio.gather(slow, eng.generate(PROMPT, 1, DRAW), return_exceptions=True)
 
     slow, quick = asyncio.run(both())
-    assert isinstance(slow, EnvironmentBroken) and "engine.timeout = 1 s" in str(slow)
+    assert isinstance(slow, EnvironmentBroken) and "engine.timeout = 4 s" in str(slow)
     assert len(quick) == 1
     assert eng.servers[0].version == eng.version, "the server is well"
 
@@ -281,13 +281,13 @@ def test_a_server_with_a_queue_is_not_taken_for_one_that_hangs(
     servers: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token that it is asked for waits behind others, which are answered meanwhile."""
-    eng = engine(servers[:1], tmp_path, timeout=1.0, max_retries=0)
+    eng = engine(servers[:1], tmp_path, timeout=4.0, max_retries=0)
     draw(eng, 1)
     servers[0].fault("slow", 2)  # the turn, and the token
 
     async def both() -> list[Any]:
         slow = asyncio.ensure_future(eng.generate(PROMPT, 1, DRAW))
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(6.0)
         return await asyncio.gather(slow, eng.generate(PROMPT, 1, DRAW), return_exceptions=True)
 
     slow, quick = asyncio.run(both())
@@ -383,8 +383,8 @@ def config(folder: Path, out: Path, urls: list[str], **fields: Any) -> Config:
         **{
             "output_dir": out,
             "model": ModelConfig(path=str(folder), max_length=200),
-            "env": EnvConfig(name="parity", max_turns=3, timeout=10.0),
-            "engine": EngineConfig(name="vllm", urls=urls, timeout=20.0, max_retries=1),
+            "env": EnvConfig(name="parity", max_turns=3, timeout=60.0),
+            "engine": EngineConfig(name="vllm", urls=urls, timeout=60.0, max_retries=1),
             "arm": "grpo",
             "num_generations": 4,
             "groups_per_step": 2,
@@ -408,11 +408,11 @@ def test_a_run_whose_servers_die_stops_with_a_checkpoint_and_goes_on(
     servers: list[Process], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(folder, tmp_path / "run", [s.url for s in servers])
-    made = made.model_copy(update={"engine": made.engine.model_copy(update={"timeout": 3.0})})
     collect = loop.Run.collect
 
     async def doomed(run: loop.Run, logger: Any) -> Any:
         if run.step == 1:
+            run.engine.timeout = 3.0
             for server in servers:
                 server.fault("die")
         return await collect(run, logger)

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def owning(folder: Path, out: Path, **fields: Any) -> Config:
     """A config whose server is the run's own."""
     made = config(folder, out, ["http://a"], **fields)
-    own = EngineConfig(name="vllm", python=sys.executable, timeout=20.0, max_retries=2)
+    own = EngineConfig(name="vllm", python=sys.executable, timeout=60.0, max_retries=2)
     return made.model_copy(update={"engine": own})
 
 
@@ -91,7 +91,7 @@ def gone(pid: int) -> bool:
     return True
 
 
-def eventually(true: Any, seconds: float = 20.0) -> bool:
+def eventually(true: Any, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.05)
@@ -159,7 +159,7 @@ def test_a_server_that_hangs_is_started_again(
     folder: Path, tmp_path: Path, launched: list[vllm_launch.Launched]
 ) -> None:
     made = owning(folder, tmp_path / "run")
-    made = made.model_copy(update={"engine": made.engine.model_copy(update={"timeout": 2.0})})
+    made = made.model_copy(update={"engine": made.engine.model_copy(update={"timeout": 5.0})})
     model = toy.model(seed=7)
     eng = vllm_launch.engine(made, model, toy.renderer())
     wanted = asyncio.run(eng.generate(PROMPT, 4, DRAW))

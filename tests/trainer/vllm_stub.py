@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"detail": "Not Found"}, 404)
             return
         if fault == "slow":
-            time.sleep(3.0)
+            time.sleep(12.0)
         if fault == "drop":
             self.close_connection = True
             self.connection.close()

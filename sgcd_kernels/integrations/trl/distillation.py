@@ -24,7 +24,7 @@ from torch import Tensor
 from sgcd_kernels import linear_distill_loss
 from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, check_head, unproject
 from sgcd_kernels.integrations.trl.refusals import check_stage
-from sgcd_kernels.logit_transform import logit_transform
+from sgcd_kernels.models import logit_transform
 
 Replacements = list[tuple[Any, str, Any]]
 

@@ -21,7 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from sgcd_kernels import LogprobStats, linear_logprob
 from sgcd_kernels.core.validation import FLOATS
-from sgcd_kernels.logit_transform import logit_transform
+from sgcd_kernels.models import logit_transform
 
 IGNORED = -100
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.integrations.trl.config import SGCDConfig
-from sgcd_kernels.integrations.trl.credit import idle
 
 
 def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None:
@@ -18,7 +18,7 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
     check_stage(args)
     if reference_func is not None and not callable(reference_func):
         raise TypeError(f"reference_func is {type(reference_func).__name__}, needs a function of Siblings")
-    if idle(args.credit()):
+    if never_acts(args.credit()):
         return
     if args.importance_sampling_level == "sequence" and args.loss_type != "cispo":  # whose ratio is detached
         raise ValueError(
@@ -47,7 +47,7 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
 def check_trainer(trainer: Any) -> None:
     """As TRL has made it. Raises ValueError."""
     check_processor(trainer.processing_class)
-    if idle(trainer.args.credit()):
+    if never_acts(trainer.args.credit()):
         return
     check_dropout(trainer.model)
 

@@ -1,9 +1,9 @@
 """Sibling-guided credit (arXiv 2606.12634) in TRL's GRPOTrainer.
 
-TRL's loss already takes advantages of one a token and asks the model for log-probs, not logits. So there are three
-hooks and no loss of ours: the group's siblings become teacher prompts when completions have been scored; the fused head
-is `LinearHead`; and inside the loss, when the student's hidden states are there, its advantages become A W. Every loss
-type and option of TRL's stays TRL's own code, and without credit this is the stock trainer.
+TRL's loss takes per-token advantages and asks the model for log-probs, not logits, so three hooks are enough: teacher
+prompts are built from the group's siblings once completions are scored; the fused head is `LinearHead`; and inside the
+loss, where the student's hidden states are known, the advantages become A W. Every loss type and option stays TRL's own
+code, and without credit this is the stock trainer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, pad
 
+from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.integrations.trl.config import SGCDConfig
-from sgcd_kernels.integrations.trl.credit import Batch, idle, metrics, weigh
+from sgcd_kernels.integrations.trl.credit import Batch, metrics, weigh
 from sgcd_kernels.integrations.trl.head import LinearHead, Unprojected
 from sgcd_kernels.integrations.trl.references import Prompt, Reference, ReferenceFunc, Siblings, ask, teacher_prompt
 from sgcd_kernels.integrations.trl.refusals import check_arguments, check_processor, check_trainer
@@ -32,16 +33,16 @@ PAPER = {
 
 
 class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
-    """trl.GRPOTrainer with the advantage of every token weighted by what a teacher with a reference says of it.
+    """trl.GRPOTrainer with per-token advantages, weighted by the divergence from a teacher that reads a reference.
 
     Args:
         model, reward_funcs, args, train_dataset, ...: as GRPOTrainer's, `args` an `SGCDConfig`.
-        reference_func: shown each group's `Siblings`, gives its reference: a text, the teacher's whole prompt as
-            messages, or None. May be `async def`; then all groups of a batch are asked at once. Without it references
-            come from the column `args.reference_column`, each row's its own.
+        reference_func: called with each group's `Siblings`, returns its reference: a text, the teacher's whole prompt
+            as messages, or None. May be `async def`; then all groups of a batch are awaited together. Without it each
+            row's reference comes from the column `args.reference_column`.
 
-    The teacher is the policy itself, forward only, at the same weights. A rollout without a reference has W = 1;
-    gamma = 0 or rule "none" make no teacher pass at all. Credit is not used in evaluation.
+    The teacher is the policy itself at the same weights, forward only. A rollout without a reference has W = 1. With
+    gamma = 0 or rule "none" there is no teacher pass. Credit is not used in evaluation.
 
     Raises:
         ValueError, TypeError: options that cannot work together (docs/trl.md lists them), all at construction.
@@ -78,7 +79,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
-        """TRL's; what it is given is what siblings are."""
+        """As TRL's, and keep its inputs: they are the siblings."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         mine = rewards[first : first + len(prompts)]
@@ -88,9 +89,9 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
-        """TRL's, and beside it what the teacher reads: [B, P'] ids padded left, and which rows have a reference."""
+        """As TRL's, and add the teacher's prompts, [B, P'] ids padded left, and which rows have a reference."""
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.model.training and not idle(self.args.credit()):
+        if self.model.training and not never_acts(self.args.credit()):
             output.update(self._teacher_prompts(output["prompt_ids"], output["prompt_mask"]))
         return output
 
@@ -113,11 +114,11 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         return {
             "teacher_prompt_ids": pad(rows, padding_value=filler, padding_side="left").to(device),
             "teacher_prompt_mask": pad(masks, padding_value=0, padding_side="left").to(device),
-            "referenced": torch.tensor([r != o for r, o in zip(read, own, strict=True)], device=device),
+            "has_teacher": torch.tensor([r != o for r, o in zip(read, own, strict=True)], device=device),
         }
 
     def _references(self) -> list[Reference]:
-        """One a rollout of this process."""
+        """One per rollout of this process."""
         rows, prompts, completions, ids, rewards = self._scored
         if self.reference_func is None:
             if missing := [row for row in rows if self.args.reference_column not in row]:
@@ -134,14 +135,14 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         if "teacher_prompt_ids" not in inputs:
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
-        inputs = dict(inputs)  # the next iteration weighs anew
+        inputs = dict(inputs)  # the next iteration computes new weights
         teacher = self._teacher(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        batch = Batch(inputs["completion_ids"], mask, inputs["advantages"], inputs["referenced"])
+        batch = Batch(inputs["completion_ids"], mask, inputs["advantages"], inputs["has_teacher"])
         found: list[Tensor] = []
 
         def observe(student: Unprojected) -> None:
-            # TRL's loss reads the advantages after the log-probs.
+            # TRL's loss reads the advantages after it has asked for the log-probs.
             student = student[:, -mask.shape[1] :]
             inputs["advantages"], sums = weigh(student, teacher, batch, self.args.credit(salt=self._step))
             found.append(sums)
@@ -155,7 +156,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _teacher(self, model: Any, inputs: dict[str, Tensor]) -> Unprojected:  # [B, T]
-        """The policy's states over the same completions, its prompt the one with the reference."""
+        """The policy's hidden states over the same completions, after the prompt with the reference."""
         ids = torch.cat([inputs["teacher_prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["teacher_prompt_mask"], inputs["completion_mask"]], dim=1)
         quiet: Callable[..., Any] = disable_gradient_checkpointing

@@ -128,7 +128,7 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
             turn_ids=batch.get("turn_ids", None),
             config=self.credit_config,
         )
-        return TokenWeights(credit.weights, credit_metrics(credit, signals, batch["response_mask"]))
+        return TokenWeights(credit.weights, credit_metrics(credit, signals, batch["response_mask"], self.credit_config))
 
 
 def _packed(micro_batch: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`verl.utils.kernel.linear_cross_entropy` by our kernels: log-probs and entropies of hidden states.
+"""`verl.utils.kernel.linear_cross_entropy` by these kernels: log-probs and entropies of hidden states.
 
 from sgcd_kernels.integrations.verl import linear_cross_entropy
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sgcd_kernels.core.validation import check_choice
-from sgcd_kernels.logprob import linear_logprob
+from sgcd_kernels.ops.logprob import linear_logprob
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -22,9 +22,9 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log p(labels), entropy), both fp32 and differentiable; `reduction` is of the log-probs alone, as in verl.
+    """(log p(labels), entropy), both fp32 and differentiable; `reduction` applies to the log-probs only, as in verl.
 
-    As verl's they are flat, [B * T], whatever the shape of the input.
+    Both are flat, [B * T], whatever the shape of the input, as verl's are.
     With `dist_process_group` the head is sharded by rows in the order of the ranks, and labels are global ids.
 
     Raises ValueError as `linear_logprob` does.

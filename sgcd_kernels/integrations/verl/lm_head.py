@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
-from sgcd_kernels.divergence import linear_divergence
-from sgcd_kernels.logit_transform import check_unscaled, logit_transform
-from sgcd_kernels.logprob import linear_logprob
-from sgcd_kernels.model_check import check_model
-from sgcd_kernels.types import DivergenceStats
+from sgcd_kernels.models import check_model, check_unscaled, logit_transform
+from sgcd_kernels.ops.divergence import DivergenceStats, linear_divergence
+from sgcd_kernels.ops.logprob import linear_logprob
 
-# Of the divergence, what credit rules read.
+# Fields of DivergenceStats that credit rules read.
 SIGNALS = (
     "reverse_kl",
     "forward_kl",

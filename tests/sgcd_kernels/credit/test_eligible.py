@@ -14,6 +14,7 @@ from sgcd_kernels.backends import registry
 from sgcd_kernels.backends.registry import credit_backend
 from sgcd_kernels.credit.eligible import EligibleTokens
 from sgcd_kernels.credit.rules import RULES
+from tests.properties import examples
 
 IMPLS = [name for name in ("torch", "cpp") if backend_status()[name].usable]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator]
@@ -37,7 +38,7 @@ def sequences(cu: torch.Tensor, eligible: torch.Tensor) -> list[torch.Tensor]:
 
 
 @given(batches(), st.sampled_from([0.01, 0.5, 0.75, 0.99, 1.0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_quantile_has_the_bits_of_torch(batch: Batch, q: float) -> None:
     values, eligible, cu, _ = batch
     if not len(values):
@@ -54,7 +55,7 @@ def test_quantile_has_the_bits_of_torch(batch: Batch, q: float) -> None:
 
 
 @given(batches())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_reductions(batch: Batch) -> None:
     values, eligible, cu, _ = batch
     tokens = EligibleTokens(cu, eligible)
@@ -68,7 +69,7 @@ def test_reductions(batch: Batch) -> None:
 
 
 @given(batches(), st.integers(-(2**63), 2**63 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_a_shuffle_stays_in_its_sequence_and_knows_no_other(batch: Batch, seed: int) -> None:
     _, eligible, cu, _ = batch
     to, source = EligibleTokens(cu, eligible).shuffle(seed)
@@ -98,7 +99,7 @@ def test_shuffles_are_uniform() -> None:
 
 
 @given(batches(60), st.data())
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=examples(1000))  # 100 times as many: a quarter of an hour, and 1 GB of what was drawn
 def test_the_operator_scans_as_the_loop_does(batch: Batch, data: st.DataObject) -> None:
     values, eligible, cu, g = batch
     n, dtype = len(values), values.dtype

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sgcd_kernels import linear_divergence, reference
 from sgcd_kernels.backends.torch import blocks
+from tests.properties import examples
 
 F64 = torch.float64
 ALL: dict[str, Any] = {"features": ("jsd", "tv"), "top_k": 4}
@@ -105,7 +106,7 @@ def test_identical_distributions_give_exactly_zero(dtype: torch.dtype, std: floa
     shift=st.floats(0, 3),
     k=st.integers(1, 40),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_bounds(seed: int, std: float, shift: float, k: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, w = torch.randn(6, 5, generator=g) * std, torch.randn(40, 5, generator=g)

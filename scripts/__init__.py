@@ -1,0 +1,1 @@
+"""Commands for people who change this repository; nothing imports them."""

@@ -1,0 +1,91 @@
+"""Gradient of a student-teacher divergence in the student's logits, made again tile by tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgcd_kernels.backends.protocol import DistillSaved
+from sgcd_kernels.backends.triton import launch
+from sgcd_kernels.backends.triton.gradients import Write, loss_scale_of, sweep_gradients
+from sgcd_kernels.backends.triton.tiles import (
+    MIN_EXPONENT,
+    exp_ftz,
+    grouped_order,
+    load_column,
+    load_temperature,
+    mixture_ratios,
+    pair_logits,
+    pair_rows,
+    store_logit_grad,
+    transform_backward,
+)
+from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, as_fp32
+
+
+def distill_backward(
+    student: Projection,
+    teacher: Projection,
+    divergence: tuple[str, float],
+    saved: DistillSaved,
+    upstream: Tensor,
+    needs: Needs,
+) -> HeadGrads:
+    upstream = as_fp32(upstream)
+    loss_scale = loss_scale_of(student, [upstream])
+    if loss_scale is not None:
+        upstream = upstream * loss_scale
+    per_token = [*map(as_fp32, saved), upstream]
+
+    def writer(block: Projection, tokens: slice) -> Write:
+        return _logit_grad_writer(block, teacher[tokens], divergence, [v[tokens] for v in per_token])
+
+    return sweep_gradients(student, needs, writer, loss_scale)
+
+
+def _logit_grad_writer(
+    student: Projection, teacher: Projection, divergence: tuple[str, float], per_token: list[Tensor]
+) -> Write:
+    """What fills dZ of these tokens, given their student_lse, teacher_lse, mean_log_ratio and upstream gradient."""
+    kind, beta = divergence
+    head, other = launch.Head.of(student), launch.Head.of(teacher)
+    config = launch.config_of("distill_grad", student, head, other, has_epilogue=kind == "jsd")
+    kernel, transform = launch.variant(distill_grad_kernel, head, other), launch.transform(student, head, other)
+
+    def write(first_id: int, out: Tensor) -> None:
+        sizes = launch.chunk_sizes(student, first_id, out.shape[1], config, head, other)
+        kernel[sizes.grid](
+            head.arguments, other.arguments, student.rows, transform, *per_token, beta, out, out.stride(0), sizes,
+            KIND=kind, META=launch.meta(config, sizes.chunk, head, other), **launch.options(config),
+        )  # fmt: skip
+
+    return write
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def distill_grad_kernel(
+    student, teacher, rows, transform, student_lse, teacher_lse, mean_log_ratio, upstream, beta, out, out_stride, sizes,
+    KIND: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """Of KL(p || q): p (ln p - ln q - KL). Of KL(q || p): p - q. Of JSD: (1 - beta) p (ln p/m - sum p ln p/m)."""
+    n, vocab = sizes.n, sizes.vocab
+    tile, block = grouped_order(sizes.token_tiles, sizes.vocab_tiles, sizes.group_n)
+    token, column = tile * META.BLOCK_N + tl.arange(0, META.BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
+    vocab_ids = sizes.first_id + column
+    temperature = load_temperature(transform, token, n)
+    x_p, x_q = pair_rows(student, teacher, rows, tile, n, META)
+    z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)
+    log_p, log_q = z_p - load_column(student_lse, token, n), z_q - load_column(teacher_lse, token, n)
+    p = exp_ftz(log_p)
+    if KIND == "forward_kl":
+        dz = p - exp_ftz(log_q)
+    elif KIND == "reverse_kl":
+        log_ratio = tl.where(p > 0, log_p - log_q, 0.0)
+        dz = (log_ratio - load_column(mean_log_ratio, token, n)) * p
+    else:
+        log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)
+        to_p, _ = mixture_ratios(log_p, log_q, beta)
+        dz = (to_p - load_column(mean_log_ratio, token, n)) * p * (1.0 - beta)
+    dz = transform_backward(dz * load_column(upstream, token, n), z_p, transform.softcap, temperature)
+    store_logit_grad(out, out_stride, dz, token, column, n, sizes.chunk, META.DIVISIBLE_V)

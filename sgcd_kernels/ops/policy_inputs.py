@@ -1,0 +1,115 @@
+"""The arguments of the policy losses as bundles: the head and the options, and a batch of tokens, with their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sgcd_kernels.backends.protocol import IMPLS
+from sgcd_kernels.core.lm_head import LMHead
+from sgcd_kernels.core.surrogate import PER_SEQUENCE, PolicyLossConfig
+from sgcd_kernels.core.validation import (
+    check_advantages,
+    check_all_per_token,
+    check_choice,
+    check_cu_seqlens,
+    check_head,
+    check_int,
+    check_targets,
+)
+
+
+class HeadOptions(TypedDict, total=False):
+    """Keywords about the head (fields of `LMHead`), ignored targets and the backend."""
+
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    temperature: float | Tensor  # a number, or per token
+    group: ProcessGroup | None
+    ignore_index: int
+    impl: str
+
+
+class PolicyOptions(HeadOptions, total=False):
+    """Keywords about the loss: fields of `PolicyLossConfig`, or a whole one, which the other keywords override."""
+
+    policy: PolicyLossConfig
+    loss_type: str
+    epsilon: float
+    epsilon_high: float | None
+    beta: float
+    num_items_in_batch: float | Tensor | None
+
+
+class Settings(NamedTuple):
+    """What the keywords of a policy loss say, checked."""
+
+    head: LMHead
+    policy: PolicyLossConfig
+    ignore_index: int
+    impl: str
+
+    @staticmethod
+    def of(function: str, weight: Tensor, options: Mapping[str, Any]) -> Settings:
+        """From the keywords that `function` was called with. An unknown one is a TypeError, as in any call."""
+        left = dict(options)
+        policy = left.pop("policy", _POLICY)
+        if not isinstance(policy, PolicyLossConfig):
+            raise ValueError(f"policy is {policy!r} ({type(policy).__name__}), needs a PolicyLossConfig")
+        fields_of_policy = {name: left.pop(name, getattr(policy, name)) for name in _POLICY_FIELDS}
+        head = {name: left.pop(name) for name in _HEAD_FIELDS if name in left}
+        ignore_index, impl = left.pop("ignore_index", -100), left.pop("impl", "auto")
+        if left:
+            raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(left))!r}")
+        check_choice("impl", impl, IMPLS)
+        check_int("ignore_index", ignore_index)
+        return Settings(LMHead(weight, **head), PolicyLossConfig(**fields_of_policy), ignore_index, impl)
+
+
+_POLICY = PolicyLossConfig()
+_POLICY_FIELDS = tuple(field.name for field in fields(PolicyLossConfig))
+_HEAD_FIELDS = tuple(field.name for field in fields(LMHead) if field.name != "weight")
+
+
+class PolicyTokens(NamedTuple):
+    """A batch per token, like `targets`, unless it says otherwise."""
+
+    targets: Tensor  # [N] or [B, T]
+    advantages: Tensor  # or [B]
+    old_logp: Tensor | None = None
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # [B + 1]
+    ref_logp: Tensor | None = None
+    importance_weights: Tensor | None = None
+
+
+def check_policy_inputs(hidden: Tensor, tokens: PolicyTokens, settings: Settings) -> torch.Size:
+    """Refuse shapes, dtypes and devices that do not fit, and companions that are missing; give the leading shape."""
+    policy = settings.policy
+    if policy.beta != 0 and tokens.ref_logp is None:
+        raise ValueError(f"ref_logp is None, needs the reference policy's log-probs for beta {policy.beta}")
+    leading = check_head(hidden, settings.head)
+    check_targets(tokens.targets, leading, hidden.device, tokens.mask)
+    check_advantages(tokens.advantages, leading, check_sequences(leading, tokens.cu_seqlens, policy.loss_type))
+    per_token = {name: getattr(tokens, name) for name in ("old_logp", "ref_logp", "importance_weights")}
+    check_all_per_token(per_token, leading, hidden.device)
+    return leading
+
+
+def check_sequences(leading: torch.Size, cu_seqlens: Tensor | None, loss_type: str) -> int:
+    """Refuse bounds that are missing, or given beside [B, T, H]; give the number of sequences."""
+    if len(leading) == 2:
+        if cu_seqlens is not None:
+            raise ValueError(f"cu_seqlens is given with hidden [B, T, H], T = {leading[1]}; needs packed hidden [N, H]")
+        return leading[0]
+    if cu_seqlens is None:
+        if loss_type in PER_SEQUENCE:
+            raise ValueError(f"cu_seqlens is None, needs [B + 1] for loss_type {loss_type!r} on packed hidden [N, H]")
+        return 1
+    check_cu_seqlens(cu_seqlens)
+    return cu_seqlens.numel() - 1

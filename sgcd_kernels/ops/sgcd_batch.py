@@ -1,0 +1,133 @@
+"""What `sgcd_loss` takes for its credit, and its two steps that read data: before scoring and after the credit rule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgcd_kernels.core.lm_head import LMHead
+from sgcd_kernels.core.registration import register
+from sgcd_kernels.core.segments import Segments, runs_of
+from sgcd_kernels.core.validation import check_all_per_token, check_pair, check_tensor, checked_targets
+from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
+from sgcd_kernels.credit.rules import Credit
+from sgcd_kernels.credit.summary import CreditSums, credit_sums, warn_if_inert
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
+
+
+class Teacher(NamedTuple):
+    """The teacher's side of a batch."""
+
+    hidden: Tensor | None  # [N, H'] or [B, T, H']; None: no token has a teacher
+    head: LMHead
+    has_teacher: Tensor | None = None  # like targets, or [B]; None is everywhere
+
+
+class CreditInputs(NamedTuple):
+    """What a batch needs for its credit, beside the policy's tokens."""
+
+    teacher: Teacher
+    credit_mask: Tensor | None = None  # like targets
+    turn_ids: Tensor | None = None  # like targets
+    config: CreditConfig = DEFAULT
+    warn: bool = True  # if credit is inert
+
+
+def check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
+    """Refuse what does not fit the policy's tokens."""
+    teacher, leading = inputs.teacher, tokens.targets.shape
+    check_config(inputs.config)
+    if teacher.hidden is not None:
+        check_pair(hidden, settings.head, teacher.hidden, teacher.head)
+    check_all_per_token({"credit_mask": inputs.credit_mask, "turn_ids": inputs.turn_ids}, leading, hidden.device)
+    if tokens.cu_seqlens is None and len(leading) == 1:
+        raise ValueError("cu_seqlens is None, needs [B + 1] for packed hidden [N, H]: credit stays within a sequence")
+    sequences = leading[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.numel() - 1
+    if teacher.has_teacher is not None:
+        check_tensor("has_teacher", teacher.has_teacher)
+        if teacher.has_teacher.shape not in (leading, (sequences,)):
+            got, needs = list(teacher.has_teacher.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
+            raise ValueError(f"has_teacher has shape {got}, needs {needs}")
+
+
+class Batch(NamedTuple):
+    """Like `targets`, with every mask put into it; runs is flat."""
+
+    targets: Tensor  # int64, `ignore_index` where there is no loss
+    scored_targets: Tensor  # and where there is no teacher
+    has_teacher: Tensor  # bool, loss tokens only
+    eligible: Tensor  # bool
+    advantages: Tensor
+    runs: Tensor  # [N], the number of a token's run of loss tokens
+
+
+def _fake_batch(head: LMHead, tokens: PolicyTokens, *_: object) -> Batch:
+    targets, wide = tokens.targets, torch.promote_types(tokens.advantages.dtype, torch.float32)
+
+    def like_targets(dtype: torch.dtype) -> Tensor:
+        return targets.new_empty(targets.shape, dtype=dtype)
+
+    return Batch(
+        targets=like_targets(torch.long),
+        scored_targets=like_targets(torch.long),
+        has_teacher=like_targets(torch.bool),
+        eligible=like_targets(torch.bool),
+        advantages=like_targets(wide),
+        runs=targets.new_empty(targets.numel(), dtype=torch.long),
+    )
+
+
+@register(_fake_batch)
+def batch_op(
+    head: LMHead, tokens: PolicyTokens, credit_mask: Tensor | None, has_teacher: Tensor | None, ignore_index: int
+) -> Batch:
+    shape, device = tokens.targets.shape, tokens.targets.device
+    flat = checked_targets(tokens.targets, head, ignore_index, tokens.mask)
+    loss_tokens = flat != ignore_index
+    segments = Segments.of(shape, tokens.cu_seqlens, device)
+    with_teacher = loss_tokens.clone()
+    if has_teacher is not None:
+        with_teacher &= segments.per_token(has_teacher.to(device), shape) != 0
+    eligible = with_teacher.clone() if credit_mask is None else with_teacher & (credit_mask.reshape(-1) != 0)
+    wide = torch.promote_types(tokens.advantages.dtype, torch.float32)
+    advantages = segments.per_token(tokens.advantages.to(dtype=wide, device=device), shape)
+    return Batch(
+        targets=flat.clone().reshape(shape),
+        scored_targets=flat.masked_fill(~with_teacher, ignore_index).reshape(shape),
+        has_teacher=with_teacher.reshape(shape),
+        eligible=eligible.reshape(shape),
+        advantages=advantages.clone().reshape(shape),
+        runs=runs_of(loss_tokens),
+    )
+
+
+class Weighed(NamedTuple):
+    advantages: Tensor  # A W
+    lse_known: Tensor
+    sums: CreditSums
+
+
+def _fake_weigh(batch: Batch, credit: Credit, divergence: Tensor, *_: object) -> Weighed:
+    def scalar(dtype: torch.dtype) -> Tensor:
+        return divergence.new_empty((), dtype=dtype)
+
+    counts = {name: scalar(torch.long) for name in ("tokens", "spans", "in_spans", "diverging", "weighted")}
+    totals = {name: scalar(divergence.dtype) for name in ("divergence", "teacher_entropy")}
+    weights = {"weights": scalar(credit.weights.dtype), "salient": scalar(torch.float32)}
+    sums = CreditSums(**counts, **totals, **weights, saturated=scalar(torch.float32))
+    dtype = torch.promote_types(batch.advantages.dtype, credit.weights.dtype)
+    advantages = batch.advantages.new_empty(batch.advantages.shape, dtype=dtype)
+    return Weighed(advantages, torch.empty_like(batch.has_teacher), sums)
+
+
+@register(_fake_weigh)
+def weigh_op(
+    batch: Batch, credit: Credit, divergence: Tensor, teacher_entropy: Tensor, clip: float, warn: bool
+) -> Weighed:
+    # One op: the compiler would drop a warning that nothing depends on, but not the advantages.
+    sums = credit_sums(credit, divergence, teacher_entropy, batch.eligible, clip)
+    if warn:
+        warn_if_inert(sums)
+    return Weighed(batch.advantages * credit.weights, batch.has_teacher & (sums.weighted > 0), sums)
