@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +54,8 @@ def main() -> int:
     print(f"    {' > '.join(name.removeprefix(f'{PACKAGE}.') for name in chain)}")
     print(f"import circles: {', '.join(' = '.join(circle) for circle in circles) or 'none'}")
     print("public signatures, number of parameters")
-    for name, count in sorted(public_signatures().items(), key=lambda item: -item[1]):
-        print(f"    {count:3} {name}")
+    for name, (count, keywords) in sorted(public_signatures().items(), key=lambda item: -item[1][0]):
+        print(f"    {count:3} {name}" + (f", the last **options with {keywords} keywords" if keywords else ""))
     functions = [f for module, source in sources.items() for f in find_functions(module, ast.parse(source))]
     host = [f for f in functions if not f.is_kernel]
     print("longest parameter lists, Triton's kernels left out")
@@ -197,32 +198,27 @@ def _reachable(graph: Graph, start: str) -> set[str]:
     return seen
 
 
-def public_signatures() -> dict[str, int]:
-    """Number of parameters of each public function, and of the methods that make and call a public module."""
+def public_signatures() -> dict[str, tuple[int, int]]:
+    """Of each public function and of a public module's __init__ and forward: parameters, and keys of its **keywords."""
     import sgcd_kernels
 
-    out: dict[str, int] = {}
+    out: dict[str, tuple[int, int]] = {}
     for name in sgcd_kernels.__all__:
         value = getattr(sgcd_kernels, name)
         if inspect.isfunction(value):
-            out[name] = len(inspect.signature(value).parameters)
+            out[name] = _count(value)
         elif inspect.isclass(value) and hasattr(value, "forward"):
             for method in ("__init__", "forward"):
-                count = _count_with_bundles(getattr(value, method))
-                out[f"{name}.{method}"] = count
+                out[f"{name}.{method}"] = _count(getattr(value, method))
     return out
 
 
-def _count_with_bundles(method: Callable[..., object]) -> int:
-    """Parameters without self; `**options: Unpack[TypedDict]` counts as its keys."""
-    import typing
-
-    hints = typing.get_type_hints(method)
-    total = 0
-    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
-        bundle = typing.get_args(hints.get(name)) if parameter.kind is parameter.VAR_KEYWORD else ()
-        total += len(bundle[0].__annotations__) if bundle else 1
-    return total
+def _count(function: Callable[..., object]) -> tuple[int, int]:
+    """(parameters without self, keys of `**options: Unpack[TypedDict]`)"""
+    hints, parameters = typing.get_type_hints(function), dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
+    keywords = [typing.get_args(hints.get(k)) for k, v in parameters.items() if v.kind is v.VAR_KEYWORD]
+    return len(parameters), sum(len(typing.get_type_hints(found[0])) for found in keywords if found)
 
 
 def find_functions(module: str, tree: ast.Module) -> Iterator[Function]:

@@ -16,7 +16,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -54,58 +54,87 @@ def register(
     """
 
     def made(body: Callable[P, R]) -> Callable[P, R]:
-        hints = typing.get_type_hints(body)
-        arguments = {name: _codec(hints[name]) for name in inspect.signature(body).parameters}
-        result, name = _codec(hints["return"]), body.__name__.removesuffix("_op")
-        schema = ", ".join(f"{kind} {flat}" for key, codec in arguments.items() for flat, kind in codec.schema(key))
-        returns = ", ".join(kind.rstrip("?") for _, kind in result.schema(""))
-        full = f"{NAMESPACE}::{name}"
-
-        def bundled(flat: typing.Sequence[Any]) -> list[Any]:
-            values = iter(flat)
-            return [codec.join(values) for codec in arguments.values()]
-
-        def run(*flat: Any) -> Any:
-            with _on_device_of(flat):
-                return _as_results(result.split(body(*bundled(flat))), flat)  # type: ignore[call-arg]
-
-        def run_fake(*flat: Any) -> Any:
-            return _as_results(result.split(fake(*bundled(flat))), flat)
-
-        torch.library.define(full, f"({schema}) -> ({returns})", lib=_LIBRARY, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(full, "CompositeExplicitAutograd", _untraced(run), lib=_LIBRARY)
-        torch.library.register_fake(full, run_fake, lib=_LIBRARY)
+        op = _Op(body, fake)
         if setup is not None and backward is not None:
-            names = [flat for key, codec in arguments.items() for flat, _ in codec.schema(key)]
-
-            def run_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                ctx.set_materialize_grads(False)
-                if differentiable is not None:
-                    results = zip(result.schema(""), _as_tuple(output), strict=True)
-                    ctx.mark_non_differentiable(*(x for (key, _), x in results if key not in differentiable))
-                setup(ctx, result.join(iter(_as_tuple(output))), *bundled(inputs))
-
-            @once_differentiable
-            def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-                if all(grad is None for grad in upstream):
-                    return tuple(None for _ in names)
-                ctx.needs = dict(zip(names, ctx.needs_input_grad))  # torch adds an argument of its own at the end
-                grads = backward(ctx, result.join(iter(upstream)))
-                assert grads.keys() <= set(names), grads.keys()
-                return tuple(grads.get(flat) if ctx.needs[flat] else None for flat in names)
-
-            torch.library.register_autograd(full, run_backward, setup_context=run_setup, lib=_LIBRARY)
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+            op.register_autograd(setup, backward, differentiable)
 
         @functools.wraps(body)
         def call(*values: P.args, **_: P.kwargs) -> R:
-            flat = [x for codec, value in zip(arguments.values(), values, strict=True) for x in codec.split(value)]
-            made: R = result.join(iter(_as_tuple(op(*flat))))
-            return made
+            result: R = op.call(values)
+            return result
 
         return call
 
     return made
+
+
+class _Op:
+    """One op: the translation between the bundles of its functions and the flat values of the dispatcher."""
+
+    def __init__(self, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        hints = typing.get_type_hints(body)
+        self.arguments = {name: _codec(hints[name]) for name in inspect.signature(body).parameters}
+        self.result = _codec(hints["return"])
+        self.body, self.fake = body, fake
+        name = body.__name__.removesuffix("_op")
+        self.qualified = f"{NAMESPACE}::{name}"
+        tags = (torch.Tag.pt2_compliant_tag,)
+        torch.library.define(self.qualified, self.schema(), lib=_LIBRARY, tags=tags)
+        torch.library.impl(self.qualified, "CompositeExplicitAutograd", _untraced(self.run), lib=_LIBRARY)
+        torch.library.register_fake(self.qualified, self.run_fake, lib=_LIBRARY)
+        self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def flat_arguments(self) -> list[tuple[str, str]]:
+        return [flat for name, codec in self.arguments.items() for flat in codec.schema(name)]
+
+    def schema(self) -> str:
+        arguments = ", ".join(f"{kind} {name}" for name, kind in self.flat_arguments())
+        results = ", ".join(kind.rstrip("?") for _, kind in self.result.schema(""))
+        return f"({arguments}) -> ({results})"
+
+    def call(self, values: tuple[Any, ...]) -> Any:
+        flat: list[Any] = []
+        for codec, value in zip(self.arguments.values(), values, strict=True):
+            flat += codec.split(value)
+        return self.joined(self.dispatched(*flat))
+
+    def bundles(self, flat: Sequence[Any]) -> list[Any]:
+        values = iter(flat)
+        return [codec.join(values) for codec in self.arguments.values()]
+
+    def joined(self, output: Any) -> Any:
+        return self.result.join(iter(_as_tuple(output)))
+
+    def run(self, *flat: Any) -> Any:
+        with _on_device_of(flat):
+            return _as_results(self.result.split(self.body(*self.bundles(flat))), flat)
+
+    def run_fake(self, *flat: Any) -> Any:
+        return _as_results(self.result.split(self.fake(*self.bundles(flat))), flat)
+
+    def register_autograd(
+        self, setup: Callable[..., None], backward: Backward, differentiable: tuple[str, ...] | None
+    ) -> None:
+        names = [name for name, _ in self.flat_arguments()]
+        results = [name for name, _ in self.result.schema("")]
+
+        def run_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            if differentiable is not None:
+                found = zip(results, _as_tuple(output), strict=True)
+                ctx.mark_non_differentiable(*(x for name, x in found if name not in differentiable))
+            setup(ctx, self.joined(output), *self.bundles(inputs))
+
+        @once_differentiable
+        def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(grad is None for grad in upstream):
+                return tuple(None for _ in names)
+            ctx.needs = dict(zip(names, ctx.needs_input_grad))  # torch adds an argument of its own at the end
+            grads = backward(ctx, self.result.join(iter(upstream)))
+            assert grads.keys() <= set(names), grads.keys()
+            return tuple(grads.get(name) if ctx.needs[name] else None for name in names)
+
+        torch.library.register_autograd(self.qualified, run_backward, setup_context=run_setup, lib=_LIBRARY)
 
 
 def save(ctx: Any, **values: Any) -> None:
@@ -238,7 +267,7 @@ def _codec(annotation: Any) -> _Codec:
 _NOTHING_DIM = 4  # no result of ours has so many dimensions
 
 
-def _as_results(flat: list[Any], inputs: typing.Sequence[Any]) -> Any:
+def _as_results(flat: list[Any], inputs: Sequence[Any]) -> Any:
     """An op's results: tensors, with an empty one of four dimensions in the place of None."""
     like = next(x for x in inputs if isinstance(x, Tensor))
     out = tuple(like.new_empty((0,) * _NOTHING_DIM) if x is None else x for x in flat)
@@ -249,7 +278,7 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
-def _on_device_of(flat: typing.Sequence[Any]) -> Any:
+def _on_device_of(flat: Sequence[Any]) -> Any:
     """With the GPU current where the tensors lie: Triton launches on the current one, whatever it is given."""
     device = next((x.device for x in flat if isinstance(x, Tensor) and x.is_cuda), None)
     return contextlib.nullcontext() if device is None else torch.cuda.device(device)
