@@ -286,7 +286,8 @@ def _on_device_of(flat: Sequence[Any]) -> Any:
 
 def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
     """Where torch.compile has given up on a function it still traces what that calls, an op's body among it."""
-    disabled = _disable_dynamo(body)  # imports torch._dynamo when it is called
+    # Imports torch._dynamo when it is called. Takes a function, on which it leaves an attribute: a method has none.
+    disabled = _disable_dynamo(lambda *args: body(*args))
 
     @functools.wraps(body)
     def run(*args: Any) -> Any:
