@@ -81,6 +81,9 @@ def test_without_the_extension_it_says_why(
     assert found.name.endswith("-py3-none-any.whl"), "nothing of a machine is in it"
     where, says = installed(found, SAYS).splitlines()
     assert where.startswith(str(tmp_path)) and reason in says
+    assert {name.split("/")[0] for name in zipfile.ZipFile(found).namelist() if ".dist-info/" not in name} == {
+        "sgcd_kernels"
+    }, "a wheel holds the library alone: other packages are called trainer, too"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def logprob_grads(c: Call) -> tuple[Any, ...]:
     values, needs, kept = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
     if c.draw.of(True, False):
         try:
-            kept = list(ops.head_stats_keep(*head, needs[1] != c.draw.flaw())[1])
+            kept = list(ops.head_stats_cached(*head, needs[1] != c.draw.flaw())[1])
         except (ValueError, NotImplementedError, RuntimeError):
             kept = [c.each()] * 5
         if kept and c.draw.flaw():
@@ -200,9 +200,9 @@ def pair_topk(c: Call) -> tuple[Any, ...]:
 
 
 CALLS = {
-    "bare_walk": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
+    "matmul_sweep": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
     "head_stats": lambda c: (*c.head(), c.rows, c.targets(), *c.shared()),
-    "head_stats_keep": lambda c: (*c.head(), c.rows, c.targets(), *c.shared(), c.draw.of(True, False)),
+    "head_stats_cached": lambda c: (*c.head(), c.rows, c.targets(), *c.shared(), c.draw.of(True, False)),
     "pair_stats": lambda c: (*c.head(), *c.head(), c.rows, c.targets(), *c.shared()),
     "pair_topk": pair_topk,
     "mixture_stats": mixture_stats,
@@ -211,6 +211,8 @@ CALLS = {
     "find_spans": find_spans,
     "order_statistics": order_statistics,
 }
+if not hasattr(ops, "matmul_sweep"):  # only in a build for the benchmark
+    del CALLS["matmul_sweep"]
 worked: collections.Counter[str] = collections.Counter()
 refused: collections.Counter[str] = collections.Counter()
 

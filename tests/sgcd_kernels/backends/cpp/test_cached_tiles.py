@@ -30,7 +30,7 @@ def gradients(
     """(those of sum weights logp that were asked for, what was kept: copies, because the gradient uses it up)"""
     ops: Any = torch.ops.sgcd_kernels
     arguments = (c.x, c.w, bias, None, c.y, temperature, 0.0)
-    stats, kept = ops.head_stats_keep(*arguments, needs[1]) if keep else (ops.head_stats(*arguments), [])
+    stats, kept = ops.head_stats_cached(*arguments, needs[1]) if keep else (ops.head_stats(*arguments), [])
     d = weights(c.x.shape[0])
     lse = stats[0] + stats[1].log()
     copies = [x.clone() for x in kept]
@@ -105,7 +105,7 @@ def test_the_policy_loss_keeps_and_its_bits_do_not_depend_on_threads(dtype: torc
 def test_what_was_kept_for_something_else_is_refused() -> None:
     c, ops = case(70, 16, 100, torch.float32), torch.ops.sgcd_kernels
     arguments = (c.x, c.w, None, None, c.y, None, 0.0)
-    _, kept = ops.head_stats_keep(*arguments, True)
+    _, kept = ops.head_stats_cached(*arguments, True)
     each = torch.zeros(70)
     for wrong in (
         (*arguments, each, each, each, None, None, [True, False, False], False, kept),
@@ -127,5 +127,5 @@ def test_what_was_kept_for_something_else_is_refused() -> None:
             kept,
         ),
     ):
-        with pytest.raises(ValueError, match="kept"):
+        with pytest.raises(ValueError, match="cached"):
             ops.logprob_grads(*wrong)

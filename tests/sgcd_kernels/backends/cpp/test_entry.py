@@ -29,7 +29,7 @@ def test_no_argument_crashes_an_operator(cases: int) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [line.split() for line in done.stdout.splitlines()]
-    assert len(counts) == 10
+    assert len(counts) == 9 + hasattr(torch.ops.sgcd_kernels, "matmul_sweep")  # in a build for the benchmark
     if cases >= 10_000:  # fewer need not meet every operator with both good and bad input
         assert all(int(worked) > 0 and int(refused) > 0 for _, worked, refused in counts)
     assert sum(int(worked) + int(refused) for _, worked, refused in counts) > 0.8 * cases
