@@ -112,9 +112,10 @@ sanitize: $(READY)
 	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
-	$(PY) tests/kernels/fuzz_cpp.py 10000; \
-	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/kernels/test_cpp_values.py \
-	  tests/kernels/test_cpp_grads.py tests/kernels/test_cpp_kept.py tests/kernels/test_packed.py tests/kernels/test_kernel_*.py
+	$(PY) tests/sgcd_kernels/backends/cpp/fuzz.py 10000; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/sgcd_kernels/backends/cpp/test_values.py \
+	  tests/sgcd_kernels/backends/cpp/test_gradients.py tests/sgcd_kernels/backends/cpp/test_cached_tiles.py \
+	  tests/sgcd_kernels/credit/test_eligible.py tests/kernels/test_kernel_*.py
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)

@@ -81,7 +81,7 @@ class _Op:
         tags = (torch.Tag.pt2_compliant_tag,)
         torch.library.define(self.qualified, self.schema(), lib=_LIBRARY, tags=tags)
         torch.library.impl(
-            self.qualified, "CompositeExplicitAutograd", _untraced(lambda *x: self.run(*x)), lib=_LIBRARY
+            self.qualified, "CompositeExplicitAutograd", _untraced(self.run), lib=_LIBRARY
         )
         torch.library.register_fake(self.qualified, self.run_fake, lib=_LIBRARY)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -67,7 +67,7 @@ def test_the_source_distribution_holds_what_a_build_reads(sdist: Path) -> None:
         names = {name.split("/", 1)[-1] for name in packed.getnames()}
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()} | set(SOURCES[3:])
     assert wanted <= names and "sgcd_kernels/py.typed" in names
-    assert not [name for name in names if name.endswith(".so") or name == "sgcd_kernels/cpp/build.json"]
+    assert not [name for name in names if name.endswith(".so") or name == "sgcd_kernels/backends/cpp/build.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Call the raw operators with arguments that hypothesis draws, many of them wrong: python fuzz_cpp.py CASES [SEED].
+"""Call the raw operators with arguments that hypothesis draws, many of them wrong: python fuzz.py CASES [SEED].
 
-Prints, for each operator, how many calls worked and how many were refused. A process of its own, run by test_cpp_entry
+Prints, for each operator, how many calls worked and how many were refused. A process of its own, run by test_entry.py
 and `make sanitize`, because what it looks for would take the test runner down with it.
 """
 

@@ -1,4 +1,4 @@
-"""Tiles that the forward walk of a loss keeps: the gradient made of them is the one that is made of logits again."""
+"""Tiles that the forward sweep of a loss caches: a gradient made of them is the one made of recomputed logits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def exact(c: Case, bias: torch.Tensor | None, temperature: torch.Tensor | None) 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
 def test_fp32_sums_the_same_numbers(shape: str, needs: list[bool]) -> None:
-    """The weight's gradient to the bit; hidden's is summed over the words in another order."""
+    """The weight's gradient to the bit; hidden's is summed over the vocabulary in another order."""
     c = case(*SHAPES[shape], torch.float32)
     again, _ = gradients(c, needs, keep=False)
     got, kept = gradients(c, needs, keep=True)
@@ -76,7 +76,7 @@ def test_bf16_is_as_near_to_the_truth(shape: str) -> None:
         assert of_bias < 1e-3  # a sum of numbers rounded to 2^-9, which `again` sums in fp32
 
 
-def test_a_nearly_certain_word_keeps_its_gradient() -> None:
+def test_a_nearly_certain_token_keeps_its_gradient() -> None:
     """p - 1 of a p that was rounded to bf16 would be off by a part in 500 of the advantage, not of itself."""
     h, v = 64, 300
     w = torch.randn(v, h, generator=torch.Generator().manual_seed(0))
