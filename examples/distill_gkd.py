@@ -1,9 +1,9 @@
-"""The divergence as a loss: a small student learns a teacher's whole distribution on its own samples, without logits.
+"""A divergence as the loss: a small student learns a teacher's full distribution on its own samples, without logits.
 
 This is generalized knowledge distillation (GKD, arXiv 2306.13649) in a loop of your own. In TRL's trainer it is
 `with linear_distillation(trainer): trainer.train()` (docs/trl.md).
 
-python examples/distill_gkd.py [student [teacher]]     folders or names of causal LMs with one vocabulary
+python examples/distill_gkd.py [student [teacher]]     folders or names of causal LMs with the same vocabulary
 """
 
 import sys
@@ -17,7 +17,7 @@ from sgcd_kernels import check_model, linear_distill_loss, logit_transform
 def tiny(width, layers):
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     made = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_attention_heads=4, **sizes))
-    made.get_output_embeddings().weight.data.mul_(8)  # random ones hardly prefer a word to another
+    made.get_output_embeddings().weight.data.mul_(8)  # a random head gives nearly uniform logits
     return made
 
 
@@ -26,7 +26,7 @@ names = sys.argv[1:]
 student = AutoModelForCausalLM.from_pretrained(names[0], dtype=torch.float32) if names else tiny(32, 1)
 teacher = AutoModelForCausalLM.from_pretrained(names[-1], dtype=torch.float32) if names else tiny(64, 2)
 for model in (student, teacher):
-    check_model(model)  # refuses what would be wrong without a word: quantised heads, adapters on them, scaled logits
+    check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with scaled logits
 softcap = logit_transform(student).softcap
 if softcap != logit_transform(teacher).softcap:
     sys.exit(
@@ -35,7 +35,7 @@ if softcap != logit_transform(teacher).softcap:
 teacher.requires_grad_(False)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5 if names else 1e-2)
 PAD = 0
-prompts = torch.arange(8 * 4).view(8, 4)  # yours, padded on the left
+prompts = torch.arange(8 * 4).view(8, 4)  # replace by your prompts, padded on the left
 prompts[::2, :2] = PAD
 start = prompts.shape[1] - 1  # the state before a token predicts it
 
@@ -48,7 +48,7 @@ for step in range(10):
     with torch.no_grad():
         taught = teacher.get_decoder()(**inputs).last_hidden_state[:, start:-1]
     heads = student.get_output_embeddings(), teacher.get_output_embeddings()
-    # [B, T], one divergence a token: mask, clip or weigh them as you like before the mean
+    # [B, T], a divergence per token: mask, clip or weight them as you like before the mean
     divergence = linear_distill_loss(
         states,
         heads[0].weight,
@@ -65,4 +65,4 @@ for step in range(10):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}  JSD {loss:.4f}  highest of a token {divergence.max():.3f}")
+    print(f"step {step}  JSD {loss:.4f}  highest per token {divergence.max():.3f}")

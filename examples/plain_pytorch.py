@@ -1,4 +1,4 @@
-"""SGCD in a loop of your own: updates of a Hugging Face model on one group of rollouts, packed, no logits.
+"""SGCD in your own training loop: updates of a Hugging Face model on one group of rollouts, packed, without logits.
 
 python examples/plain_pytorch.py [folder or name of a causal LM]
 """
@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, logit_transform
 
 
-def states(prompt, answers):  # packed [N, H]: those that predict the answers' tokens
-    rows = [torch.tensor(prompt + answer) for answer in answers]  # padded on the right, where no token looks
+def states(prompt, answers):  # packed [N, H]: the states that predict the answers' tokens
+    rows = [torch.tensor(prompt + answer) for answer in answers]  # padded on the right
     hidden = model.get_decoder()(input_ids=pad_sequence(rows, batch_first=True)).last_hidden_state
     return torch.cat([h[len(prompt) - 1 : len(row) - 1] for h, row in zip(hidden, rows)])
 
@@ -23,22 +23,22 @@ if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
-    model.get_output_embeddings().weight.data.mul_(24)  # random ones hardly prefer a word to another
-check_model(model)  # refuses what would be wrong without a word: quantised heads, adapters on them, scaled logits
+    model.get_output_embeddings().weight.data.mul_(24)  # a random head gives nearly uniform logits
+check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with scaled logits
 head, optimizer = model.get_output_embeddings(), torch.optim.AdamW(model.parameters(), lr=1e-4)
 config, softcap = CreditConfig(gamma=1.0, clip=2.0), logit_transform(model).softcap
 criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, softcap=softcap)
-# Your engine and your verifier give these: a task's prompt, what siblings answered, who succeeded, what they learned.
+# From your engine and your verifier: a task's prompt, the siblings' answers, their rewards, and the reference.
 prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
 answers = [[20, 21, 22, 2], [20, 31, 2], [30, 31, 32, 33, 2], [20, 21, 23, 2]]
 reward = torch.tensor([1.0, 0.0, 0.0, 1.0])
 advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
 cu_seqlens = torch.tensor([0, *map(len, answers)]).cumsum(0)
 targets = torch.tensor([token for answer in answers for token in answer])
-turn_ids = torch.zeros_like(targets)  # the turn of each token; here every answer is one
+turn_ids = torch.zeros_like(targets)  # the turn of each token; here every answer is one turn
 for step in range(3):
     with torch.no_grad():
-        teacher = states(reference + prompt, answers)  # the same policy, shown the reference
+        teacher = states(reference + prompt, answers)  # the same policy, given the reference
     batch = (states(prompt, answers), head.weight, targets, teacher, advantages, cu_seqlens)
     loss, metrics = criterion(*batch, turn_ids=turn_ids, bias=head.bias)
     loss.backward()

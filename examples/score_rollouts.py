@@ -1,11 +1,11 @@
-"""Where would credit go? A heat map, in the terminal, of one response under two prompts: with and without a reference.
+"""A heat map of credit in the terminal: one response, scored under two prompts, with and without a reference.
 
 python examples/score_rollouts.py
 python examples/score_rollouts.py --model FOLDER --student PROMPT --teacher PROMPT --response OWN [OBSERVED OWN ...]
 
-Without arguments: the tiny policy that ships with the trainer, and a file that it deletes without looking who still
-needs it. Every number is measured: d = KL(student || teacher) and H, the teacher's entropy, over the whole vocabulary
-in nats; W is what multiplies the advantage of the token.
+Without arguments it uses the tiny policy that ships with the trainer, and a rollout in which it deletes a file without
+checking who still needs it. d = KL(student || teacher) and H, the teacher's entropy, are over the full vocabulary, in
+nats; W multiplies the token's advantage.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=TINY, help="folder or name of a Hugging Face causal LM")
     parser.add_argument("--student", default=TASK, help="the prompt that the policy saw")
-    parser.add_argument("--teacher", default=REFERENCE + TASK, help="the prompt with what it should have known")
+    parser.add_argument("--teacher", default=REFERENCE + TASK, help="the prompt with the reference")
     parser.add_argument(
-        "--response", nargs="+", default=RESPONSE, help="the policy's words, a tool's, the policy's, ..."
+        "--response", nargs="+", default=RESPONSE, help="text of the policy, of a tool, of the policy, ..."
     )
     parser.add_argument("--gamma", type=float, default=1.0)
     parser.add_argument("--clip", type=float, default=2.0, help="the largest W")
@@ -51,12 +51,12 @@ def arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def states(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """[R, H], the states that predict the response; the head is left to the op."""
+    """[R, H], the states that predict the response; the op applies the head."""
     return model.get_decoder()(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 : -1]
 
 
 def shade(text: str, weight: float, clip: float, counts: bool) -> str:
-    """White for W = 1, red for W = clip, grey for what the policy did not write."""
+    """White for W = 1, red for W = clip, grey for tokens that the policy did not generate."""
     if not counts:
         return f"\033[90m{text}\033[0m"
     heat = (weight - 1) / max(clip - 1, 1e-9)
@@ -101,9 +101,7 @@ def main() -> None:
         name = f"{word!r:20}"
         print(shade(name, w, args.clip, mine) if color else name, f"{d:8.4f} {h:8.4f} {w:6.3f}  {mark}".rstrip())
     found = [w for *_, w, _, mine in rows if mine]
-    print(
-        f"mean W {sum(found) / len(found):.3f} over {len(found)} tokens of the policy's own; grey tokens were observed"
-    )
+    print(f"mean W {sum(found) / len(found):.3f} over {len(found)} tokens of the policy; grey tokens were observed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SGCD in TRL: siblings' outcomes become a reference, and the reference says which tokens the advantage is for.
+"""SGCD in TRL: a reference is written from the siblings' outcomes, and decides which tokens get the advantage.
 
 python examples/trl_sgcd.py [folder or name of a causal LM]
 """
@@ -20,17 +20,17 @@ else:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelt, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **sizes))
-    model.get_output_embeddings().weight.data.mul_(8)  # random ones hardly prefer a word to another
+    model.get_output_embeddings().weight.data.mul_(8)  # a random head gives nearly uniform logits
 
 
 def even(completions: list[str], **_: object) -> list[float]:
-    """Your verifier: here an even word is asked for first."""
+    """Your verifier: here the first token must be an even number."""
     firsts = [(text.split() or ["w1"])[0] for text in completions]
     return [float(first[1:].isdigit() and int(first[1:]) % 2 == 0) for first in firsts]
 
 
 def what_separates(group: Siblings) -> str | None:
-    """Your reference writer: what the siblings that succeeded have and the others have not."""
+    """Your reference writer: here a successful and a failed answer of the siblings."""
     right = [text for text, reward in zip(group.completions, group.rewards) if reward == 1]
     wrong = [text for text, reward in zip(group.completions, group.rewards) if reward == 0]
     return f"right: {right[0]} wrong: {wrong[0]}" if right and wrong else None

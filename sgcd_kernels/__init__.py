@@ -1,7 +1,7 @@
 """Token-credit kernels: log-probs, divergences, credit weights and policy losses straight from hidden states.
 
-No op writes an [N, V] matrix of logits; what each holds at most, docs/api.md says. Importing loads PyTorch and nothing
-heavier: backends load on use.
+No op writes an [N, V] matrix of logits; docs/api.md gives the peak workspace of each. Importing loads PyTorch and
+nothing heavier: backends load on first use.
 """
 
 from sgcd_kernels.backends.registry import backend_status

@@ -1,7 +1,7 @@
-"""Hugging Face causal LMs: what they do to logits after the head, and which of them these ops can be used with.
+"""Hugging Face causal LMs: how they transform logits after the head, and which of them these ops support.
 
-transformers has neither a hook nor one name for a scale or a softcap of logits: each model's forward reads fields of
-its own config. These are the fields of every causal LM of transformers 5.23 (test_models.py runs the models).
+transformers has neither a hook nor a common name for a scale or a softcap of logits: each model's forward reads fields
+of its config. These are the fields of every causal LM of transformers 5.23 (test_models.py runs the models).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"  # but for _MULTIPLIES
 _MULTIPLIES = "hyperclovax"
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Other names of a scale or cap of the output, in models from elsewhere.
+# Other names for a scale or cap of the output, in models from outside transformers.
 _SUSPECT = re.compile(r"(?!.*(attn|attention|router)).*(logit|lm_head|output).*(scal|mult|cap)")
 
 
@@ -90,14 +90,14 @@ _RECURRENT = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 def check_model(model: nn.Module, *, packed: bool = False, group: ProcessGroup | None = None) -> None:
     """Refuse a Hugging Face style causal LM whose head these ops cannot use, or that cannot be fed as described.
 
-    Call it where a loss is made, so that it fails there and not after a thousand steps. `packed`: several sequences
-    share a row of tokens. `group`: the head is sharded by vocabulary over these ranks.
+    Call it at set-up, so that it fails there and not in the middle of training. `packed`: several sequences are
+    concatenated in one row of tokens. `group`: the head is sharded by vocabulary over these ranks.
 
     Raises ValueError, with the reason, for
     - a model without output embeddings, or with a quantised head: the ops read bf16, fp16, fp32 or fp64;
     - an adapter on the head, which the head's weight does not contain, or logits that the model scales;
     - `packed` with a recurrent model (Mamba, gated delta net, ...): its state leaks from one sequence into the next;
-    - `group` with tied embeddings: each rank would train its own rows of a matrix that the embedding needs whole.
+    - `group` with tied embeddings: each rank would train only some rows of a matrix that the embedding needs whole.
 
     >>> class Tiny(nn.Module):
     ...     def __init__(self):
@@ -131,7 +131,7 @@ def _head_weight(model: nn.Module) -> Tensor:
     head = find() if callable(find) else None
     if head is None:
         raise ValueError(f"model is a {type(model).__name__}, needs get_output_embeddings() to give its head")
-    if hasattr(head, "base_layer"):  # peft's name of what an adapter is put on, whatever its kind
+    if hasattr(head, "base_layer"):  # peft's name for the wrapped layer, for adapters of all kinds
         raise ValueError(
             "the head has an adapter on it, needs none: its own weight is only the frozen part; leave the head out of "
             "target_modules, or train it whole (modules_to_save)"
@@ -143,7 +143,7 @@ def _head_weight(model: nn.Module) -> Tensor:
 
 
 def _check_stored_plainly(weight: Tensor) -> None:
-    """bitsandbytes, GPTQ and fp8 store odd dtypes; torchao's tensor classes claim a float one."""
+    """Refuse quantised weights: bitsandbytes, GPTQ and fp8 by dtype, torchao, which reports a float one, by class."""
     sharded = hasattr(weight, "placements")  # a DTensor, of plain tensors
     if type(weight) not in (Tensor, nn.Parameter) and not sharded:
         kind = type(weight).__name__

@@ -1,7 +1,7 @@
-"""What every op means, in the plainest PyTorch: full logits, one line per formula, loops where they read best.
+"""The specification of every op, in plain PyTorch: full logits, one line per formula, loops where they read best.
 
-This is the specification. Every backend is tested against it in fp64, and nothing here is shared with one. It works on
-packed tokens only, holds N x V logits, and checks nothing. Masks are bool; `cu_seqlens` is a list.
+Every backend is tested against it in fp64 and has no code in common with it. It takes packed tokens only, holds N x V
+logits, and checks nothing. Masks are bool; `cu_seqlens` is a list.
 """
 
 from __future__ import annotations
@@ -171,14 +171,14 @@ def sgcd_loss(
 
 
 def per_token(values: Tensor, cu_seqlens: list[int]) -> Tensor:
-    """One value per token, from one per token or one per sequence."""
+    """One value per token, given values per token or per sequence."""
     if len(values) == cu_seqlens[-1]:
         return values
     return torch.cat([value.repeat(stop - start) for value, (start, stop) in zip(values, pairwise(cu_seqlens))])
 
 
 def runs(mask: Tensor) -> Tensor:
-    """Where nobody names the turns: a number per run of consecutive loss tokens."""
+    """The turns, if no `turn_ids` are given: a number for each run of consecutive loss tokens."""
     numbers, number, before = [], 0, False
     for loss_token in mask.tolist():
         number += loss_token and not before
@@ -252,7 +252,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def find_onsets(u: list[float], entropy: list[float], turns: list[int], cfg: CreditConfig) -> list[int | None]:
-    """Where the span of each token starts, read from left to right with the state of one span."""
+    """The onset of each token's span, found by one scan from left to right."""
     onsets: list[int | None] = []
     onset: int | None = None
     quiet = 0
@@ -297,7 +297,7 @@ def matched_uniform(x: Eligible, cfg: CreditConfig) -> Credit:
 
 
 def permuted(x: Eligible, cfg: CreditConfig) -> Credit:
-    """The order depends on the seed, the sequence's place in the batch and its number of eligible tokens alone."""
+    """The order depends only on the seed, the sequence's place in the batch and its number of eligible tokens."""
     order = shuffled(len(x.divergence), x.sequence, cfg.seed)
     weights, saliency, spans = sgcd(x, cfg)
     return [weights[i] for i in order], [saliency[i] for i in order], [spans[i] for i in order]
@@ -347,7 +347,7 @@ def dgpo(x: Eligible, cfg: CreditConfig) -> Credit:
 
 
 def turn_level(x: Eligible, cfg: CreditConfig) -> Credit:
-    """A turn is the tokens that have one id, wherever they lie; each turn counts once."""
+    """A turn is all tokens with the same id, contiguous or not; each turn counts once."""
     means = {i: fmean(d for d, turn in zip(x.log_ratio, x.turns) if turn == i) for i in set(x.turns)}
     centre, deviation = fmean(means.values()), max(pstdev(means.values()), 1e-6)
     z = [(means[turn] - centre) / deviation for turn in x.turns]

@@ -1,4 +1,4 @@
-"""Credit in verl on one batch, without Ray: what its actor does with `loss_mode: sgcd`, in the open.
+"""Credit in verl on one batch, without Ray: the computation of its actor with `loss_mode: sgcd`, step by step.
 
 python examples/verl/policy_loss.py        needs verl 0.9 (docs/verl.md)
 """
@@ -18,16 +18,16 @@ with initialize_config_dir(str(Path(__file__).resolve().parent), version_base=No
     config = compose("sgcd").actor_rollout_ref
 actor = omega_conf_to_dataclass(config.actor)
 
-# Two responses of 8 tokens as verl pads them; a tool's answer lies in the middle of the first.
+# Two responses of 8 tokens, padded as in verl; the middle of the first is a tool's answer.
 generator = torch.Generator().manual_seed(0)
 mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
 old = -torch.rand(2, 8, generator=generator) * 2
 new = (old + 0.1 * torch.randn(2, 8, generator=generator)).requires_grad_()
 advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 8) * mask
 
-# The engine measures these in the student's forward: KL(student || teacher) and the teacher's entropy of each token.
+# The engine measures these in its forward pass: KL(student || teacher) and the teacher's entropy per token.
 signals = {"reverse_kl": torch.zeros(2, 8), "teacher_entropy": torch.rand(2, 8, generator=generator)}
-signals["reverse_kl"][0, 5], signals["reverse_kl"][1, 1] = 0.9, 0.4  # the tokens where the reference knew better
+signals["reverse_kl"][0, 5], signals["reverse_kl"][1, 1] = 0.9, 0.4  # where the teacher disagrees
 
 rule = credit_config(config.model.fused_kernel_options.sgcd)
 credit = response_credit(signals, mask, config=rule)

@@ -1,14 +1,14 @@
-"""What the teacher reads: `trainer.v1.sgcd_sync.reference_func` names this function (docs/verl.md).
+"""A reference writer for verl: `trainer.v1.sgcd_sync.reference_func` names this function (docs/verl.md).
 
-It sees one task with all its rollouts. Your own may ask a language model (`async def`: all groups are asked at once)
-or look into `siblings.rows` for what the data set has on the task.
+It gets one task with all its rollouts. Your own may call a language model (if it is `async def`, the calls for all
+groups run concurrently) or use the task's row of the data set, `siblings.rows`.
 """
 
 from sgcd_kernels.integrations.trl.references import Siblings
 
 
 def write(siblings: Siblings) -> str | None:
-    """The shortest answer that succeeded, if another failed; nothing to learn from a group that is all alike."""
+    """The shortest successful answer, if another one failed; None if all outcomes are the same."""
     best, worst = max(siblings.rewards), min(siblings.rewards)
     if best == worst:
         return None

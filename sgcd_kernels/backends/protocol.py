@@ -1,7 +1,7 @@
-"""What a backend implements. Nothing here runs: a backend is four modules with these functions.
+"""The interface of a backend: four modules with these functions. Nothing here runs.
 
-Rows are computed tokens, n of them. Results are in the dtype of the statistics (`Projection.stats_dtype`), of two heads
-in the wider one. Under vocab-parallelism (`LMHead.group`) every rank calls with its shard and gets the full result.
+Rows are computed tokens, n of them. Results have the dtype of the statistics (`Projection.stats_dtype`); for two heads,
+the wider one. Under vocab-parallelism (`LMHead.group`) every rank calls with its shard and gets the full result.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from sgcd_kernels.credit.config import CreditConfig
 
 
-IMPLS = ("auto", "triton", "cpp", "torch")  # what `impl=` may be
+IMPLS = ("auto", "triton", "cpp", "torch")  # the values of `impl=`
 
 
 class DivergenceOptions(NamedTuple):
-    """What `divergence_forward` gives beside the fields of one pass."""
+    """What `divergence_forward` returns in addition to the fields of one pass."""
 
-    features: tuple[str, ...] = ()  # of jsd, tv and mixture_kl, which is KL(p || m) and given with jsd only
+    features: tuple[str, ...] = ()  # any of jsd, tv and mixture_kl; mixture_kl, KL(p || m), only together with jsd
     beta: float = 0.5  # weight of the teacher in m = beta q + (1 - beta) p
     top_k: int | None = None
 
 
 class DistillSaved(NamedTuple):
-    """What the forward pass of a distillation knows of each row, [n]."""
+    """What the forward pass of a distillation loss saves per row, [n]."""
 
     student_lse: Tensor
     teacher_lse: Tensor
@@ -63,18 +63,19 @@ class Backend(Protocol):
         needs: Needs,
         cached: Any = None,
     ) -> HeadGrads:
-        """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse). `cached` is used up; without d_entropy only.
+        """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse).
 
-        In a logit: d_logp (1[v = y] - p) + d_lse p - d_entropy p (ln p + entropy).
+        With respect to a logit: d_logp (1[v = y] - p) + d_lse p - d_entropy p (ln p + entropy). `cached` may be given
+        only without d_entropy, and is consumed.
         """
 
     def target_logp(self, x: Projection, targets: Tensor, lse: Tensor) -> Tensor:  # [n]
-        """log p(y) where lse is known: one dot product per row."""
+        """log p(y), given the lse: one dot product per row."""
 
     def divergence_forward(
         self, student: Projection, teacher: Projection, targets: Tensor, options: DivergenceOptions
     ) -> dict[str, Tensor]:
-        """The asked-for fields of DivergenceStats by name. There is at least one row."""
+        """The requested fields of DivergenceStats, by name. There is at least one row."""
 
     def distill_backward(
         self,
@@ -85,7 +86,7 @@ class Backend(Protocol):
         upstream: Tensor,  # [n]
         needs: Needs,
     ) -> HeadGrads:
-        """Gradients of sum(upstream divergence). In a student logit, with r = ln(p / m):
+        """Gradients of sum(upstream divergence). With respect to a student logit, with r = ln(p / m):
 
         reverse_kl: p (ln p - ln q - KL)     forward_kl: p - q     jsd: (1 - beta) p (r - sum p r)
         """
@@ -97,7 +98,7 @@ class Backend(Protocol):
         tokens: CreditTokens,
         config: CreditConfig,
     ) -> Tensor:  # [N] int64
-        """The packed index of the onset of the span that a token lies in, or -1 outside spans.
+        """Per token, the packed index of the onset of its span, or -1 outside spans.
 
         A span starts at a token with u > start. It ends before the first token whose teacher entropy is above
         max(entropy_ratio H_onset, H_onset + entropy_margin), before the token that completes `patience` quiet ones
@@ -112,4 +113,4 @@ class Backend(Protocol):
         low: Tensor,  # [B]
         high: Tensor,  # [B]
     ) -> Tensor:  # [2, B]
-        """Of each sequence's eligible values in rising order, those at two places."""
+        """Sort each sequence's eligible values in ascending order; return those at the indices `low` and `high`."""

@@ -1,7 +1,8 @@
-"""Which backend runs a call: the one place where `impl=` is read.
+"""Chooses the backend of a call: the only place where `impl=` is read.
 
-To add a backend, write the functions of `protocol.Backend` in the four files of a new folder, and give it an entry in
-`_BACKENDS`, which says in a sentence why it cannot run here, or cannot run on given inputs.
+To add a backend, write the functions of `protocol.Backend` in the four files of a new folder, and add an entry to
+`_BACKENDS`. The entry's functions return the reason, as a sentence, why the backend cannot run on this machine or on
+given inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sgcd_kernels.backends.protocol import IMPLS, Backend
 from sgcd_kernels.core.lm_head import Projection
 from sgcd_kernels.core.validation import check_choice
 
-# The file of a backend's folder in which a function of the protocol is.
+# In which file of a backend's folder each function of the protocol is defined.
 _FILES = {
     "logprob_forward": "logprob",
     "logprob_backward": "logprob",
@@ -31,13 +32,13 @@ _FILES = {
     "find_spans": "credit",
     "order_statistics": "credit",
 }
-# Too small for a kernel: one dot product per row.
+# Functions for which every backend uses the torch one. target_logp, one dot product per row, needs no kernel.
 _EVERYWHERE = {"target_logp": "sgcd_kernels.backends.torch.logprob"}
 HALVES_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run here; if not, why, and else which of its paths does."""
+    """Whether a backend can run on this machine; `reason` says why not, or which code path it uses."""
 
     usable: bool
     reason: str
@@ -45,14 +46,14 @@ class BackendStatus(NamedTuple):
 
 @dataclass(frozen=True)
 class _Entry:
-    unavailable_reason: Callable[[], str | None]  # on this machine, whatever the inputs
-    refuses: Callable[[str, Projection], str | None]  # (function, input), where it is available
-    auto_devices: tuple[str, ...]  # for whose tensors "auto" tries it
-    description: Callable[[], str] = lambda: "usable"  # what backend_status says where it is available
+    unavailable_reason: Callable[[], str | None]  # why it cannot run on this machine, whatever the inputs
+    refuses: Callable[[str, Projection], str | None]  # (function, input) -> why it cannot run on that input
+    auto_devices: tuple[str, ...]  # "auto" tries it for tensors on these devices
+    description: Callable[[], str] = lambda: "usable"  # for backend_status, if available
 
 
 class _Folder:
-    """A backend whose files are imported when one of their functions is asked for."""
+    """A backend whose files are imported on first use of one of their functions."""
 
     def __init__(self, name: str) -> None:
         self.package = f"{__package__}.{name}"
@@ -65,7 +66,7 @@ class _Folder:
 
 
 def backend_status() -> dict[str, BackendStatus]:
-    """Say which backends are usable on this machine and, for each that is not, why.
+    """Which backends are usable on this machine, and why the others are not.
 
     >>> status = backend_status()
     >>> sorted(status), status["torch"].usable, all(s.reason for s in status.values())
@@ -78,7 +79,7 @@ def backend_status() -> dict[str, BackendStatus]:
 
 
 def backend_for(impl: str, function: str, *inputs: Projection) -> Backend:
-    """The backend that runs `function` on these inputs. Asking for one that cannot is a ValueError that says why.
+    """The backend that runs `function` on these inputs. ValueError, with the reason, if `impl` names one that cannot.
 
     "divergence_second_pass" stands for a `divergence_forward` with features or top_k.
     """
@@ -94,9 +95,9 @@ def backend_for(impl: str, function: str, *inputs: Projection) -> Backend:
 
 
 def credit_backend(impl: str, values: Tensor) -> Backend:
-    """The backend for the scans and sorts of credit rules over these values per token.
+    """The backend for the scans and sorts of the credit rules over these per-token values.
 
-    The C++ scan takes tensors of any device, by way of the host.
+    The C++ scan takes tensors on any device: it copies them to the host.
     """
     check_choice("impl", impl, IMPLS)
     reasons = {
@@ -121,7 +122,7 @@ def _reason(name: str, function: str, inputs: tuple[Projection, ...]) -> str | N
 
 
 def interpreting() -> bool:
-    """Whether Triton was told to run its kernels in Python, on CPU tensors: slow, for tests and debugging."""
+    """Whether TRITON_INTERPRET is set: Triton then runs kernels in Python, on CPU tensors, for tests and debugging."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -188,5 +189,5 @@ _FOLDERS = {name: cast(Backend, _Folder(name)) for name in _BACKENDS}
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Autocast would round logits to half precision."""
+    """Disable autocast, which would round logits to half precision."""
     return torch.autocast(device.type, enabled=False)

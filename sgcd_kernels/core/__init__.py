@@ -1,1 +1,1 @@
-"""What the ops and the backends share: the LM head, statistics, sequences, the loss family, checks, registration."""
+"""Used by all ops and backends: the LM head, statistics, sequences, the loss family, checks, registration."""

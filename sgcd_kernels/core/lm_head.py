@@ -1,7 +1,7 @@
-"""The LM head, the tokens that it is applied to, and the ranks that may share its vocabulary.
+"""The LM head, the tokens that it is applied to, and the process group that its vocabulary may be sharded over.
 
 A backend gets `Projection`s: hidden states, the head, and which tokens to compute. Values per computed token are [n],
-values per token [N]; `gather` and `scatter` go from one to the other.
+values per token [N]; `gather` and `scatter` convert between the two.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.distributed import ProcessGroup
 class LMHead:
     """logits = softcap(hidden @ weight^T + bias) / temperature, where softcap(z) = c tanh(z / c)."""
 
-    weight: Tensor  # [V, H]; this rank's rows of it if there is a group
+    weight: Tensor  # [V, H]; with a group, this rank's rows only
     bias: Tensor | None = None  # [V]
     softcap: float | None = None
     temperature: float | Tensor = 1.0  # a number, or per token
     group: ProcessGroup | None = None  # ranks that each hold some rows of the weight
 
     def with_constant_temperature(self) -> LMHead:
-        """The same head, whose temperature asks for no gradient: there is none for it."""
+        """The same head with its temperature detached: no op gives a temperature a gradient."""
         if not isinstance(self.temperature, Tensor):
             return self
         return replace(self, temperature=self.temperature.detach())
@@ -34,7 +34,7 @@ class LMHead:
 
 @dataclass(frozen=True)
 class Projection:
-    """A head on the tokens `rows` of hidden states: the input of every backend function."""
+    """A head applied to the tokens `rows` of hidden states: the input of every backend function."""
 
     hidden: Tensor  # [N, H]
     head: LMHead
@@ -46,7 +46,7 @@ class Projection:
         return Projection(hidden.reshape(-1, hidden.shape[-1]), head, rows)
 
     def on(self, keep: Tensor) -> Projection:  # [N] bool
-        """The same head on the tokens to keep."""
+        """The same head on the tokens where `keep` is true."""
         return replace(self, rows=indices_of(keep))
 
     def __getitem__(self, tokens: slice) -> Projection:
@@ -86,7 +86,7 @@ class Projection:
         return (targets - shard_range(self.head)[0]).contiguous()
 
     def temperature_per_row(self) -> Tensor | None:  # [n] fp32
-        """The temperature of each computed token; None where all are 1."""
+        """The temperature of each computed token; None if all are 1."""
         temperature = self.head.temperature
         if isinstance(temperature, Tensor):
             return as_fp32(self.gather(temperature))
@@ -94,7 +94,7 @@ class Projection:
 
 
 class Needs(NamedTuple):
-    """Which gradients of a head are to be computed."""
+    """Which gradients to compute."""
 
     hidden: bool
     weight: bool
@@ -102,20 +102,20 @@ class Needs(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, head: LMHead) -> Needs:
-        """What autograd would record now."""
+        """The gradients that autograd would record now."""
         recording = torch.is_grad_enabled()
         return Needs(*(recording and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)))
 
 
 class HeadGrads(NamedTuple):
-    """Gradients of a head; None where not asked for."""
+    """Gradients of hidden states and head; None where not requested."""
 
     hidden: Tensor | None  # [N, H], zero at tokens that were not computed
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
 
     def in_dtypes_of(self, hidden: Tensor, head: LMHead) -> HeadGrads:
-        """Each in the dtype, and the first in the shape, of what it belongs to."""
+        """Each in the dtype of its input, and the first also in its shape."""
         d_hidden, d_weight, d_bias = self
         return HeadGrads(
             None if d_hidden is None else d_hidden.to(hidden.dtype).reshape(hidden.shape),
@@ -125,7 +125,7 @@ class HeadGrads(NamedTuple):
 
 
 def empty_grads(hidden: Tensor, head: LMHead, needs: Needs, *, saved: bool = False) -> HeadGrads:
-    """Uninitialised gradients in the dtypes of their inputs, or (`saved`) in those in which a backend gives them."""
+    """Uninitialised gradients in the dtypes of their inputs, or (`saved`) in the dtypes that a backend returns."""
     d_hidden = hidden.dtype if not saved else saved_dtype(hidden)
     d_weight = head.weight.dtype if not saved else saved_dtype(head.weight)
     d_bias = None if head.bias is None else head.bias.dtype if not saved else stats_dtype(hidden, head.weight)
@@ -145,35 +145,35 @@ def stats_dtype(*inputs: Tensor) -> torch.dtype:
 
 
 def saved_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a gradient that waits for its upstream factor: fp32 for fp16, where it might underflow before."""
+    """The dtype of a gradient that is still to be multiplied by the incoming one: fp32 for fp16, lest it underflow."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def as_fp32(x: Tensor) -> Tensor:
-    """Contiguous fp32 without a graph, as compiled kernels read values per token."""
+    """Contiguous, fp32 and detached, as compiled kernels read per-token values."""
     return x.detach().float().contiguous()
 
 
 def indices_of(keep: Tensor) -> Tensor | None:  # [N] bool -> [n] or None
-    """The indices of the true ones, or None when that is all of them.
+    """The indices of the true values, or None if all are true.
 
-    Their count is all that the host waits for; `nonzero` would make it wait once more.
+    The host waits for the GPU once, for their count; `nonzero` would make it wait once more.
     """
     total, count = keep.numel(), int(keep.sum())
     if count == total:
         return None
-    place = torch.where(keep, keep.cumsum(0) - 1, count)  # all others are written to one place beyond the last
+    place = torch.where(keep, keep.cumsum(0) - 1, count)  # false ones all go to one slot beyond the last
     rows = place.new_empty(count + 1).scatter_(0, place, torch.arange(total, device=keep.device))
     return rows[:count]
 
 
 def gather_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-    """The values of the computed tokens; all of them without `rows`."""
+    """The values of the computed tokens; all values if `rows` is None."""
     return values if rows is None else values.index_select(0, rows)
 
 
 def group_name(group: object) -> str:
-    """How a group travels through an op of torch.library, which takes no objects; no group is the empty name."""
+    """The name by which a group passes through an op of torch.library, which takes no objects; "" is no group."""
     if group is None:
         return ""
     if not isinstance(group, ProcessGroup):
@@ -192,7 +192,7 @@ def group_named(name: str) -> ProcessGroup | None:
 
 
 def shard_range(head: LMHead) -> tuple[int, int]:
-    """(first vocab id of this rank's weight, vocab ids of all ranks). Shards may differ in size; ranks are in order."""
+    """(first vocab id of this rank's shard, V over all ranks). Shards lie in rank order and may differ in size."""
     rows = int(head.weight.shape[0])
     if head.group is None:
         return 0, rows
@@ -201,7 +201,7 @@ def shard_range(head: LMHead) -> tuple[int, int]:
 
 
 def gather_over(x: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """Every rank's tensor, in order; all of one shape."""
+    """Every rank's tensor, in rank order; all have the same shape."""
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(out, x.contiguous(), group=group)
     return out

@@ -1,11 +1,11 @@
-"""How a function on bundles (`LMHead`, `PolicyLossConfig`, ...) becomes an op of torch.library.
+"""Registers a function on bundles (`LMHead`, `PolicyLossConfig`, ...) as an op of torch.library.
 
 The dispatcher takes flat lists of tensors and plain values. `register` derives them from the annotations of the body:
-each bundle is spread into its fields, named `<argument>_<field>`, and put together again for the body, its fake kernel
-and its backward pass, so that none of them counts positions.
+each bundle is flattened into its fields, named `<argument>_<field>`, and rebuilt for the body, its fake kernel and its
+backward pass, so that none of them counts positions.
 
-Not `torch.library.custom_op`, which does the same for flat arguments alone: its first call imports torch._dynamo, which
-takes a second and helps only those who compile.
+Not `torch.library.custom_op`, which does the same for flat arguments only: its first call imports torch._dynamo, which
+takes a second and is of use only under torch.compile.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def register(
     Arguments may be tensors, numbers, strings, process groups, and NamedTuples or dataclasses of these; results are
     tensors, None, and such bundles of them. No result may share memory with another or with an argument.
 
-    `fake(*arguments)` gives uninitialised results. `setup(ctx, result, *arguments)` and `backward(ctx, upstream)` are
-    those of an autograd.Function: `upstream` has the form of the result, and gradients are returned by the name of the
-    flat argument, such as "hidden" or "head_weight"; what is left out gets none. `differentiable` names the results
-    that have a gradient (None is all). An op without `backward` must be called where no gradient is recorded.
+    `fake(*arguments)` returns uninitialised results. `setup(ctx, result, *arguments)` and `backward(ctx, upstream)` are
+    those of an autograd.Function: `upstream` has the structure of the result, and gradients are returned by the name of
+    the flat argument, such as "hidden" or "head_weight"; arguments left out get none. `differentiable` names the
+    results that have a gradient (None is all). An op without `backward` must be called where no gradient is recorded.
     """
 
     def made(body: Callable[P, R]) -> Callable[P, R]:
@@ -131,7 +131,7 @@ class _Op:
         def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             if all(grad is None for grad in upstream):
                 return tuple(None for _ in names)
-            ctx.needs = dict(zip(names, ctx.needs_input_grad))  # torch adds an argument of its own at the end
+            ctx.needs = dict(zip(names, ctx.needs_input_grad))  # torch appends an argument of its own
             grads = backward(ctx, self.result.join(iter(upstream)))
             assert grads.keys() <= set(names), grads.keys()
             return tuple(grads.get(name) if ctx.needs[name] else None for name in names)
@@ -143,14 +143,14 @@ def save(ctx: Any, **values: Any) -> None:
     """Keep values and bundles for the backward pass, by name; tensors go through `save_for_backward`."""
     codecs: dict[str, _Codec] = {name: _codec(type(value)) for name, value in values.items()}  # type: ignore[arg-type]
     flat = [x for name, value in values.items() for x in codecs[name].split(value)]
-    # What inference mode has made must be copied to be saved.
+    # Tensors made in inference mode cannot be saved; copies of them can.
     tensors = [x.clone() if x.is_inference() else x for x in flat if isinstance(x, Tensor)]
     ctx.save_for_backward(*tensors)
     ctx.saved_by_name = codecs, [None if isinstance(x, Tensor) else (x,) for x in flat]
 
 
 def restore(ctx: Any) -> types.SimpleNamespace:
-    """What `save` kept."""
+    """The values that `save` stored, by name."""
     codecs, plain = ctx.saved_by_name
     tensors = iter(ctx.saved_tensors)
     flat = iter([next(tensors) if x is None else x[0] for x in plain])
@@ -158,7 +158,7 @@ def restore(ctx: Any) -> types.SimpleNamespace:
 
 
 class _Codec:
-    """How one argument or result travels: as one flat value, as it is."""
+    """Converts an argument or result to flat values of the dispatcher and back. This one passes it on unchanged."""
 
     def __init__(self, kind: str = "") -> None:
         self.kind = kind
@@ -175,7 +175,7 @@ class _Codec:
 
 
 class _OptionalTensor(_Codec):
-    """None is allowed among arguments; among results, which must be tensors, `_NOTHING` stands for it."""
+    """A tensor or None. Results must be tensors: there an empty tensor of `_NOTHING_DIM` dimensions stands for None."""
 
     def join(self, flat: Iterator[Any]) -> Any:
         value = next(flat)
@@ -183,7 +183,7 @@ class _OptionalTensor(_Codec):
 
 
 class _NumberOrTensor(_Codec):
-    """A number that may be a tensor, such as a temperature."""
+    """A number or a tensor, such as a temperature."""
 
     def schema(self, name: str) -> list[tuple[str, str]]:
         return [(name, "Tensor?"), (f"{name}_number", "float?")]
@@ -266,11 +266,11 @@ def _codec(annotation: Any) -> _Codec:
     return _Codec()
 
 
-_NOTHING_DIM = 4  # no result of ours has so many dimensions
+_NOTHING_DIM = 4  # no op has a result with so many dimensions
 
 
 def _as_results(flat: list[Any], inputs: Sequence[Any]) -> Any:
-    """An op's results: tensors, with an empty one of four dimensions in the place of None."""
+    """An op's results as tensors: an empty one of four dimensions stands for None."""
     like = next(x for x in inputs if isinstance(x, Tensor))
     out = tuple(like.new_empty((0,) * _NOTHING_DIM) if x is None else x for x in flat)
     return out if len(out) > 1 else out[0]
@@ -281,14 +281,14 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
 
 
 def _on_device_of(flat: Sequence[Any]) -> Any:
-    """With the GPU current where the tensors lie: Triton launches on the current one, whatever it is given."""
+    """Make the tensors' GPU the current one: Triton launches on the current device, wherever its arguments are."""
     device = next((x.device for x in flat if isinstance(x, Tensor) and x.is_cuda), None)
     return contextlib.nullcontext() if device is None else torch.cuda.device(device)
 
 
 def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Where torch.compile has given up on a function it still traces what that calls, an op's body among it."""
-    # It imports torch._dynamo when it is called, and sets an attribute, which a bound method does not take.
+    """Keep torch.compile from tracing an op's body, which it tries after a graph break in the caller."""
+    # `torch.compiler.disable` imports torch._dynamo when called, and sets an attribute: not possible on a bound method.
     disabled = _disable_dynamo(lambda *args: body(*args))
 
     @functools.wraps(body)

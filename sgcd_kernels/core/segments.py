@@ -12,7 +12,7 @@ from sgcd_kernels.core.validation import cu_seqlens_values
 
 @dataclass(frozen=True)
 class Segments:
-    """The sequences of packed tokens, or of some of these (`gather`)."""
+    """The sequences of packed tokens, or of a subset of them (`gather`)."""
 
     ids: Tensor  # [n] int64, rising: the number of a token's sequence
     count: int
@@ -37,20 +37,20 @@ class Segments:
         return self if rows is None else replace(self, ids=self.ids.index_select(0, rows))
 
     def per_token(self, values: Tensor, leading: torch.Size) -> Tensor:  # [N]
-        """One value per token, from one per token (of shape `leading`) or one per sequence."""
+        """One value per token, given values per token (of shape `leading`) or per sequence."""
         return values.reshape(-1) if values.shape == leading else values[self.ids]
 
     def mean(self, x: Tensor) -> Tensor:  # [n] -> [count]
-        """Mean of each sequence; 0 for one without tokens."""
-        # Not bincount, which waits for a GPU to say how long its result is.
+        """The mean of each sequence; 0 for an empty one."""
+        # Not bincount: it waits for the GPU to learn how long its result is.
         tokens = torch.searchsorted(self.ids, torch.arange(self.count + 1, device=self.ids.device)).diff()
-        # Not index_add, whose order of summation, and so whose last bit, varies from run to run on CUDA.
+        # Not index_add: on CUDA its order of summation, and so its last bit, varies from run to run.
         return torch.segment_reduce(x, "sum", lengths=tokens, unsafe=True) / tokens.clamp(min=1)
 
 
 def runs_of(loss_tokens: Tensor) -> Tensor:  # [N] bool -> [N]
-    """A number per run of consecutive loss tokens: what a turn is where nobody says.
+    """A number for each run of consecutive loss tokens: the turns, if no `turn_ids` are given.
 
-    Runs that touch across sequences may share one; no rule looks across sequences.
+    Runs that touch at a boundary of sequences may have the same number; no rule looks across sequences.
     """
     return (loss_tokens & ~loss_tokens.roll(1)).cumsum(0)

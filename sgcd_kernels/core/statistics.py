@@ -1,10 +1,10 @@
-"""What a sweep over the vocabulary leaves of each row, how parts of it merge, and the results that follow.
+"""The statistics that a sweep over the vocabulary collects per row, their merging, and the results computed from them.
 
 Per row, m = max z, l = sum e^{z-m} and s = sum e^{z-m} (z - m); moving to a maximum m' rescales them as
-l <- e^{m-m'} l and s <- e^{m-m'} (s + (m - m') l). Then lse = m + ln l and entropy = ln l - s / l. Of two heads there
+l <- e^{m-m'} l and s <- e^{m-m'} (s + (m - m') l). Then lse = m + ln l and entropy = ln l - s / l. For two heads there
 are also A_p = sum e^{z_p-m_p} (z_p - z_q), A_q likewise, and the overlap sum e^{(z_p-m_p)/2 + (z_q-m_q)/2}.
 
-Records are immutable: every step gives a new one. All backends fill them, so results and merging exist once.
+Records are immutable: every step returns a new one. All backends fill them, so results and merging are written once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_EXPONENT = -1e4  # e^x is 0 from here on in every dtype, and 0 * x is 0 wher
 
 
 class LogprobValues(NamedTuple):
-    """Per computed token [n]; also their upstream gradients, where None is 0."""
+    """Values per computed token [n], or their upstream gradients, where None is 0."""
 
     logp: Tensor | None
     entropy: Tensor | None = None
@@ -46,18 +46,18 @@ class HeadStats(NamedTuple):
 
     @staticmethod
     def of_splits(fields: Tensor) -> HeadStats:  # [splits, 4, n]
-        """Of the whole vocabulary, from m, l, s and the target's logit in each vocab split."""
+        """Merge the vocab splits, each given by m, l, s and the target's logit."""
         return _merge_splits(fields)[0]
 
     def rescaled(self, m: Tensor) -> tuple[HeadStats, Tensor]:
-        """(the same relative to the maximum `m` >= self.m, the shift of exponents by whose exp all sums shrink)"""
+        """(the same relative to a maximum `m` >= self.m, the shift of exponents: all sums shrink by its exp)"""
         shift = torch.where(self.l > 0, self.m - m, 0.0)  # before the first block there is nothing to shift
         shrink = shift.exp()
         s = shrink * torch.where(self.l > 0, self.s + shift * self.l, self.s)
         return HeadStats(m, shrink * self.l, s, self.target), shift
 
     def updated(self, logits: Tensor) -> tuple[HeadStats, Tensor, Tensor]:  # [n, block]
-        """Online softmax: (with a block of logits, e^{z-m} of the block, the shift of the older exponents)"""
+        """Online softmax: (statistics with a block of logits added, its e^{z-m}, the shift of the old exponents)"""
         old, shift = self.rescaled(torch.maximum(self.m, logits.amax(1)))
         centred = (logits - old.m.unsqueeze(1)).clamp_(min=MIN_EXPONENT)
         e = centred.exp()
@@ -71,7 +71,7 @@ class HeadStats(NamedTuple):
         return self._replace(target=torch.where(inside, picked, self.target))
 
     def merged(self, group: ProcessGroup | None) -> tuple[HeadStats, Tensor | None]:
-        """(with the other ranks' vocabulary, the shift of this rank's exponents)"""
+        """(statistics over all ranks' shards, the shift of this rank's exponents)"""
         if group is None:
             return self, None
         stats, shift = self.rescaled(max_over(self.m, group))
@@ -79,7 +79,7 @@ class HeadStats(NamedTuple):
         return HeadStats(stats.m, *total), shift
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Log-probs of a block, in place. In two steps: at large logits one rounded lse would cost digits."""
+        """Log-probs of a block, in place. m and ln l are subtracted one by one: a rounded lse would cost digits."""
         return logits.sub_(self.m.unsqueeze(1)).sub_(self.l.log().unsqueeze(1))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +98,7 @@ def _merge_splits(fields: Tensor) -> tuple[HeadStats, Tensor]:  # [splits, 4, n]
 
 
 def _shrink(x: Tensor, shift: Tensor) -> Tensor:
-    """e^shift x. Mass that underflows takes an infinite sum with it: 0 times inf would be NaN."""
+    """e^shift x, and 0 where e^shift underflows, also if x is infinite: 0 times inf would be NaN."""
     shrink = shift.exp()
     return torch.where(shrink > 0, x * shrink, 0.0)
 
@@ -119,12 +119,12 @@ class PairStats(NamedTuple):
 
     @staticmethod
     def of_fields(fields: Tensor) -> PairStats:  # [11, n]
-        """As a kernel writes them: m, l, s, target of p, of q, then a_p, a_q, overlap."""
+        """From the fields as a kernel writes them: m, l, s, target of p, of q, then a_p, a_q, overlap."""
         return PairStats(HeadStats(*fields[:4]), HeadStats(*fields[4:8]), *fields[8:])
 
     @staticmethod
     def of_splits(fields: Tensor) -> PairStats:  # [splits, 11, n]
-        """Of the whole vocabulary, from the fields of each vocab split, in the order of `of_fields`."""
+        """Merge the vocab splits, each given by its fields in the order of `of_fields`."""
         (p, shift_p), (q, shift_q) = _merge_splits(fields[:, :4]), _merge_splits(fields[:, 4:8])
         a_p, a_q = _shrink(fields[:, 8], shift_p).sum(0), _shrink(fields[:, 9], shift_q).sum(0)
         overlap = (fields[:, 10] * ((shift_p + shift_q) / 2).exp()).sum(0)
@@ -132,17 +132,17 @@ class PairStats(NamedTuple):
 
     @staticmethod
     def concatenated(parts: Sequence[PairStats]) -> PairStats:
-        """Of all rows, from parts of them."""
+        """Concatenate the statistics of disjoint sets of rows."""
         p, q = (HeadStats(*map(torch.cat, zip(*heads))) for heads in ([x.p for x in parts], [x.q for x in parts]))
         a_p, a_q, overlap = (torch.cat(x) for x in zip(*((part.a_p, part.a_q, part.overlap) for part in parts)))
         return PairStats(p, q, a_p, a_q, overlap)
 
     def updated(self, z_p: Tensor, z_q: Tensor) -> PairStats:  # [n, block] each
-        """With a block of both heads' logits, which are left as they are."""
+        """Statistics with a block of both heads' logits added; the logits are not modified."""
         p, e_p, shift_p = self.p.updated(z_p)
         q, e_q, shift_q = self.q.updated(z_q)
         old = self._shrunk(shift_p, shift_q)
-        # The root of e_p e_q would underflow where the halves of the exponents do not.
+        # exp of half the exponents, not the root of e_p e_q, which underflows sooner.
         half = (z_p - p.m.unsqueeze(1)).mul_(0.5).add_((z_q - q.m.unsqueeze(1)).mul_(0.5))
         overlap = old.overlap + half.exp_().sum(1)
         delta = torch.sub(z_p, z_q, out=half)
@@ -153,7 +153,7 @@ class PairStats(NamedTuple):
     def _shrunk(self, shift_p: Tensor, shift_q: Tensor) -> PairStats:
         shrink_p, shrink_q = shift_p.exp(), shift_q.exp()
         return self._replace(
-            # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
+            # 0 where the shift underflows, also if the sum is infinite: 0 times inf would be NaN.
             a_p=torch.where(shrink_p > 0, self.a_p * shrink_p, 0.0),
             a_q=torch.where(shrink_q > 0, self.a_q * shrink_q, 0.0),
             overlap=self.overlap * ((shift_p + shift_q) / 2).exp(),  # equal shifts shrink it as they do l
@@ -168,9 +168,9 @@ class PairStats(NamedTuple):
         return PairStats(p, q, *(sum_over(x, group) for x in (own.a_p, own.a_q, own.overlap)))
 
     def results(self) -> dict[str, Tensor]:
-        """The fields of DivergenceStats that one pass gives."""
+        """The fields of DivergenceStats that take one pass."""
         (logp_p, entropy_p, lse_p), (logp_q, entropy_q, lse_q) = self.p.results(), self.q.results()
-        # Not lse_p - lse_q: each is rounded at the size of a logit, their difference need not be.
+        # Not lse_p - lse_q: each is rounded at the magnitude of a logit, their difference need not be.
         gap = (self.p.m - self.q.m) + (self.p.l / self.q.l).log()
         return {
             "student_logp": logp_p,
@@ -185,7 +185,7 @@ class PairStats(NamedTuple):
         }
 
     def normalisers(self) -> Tensor:  # [4, n]
-        """What a second pass needs of the first: m and ln l of the student, then of the teacher."""
+        """Inputs of a second pass: m and ln l of the student, then of the teacher."""
         return torch.stack([self.p.m, self.p.l.log(), self.q.m, self.q.l.log()])
 
 
@@ -194,10 +194,10 @@ class MixtureSums(NamedTuple):
 
     jsd: Tensor
     tv: Tensor
-    mixture_kl: Tensor  # KL(p || m), which the gradient of a JSD needs
+    mixture_kl: Tensor  # KL(p || m), for the gradient of a JSD
 
     def results(self, features: Sequence[str]) -> dict[str, Tensor]:
-        """Those that were asked for, within their bounds."""
+        """The requested ones, clamped to their bounds."""
         bounded = {"jsd": self.jsd.clamp(0, math.log(2)), "tv": self.tv.clamp(0, 1), "mixture_kl": self.mixture_kl}
         return {name: bounded[name] for name in features}
 
@@ -211,7 +211,7 @@ class TeacherTopK(NamedTuple):
 
     @staticmethod
     def of_block(z_p: Tensor, z_q: Tensor, first: int, k: int) -> TeacherTopK:
-        """Of a block of logits that begins at vocab id `first`; of fewer than K ids all."""
+        """The K largest of a block of logits that begins at vocab id `first`; all of them if there are fewer."""
         q, at = z_q.topk(min(k, z_q.shape[1]), dim=1)
         return TeacherTopK(q, z_p.gather(1, at), at + first)
 
@@ -234,9 +234,9 @@ class TeacherTopK(NamedTuple):
         return TeacherTopK(q, p.gather(1, at), ids.gather(1, at))
 
     def results(self, pair: PairStats, targets: Tensor, tail_p: Tensor, tail_q: Tensor) -> dict[str, Tensor]:
-        """KL both ways over {the K ids, the target, a tail of all others}, given the probability of the tail, [n]."""
+        """KL both ways over {the K ids, the target, a tail of all others}, given the tail's probabilities [n]."""
         seen = (self.ids == targets.unsqueeze(1)).any(1, keepdim=True)
-        # A tail that underflows on one side only must not make a KL infinite; one empty on both sides adds nothing.
+        # A tail that underflows for one head only must not make a KL infinite; one empty for both adds nothing.
         smallest = torch.finfo(tail_p.dtype).tiny * ((tail_p > 0) | (tail_q > 0))
         tail_p, tail_q = torch.maximum(tail_p, smallest), torch.maximum(tail_q, smallest)
         log_p, log_q = _log_buckets(self.p, pair.p, tail_p, seen), _log_buckets(self.q, pair.q, tail_q, seen)

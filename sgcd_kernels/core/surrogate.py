@@ -36,7 +36,7 @@ PER_SEQUENCE = ("grpo", "gspo", "dr_grpo")  # these need to know where sequences
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """The hyperparameters of a policy loss. Raises ValueError naming the field that does not fit.
+    """The hyperparameters of a policy loss. Raises ValueError naming the invalid field.
 
     >>> PolicyLossConfig(loss_type="dapo", epsilon_high=0.28).epsilon
     0.2
@@ -46,7 +46,7 @@ class PolicyLossConfig:
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None is epsilon
     beta: float = 0.0  # weight of the k3 estimate of KL(p || ref)
-    num_items_in_batch: float | Tensor | None = None  # what the whole batch divides by; None is this call's own
+    num_items_in_batch: float | Tensor | None = None  # the divisor of the whole batch; None counts this call's
 
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
@@ -65,7 +65,7 @@ class PolicyLossConfig:
 
 
 class TokenInputs(NamedTuple):
-    """What the loss reads of each token beside its log-prob: [n], or None."""
+    """The inputs of the loss per token besides its log-prob: [n], or None."""
 
     old_logp: Tensor | None = None  # None is on-policy
     ref_logp: Tensor | None = None
@@ -73,7 +73,7 @@ class TokenInputs(NamedTuple):
 
 
 class PolicyMetrics(NamedTuple):
-    """Over the loss tokens; the public names are `PolicyMetrics.named`'s."""
+    """Metrics over the loss tokens; `named` gives them their public names."""
 
     clip_low: Tensor
     clip_high: Tensor
@@ -161,6 +161,6 @@ def _metrics(ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> Policy
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Mean; 0 of nothing."""
+    """The mean; 0 for an empty tensor."""
     x = x if x.is_floating_point() else x.float()
     return x.sum() / max(x.numel(), 1)

@@ -1,7 +1,7 @@
-"""Checks shared by the ops. Every refusal names the argument, what it got and what it needs.
+"""Argument checks of the ops. Every error names the argument, what was given and what is needed.
 
-Shapes, dtypes, devices and options are checked before an op is called, also while torch.compile traces; the values of
-tensors (targets, temperatures, `cu_seqlens`) inside it.
+Shapes, dtypes, devices and options are checked before an op is called, also while torch.compile traces. The values of
+tensors (targets, temperatures, `cu_seqlens`) are checked inside the op.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ def check_float(name: str, value: object, low: float, high: float = math.inf, *,
     bounds = f"{'(' if open_low else '['}{low}, {high}]"
     number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
     above = number > low if open_low else number >= low
-    # Not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
+    # Not math.isfinite, which torch.compile cannot trace when it treats the number as a variable.
     if not (-math.inf < number < math.inf and above and number <= high):
         raise ValueError(f"{name} is {value!r}, needs a finite number in {bounds}")
 
 
 def check_int(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """Refuse what is no integer, or lies outside [low, high]."""
+    """Refuse anything but an integer in [low, high]."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not (whole and low <= int(value) <= high):  # type: ignore[call-overload]
         raise ValueError(f"{name} is {value!r}, needs an integer in [{low}, {high}]")
 
 
 def check_jsd_beta(beta: float) -> None:
-    """At an end the JSD is constantly 0, and very near one only rounding is left of it."""
+    """At beta 0 or 1 the JSD is constantly 0, and very close to them it is only rounding error."""
     if not 1e-6 <= beta <= 1 - 1e-6:
         hint = "for beta 0 or 1 as TRL means them use forward_kl or reverse_kl"
         raise ValueError(f"beta is {beta!r}, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; {hint}")
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuse what is no tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
+    """Refuse anything but a tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
     if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
@@ -66,7 +66,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_dtype(name: str, value: Tensor) -> None:
-    """Accept what the ops compute with."""
+    """Accept the dtypes that the ops compute with."""
     if value.dtype not in FLOATS:
         hint = "" if value.dtype.is_complex or value.dtype == torch.bool else "; what is quantised must be dequantised"
         raise ValueError(f"{name} is {value.dtype}, needs a float dtype (fp16, bf16, fp32, fp64){hint}")
@@ -78,7 +78,7 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 
 
 def check_per_token(name: str, value: Tensor | None, leading: torch.Size, device: torch.device) -> None:
-    """Accept one value per token, shaped like the leading dimensions of hidden, or nothing."""
+    """Accept None, or one value per token, shaped like the leading dimensions of hidden."""
     if value is None:
         return
     check_tensor(name, value)
@@ -94,7 +94,7 @@ def check_all_per_token(values: Mapping[str, Tensor | None], leading: torch.Size
 
 
 def check_hidden(name: str, hidden: Tensor) -> torch.Size:
-    """Accept [N, H] or [B, T, H] of a float dtype; give the leading shape."""
+    """Accept [N, H] or [B, T, H] of a float dtype; return the leading shape."""
     check_tensor(name, hidden)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {list(hidden.shape)}, needs [N, H] or [B, T, H]")
@@ -103,7 +103,7 @@ def check_hidden(name: str, hidden: Tensor) -> torch.Size:
 
 
 def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "") -> torch.Size:
-    """Check hidden states and their head; give the leading shape. Values of a temperature tensor: `checked_values`."""
+    """Check hidden states and their head; return the leading shape. `checked_temperature` checks a tensor's values."""
     hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     leading = check_hidden(hidden_name, hidden)
     check_weight(weight_name, head.weight, hidden_name, hidden)
@@ -125,7 +125,7 @@ def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "") -> torch.Size:
 
 
 def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
-    """Accept [V, H] of a float dtype, H and device those of `hidden`."""
+    """Accept [V, H] of a float dtype, with the H and the device of `hidden`."""
     check_tensor(name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         needs = f"[V, {hidden.shape[-1]}] with V > 0 to fit {hidden_name} {list(hidden.shape)}"
@@ -135,7 +135,7 @@ def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) ->
 
 
 def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher: LMHead) -> torch.Size:
-    """Check two heads over one vocabulary; give the leading shape."""
+    """Check two heads over one vocabulary; return the leading shape."""
     leading = check_head(student_hidden, head)
     check_tensor("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != leading:
@@ -150,7 +150,7 @@ def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, tea
 
 
 def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
-    """Accept integers and a mask, one per token."""
+    """Accept integers, and a mask, per token."""
     check_tensor("targets", targets)
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
@@ -174,7 +174,7 @@ def check_advantages(advantages: Tensor, leading: torch.Size, sequences: int) ->
 
 
 def checked_temperature(head: LMHead) -> LMHead:
-    """Refuse temperatures that are not positive; give a 0-dimensional one as a number and others flat, per token."""
+    """Refuse temperatures that are not positive; return a 0-dimensional one as a number, others flat, per token."""
     temperature = head.temperature
     if not isinstance(temperature, Tensor):
         return head
@@ -188,7 +188,7 @@ def checked_temperature(head: LMHead) -> LMHead:
 
 
 def checked_targets(targets: Tensor, head: LMHead, ignore_index: int, mask: Tensor | None = None) -> Tensor:  # [N]
-    """Accept values in [0, V) or `ignore_index`; give them flat, int64.
+    """Accept values in [0, V) or `ignore_index`; return them flat, as int64.
 
     Where `mask` is false the target may be anything (padding, a placeholder) and comes back as `ignore_index`.
     """
@@ -213,9 +213,9 @@ def project_targets(
 
 
 def cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, look: bool = True) -> Tensor:  # [B + 1]
-    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; give them as int64.
+    """Accept the cumulative lengths 0 = c_0 <= c_1 <= ... <= c_B = N of packed sequences; return them as int64.
 
-    To look at the values the host must wait for a GPU that holds them; without `look` only shape and dtype are checked.
+    Without `look` the values are not read, for which the host would have to wait for the GPU.
     """
     check_cu_seqlens(cu_seqlens)
     cu = cu_seqlens.long()

@@ -1,1 +1,1 @@
-"""From divergences to token weights: SGCD's rule, its ablations and its neighbours."""
+"""From divergences to token weights: SGCD's rule, its ablations and related methods."""

@@ -1,4 +1,4 @@
-"""The settings of the credit rules, checked when they are made."""
+"""The settings of the credit rules, checked on construction."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SpanValue = Literal["onset", "own"]
 
 @dataclass(frozen=True)
 class CreditConfig:
-    """How divergence becomes token weights. Raises ValueError naming the field that does not fit.
+    """How divergence becomes token weights. Raises ValueError naming the invalid field.
 
     (P) is stated by SGCD, arXiv 2606.12634; (R) is our choice where the paper is silent, after GEAR, arXiv 2605.11853.
-    `d_floor` is .1: with .01, a reference without content (mean KL about .005) still made spikes in a trial run.
+    `d_floor` is .1: with .01, a reference without content (mean KL about .005) still produced spikes in a trial run.
 
     >>> CreditConfig(gamma=0.5).clip
     2.0
@@ -87,6 +87,6 @@ DEFAULT = CreditConfig()
 
 
 def check_config(config: object) -> None:
-    """Refuse what is no CreditConfig."""
+    """Refuse anything but a CreditConfig."""
     if not isinstance(config, CreditConfig):
         raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")

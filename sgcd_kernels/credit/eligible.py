@@ -45,9 +45,9 @@ class EligibleTokens:
         return (self.total(x) / self.counts.clamp(min=1)).to(x.dtype)
 
     def by_turn(self, turns: Tensor) -> tuple[Tensor, EligibleTokens]:  # [N] int64
-        """(an order of the tokens in which eligible ones of one turn are neighbours, the turns as sequences)
+        """(an order of the tokens that makes the eligible ones of each turn contiguous, the turns as sequences)
 
-        A turn is the tokens of a sequence that have one id, wherever they lie. There are N turns, the last ones empty.
+        A turn is all tokens of a sequence with the same id, contiguous or not. There are N turns, the last ones empty.
         """
         by_id = turns.sort(stable=True).indices
         order = by_id[self._by_sequence(by_id)]
@@ -65,7 +65,7 @@ class EligibleTokens:
         return torch.lerp(values[0], values[1], place - low)
 
     def shuffle(self, seed: int) -> tuple[Tensor, Tensor]:
-        """(to, from): which token gets the value of which, so that each sequence's eligible tokens are shuffled.
+        """(to, from): token to[i] gets the value of token from[i], which shuffles each sequence's eligible tokens.
 
         The order depends only on the seed, the sequence's place in the batch and its number of eligible tokens.
         """
@@ -76,12 +76,12 @@ class EligibleTokens:
         return self._by_sequence(in_place), drawn[self._by_sequence(drawn)]
 
     def _by_sequence(self, tokens: Tensor) -> Tensor:
-        """The order that groups `tokens` by sequence and keeps it within; ineligible ones come last."""
+        """A stable order that groups `tokens` by sequence; ineligible ones come last."""
         group = self.sequence.masked_fill(~self.eligible, self.lengths.numel()).index_select(0, tokens)
         return group.sort(stable=True).indices
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
-        # Not index_add, whose order of summation, and so whose last bit, varies from run to run on CUDA.
+        # Not index_add: on CUDA its order of summation, and so its last bit, varies from run to run.
         return torch.segment_reduce(x, how, lengths=self.lengths, unsafe=True)
 
 
@@ -94,7 +94,7 @@ def _signed(x: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:  # int64, wraps around
-    """SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014): every bit in depends on every bit out."""
+    """SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014): every bit out depends on every bit in."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
     return x ^ _shift_right(x, 31)

@@ -1,4 +1,4 @@
-"""The credit rules, from signals to weights; `sgcd_kernels.credit_weights` says what each computes.
+"""The credit rules, from signals to weights; `sgcd_kernels.credit_weights` documents what each computes.
 
 Tensor operations over the whole packed batch (`EligibleTokens`), and one scan and one sort by the backend.
 """
@@ -27,7 +27,7 @@ class Credit(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """All packed tokens. What a rule gives at ineligible ones is replaced by W = 1."""
+    """All packed tokens. The weights of ineligible ones are replaced by 1 afterwards."""
 
     signals: dict[str, Tensor]  # each [N]; only what the rule reads
     tokens: EligibleTokens
@@ -62,7 +62,7 @@ def _span_saliency(u: Tensor, batch: Batch, cfg: CreditConfig, outside: Tensor) 
 
 
 def _plain(weights: Tensor) -> Credit:
-    """A rule without saliency or spans."""
+    """The credit of a rule that has neither saliency nor spans."""
     return Credit(weights, torch.zeros_like(weights), torch.full_like(weights, -1, dtype=torch.long))
 
 
@@ -79,7 +79,7 @@ def _uniform(batch: Batch, cfg: CreditConfig) -> Credit:
 
 def _matched_uniform(batch: Batch, cfg: CreditConfig) -> Credit:
     weights, saliency, ids = _sgcd(batch, cfg)
-    # The mean of equal numbers may round past them; the bounds of W must hold.
+    # The mean of equal numbers may round to more than them; the bounds of W must hold.
     weights, saliency = (batch.tokens.spread(batch.tokens.mean(x)) for x in (weights, saliency))
     return Credit(weights.clamp(1, cfg.clip), saliency, torch.full_like(ids, -1))
 
@@ -124,7 +124,7 @@ def _dgpo(batch: Batch, cfg: CreditConfig) -> Credit:
 
 
 def _turn_level(batch: Batch, cfg: CreditConfig) -> Credit:
-    """Every token carries its turn's mean, weighted by 1 / its tokens: sums over tokens are then sums over turns."""
+    """Every token gets its turn's mean with weight 1 / tokens of the turn: sums over tokens are then over turns."""
     tokens, delta = batch.tokens, batch["log_ratio"].double()
     assert tokens.turns is not None
     order, turns = tokens.by_turn(tokens.turns)

@@ -1,4 +1,4 @@
-"""What credit did, as sums that may be added over micro-batches and ranks before they become metrics."""
+"""The credit of a batch as sums, which may be added over micro-batches and ranks before they become metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def credit_sums(
     eligible: Tensor,  # [N] bool
     clip: float,  # the ceiling of W
 ) -> CreditSums:
-    """The sums of a batch. Nothing waits for a GPU; all inputs may have any one shape."""
+    """The sums of a batch. The host never waits for the GPU. Inputs may have any shape, the same for all."""
     weights, saliency, ids = credit
     in_spans = eligible & (ids >= 0)
     return CreditSums(
@@ -72,7 +72,7 @@ def credit_summary(sums: CreditSums) -> dict[str, Tensor]:
 
 
 def warn_if_inert(sums: CreditSums) -> None:
-    """A RuntimeWarning where credit was asked for and did nothing. Waits for a GPU."""
+    """Issue a RuntimeWarning if credit was requested and had no effect. Waits for the GPU."""
     if bool(sums.inert):
         what = "all weights are 1" if sums.diverging else "all divergences are 0"
         meaning = "" if sums.weighted else ", so this is plain GRPO"
@@ -81,7 +81,7 @@ def warn_if_inert(sums: CreditSums) -> None:
 
 
 def _sum(x: Tensor, over: Tensor) -> Tensor:
-    # Under a mask: to select by one, the host would have to wait for the count.
+    # torch.where, not boolean indexing, for which the host would have to wait for the count.
     return torch.where(over, x, 0.0).sum()
 
 

@@ -1,4 +1,4 @@
-"""`credit_weights`: one definition for all devices (`credit.rules`), without a gradient. Nothing waits for a GPU."""
+"""`credit_weights`: one definition for all devices (`credit.rules`), without gradients or waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sgcd_kernels.credit.rules import RULES, Batch, Credit
 
 
 class CreditSignals(NamedTuple):
-    """What the rules read, each [N]; advantages may be [B]."""
+    """The inputs of the rules, each [N]; advantages may be [B]."""
 
     divergence: Tensor
     teacher_entropy: Tensor | None
@@ -52,13 +52,13 @@ def credit_weights(
     config: CreditConfig = DEFAULT,
     impl: str = "auto",
 ) -> Credit:
-    """Token weights W, saliency s and span ids, each [N]; never a gradient. Tokens outside `mask`: W 1, s 0, span -1.
+    """Token weights W, saliency s and span ids, each [N], without gradients. Outside `mask` W = 1, s = 0, span -1.
 
     sgcd (arXiv 2606.12634), over the eligible tokens of a sequence: u = clip(d / max(quantile(d), d_floor), 0, 1). A
     span starts at a token with u > start. It ends before a token whose teacher entropy is above
     max(entropy_ratio H_onset, H_onset + entropy_margin), before the `patience`-th token in a row with u < reset, and
-    where its turn or sequence ends; a hole in the mask does not end it. Inside a span s = u of its onset (or each
-    token's own u), outside s = 0, and W = clip(1 + gamma s, 1, clip).
+    where its turn or sequence ends; tokens outside the mask do not end it. Inside a span, s is the u of its onset (or,
+    with span_value "own", each token's u); outside, s = 0. W = clip(1 + gamma s, 1, clip).
 
     Ablations:
     - none: W = 1
@@ -67,9 +67,9 @@ def credit_weights(
     - permuted: the sgcd result shuffled within the sequence; the order depends on config.seed, the sequence's place in
       the batch and its number of eligible tokens
 
-    Neighbours, with D = log_ratio, A = advantages and the parameters of `CreditConfig`:
-    - gear (2605.11853): r = clip(-D / max(quantile(-D), d_floor), 0, 1), spans as above on r; the onset's r inside, a
-      token's own outside (R); w = .5 + (.5 - r) sign A; W = a w + 1 - a / 2
+    Related methods, with D = log_ratio, A = advantages and the parameters of `CreditConfig`:
+    - gear (2605.11853): r = clip(-D / max(quantile(-D), d_floor), 0, 1), with spans of r as above; inside a span r is
+      that of its onset (R); w = .5 + (.5 - r) sign A; W = a w + 1 - a / 2
     - rlsd (2604.03128): (1 - l) + l clip(exp(sign(A) D), 1 - e, 1 + e)
     - sc_grpo (2606.18810): K / (K + c), K = forward_kl, c = max(the sequence's P75 of K, 1e-4)
     - egrsd (2605.13255): clip(exp(sign(A) D), .8, 1.2) clip(1 - g H, .1, 1), H = H_q / its maximum in the sequence (R)
@@ -80,10 +80,9 @@ def credit_weights(
 
     These weights may fall below 1, and `gamma` and `clip` do not apply. Saliency is r for gear and 0 otherwise.
 
-    Raises ValueError for shapes that do not fit, and for a signal that the rule reads (`credit.rules.RULES`) and that
-    is missing or holds a NaN or infinity at an eligible token; what the rule does not read may hold anything. On a GPU
-    no value is read, because the host would have to wait: W is NaN at such a token, and cu_seqlens must indeed rise
-    from 0 to N.
+    Raises ValueError for shapes that do not fit, and if a signal that the rule reads (`credit.rules.RULES`) is missing
+    or holds a NaN or infinity at an eligible token; other signals may hold anything. Values on a GPU are not checked,
+    because the host would have to wait: W is then NaN at such a token, and cu_seqlens is assumed to rise from 0 to N.
 
     Gradients: none
     Backends: torch; the span scan and the quantiles by `impl`
@@ -112,7 +111,7 @@ def credit_weights(
 
 
 def config_for_op(config: CreditConfig) -> CreditConfig:
-    """With a seed of 63 bits, as an op's integers are; rules use no more of it."""
+    """The same with its seed cut to 63 bits: integers of an op are int64. The rules use no more bits of it."""
     return replace(config, seed=config.seed % (1 << 63))
 
 
@@ -172,7 +171,7 @@ def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:
 
 
 def _per_token(advantages: Tensor | None, tokens: EligibleTokens, divergence: Tensor) -> Tensor | None:
-    """Advantages per token, from one per token or one per sequence."""
+    """Advantages per token, given per token or per sequence."""
     if advantages is None or advantages.shape == divergence.shape:
         return advantages
     sequences = tokens.lengths.numel()

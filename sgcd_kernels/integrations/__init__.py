@@ -1,1 +1,1 @@
-"""The library under the names of others: change an import, keep the call. Nothing here imports the other library."""
+"""Drop-in replacements and plug-ins for other libraries. Importing this package imports none of them."""

@@ -1,4 +1,4 @@
-"""`cut_cross_entropy.linear_cross_entropy` by these kernels: cross-entropy of hidden states, no gradient filtered out.
+"""A drop-in for `cut_cross_entropy.linear_cross_entropy`: cross-entropy from hidden states, without gradient filtering.
 
 from sgcd_kernels.integrations.cut_cross_entropy import linear_cross_entropy
 """
@@ -25,10 +25,10 @@ def linear_cross_entropy(
     shift: bool | int = False,
     impl: str = "auto",
 ) -> Tensor:
-    """-log softmax(softcap(e c^T + bias))[targets] in fp32, per token or reduced over tokens that count.
+    """-log softmax(softcap(e c^T + bias))[targets] in fp32, per token or reduced over the tokens not ignored.
 
     `shift` n (True is 1): position i predicts target i + n. With reduction "none" the result has the shape of
-    `targets`, less n columns; ignored tokens give 0. There is no `filter_eps`: small gradients are kept.
+    `targets` minus n columns; ignored tokens give 0. There is no `filter_eps`: small gradients are not dropped.
 
     Raises ValueError as `linear_logprob` does, and for a shift of [N, H] or beyond the sequence.
 

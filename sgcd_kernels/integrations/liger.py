@@ -1,4 +1,4 @@
-"""Liger's GRPO loss by these kernels: its argument names, advantages that may be per token, and the same with credit.
+"""Liger's GRPO loss on these kernels, with the same arguments but advantages that may be per token; also with credit.
 
 from sgcd_kernels.integrations.liger import LigerFusedLinearGRPOLoss, LigerFusedLinearSGCDLoss
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
+from typing_extensions import Unpack  # a dependency of torch; in `typing` from 3.11
 
 from sgcd_kernels.core.validation import check_choice, check_tensor
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
@@ -49,7 +49,7 @@ class LigerOptions(TypedDict, total=False):
 
 
 class _LigerLoss(nn.Module):
-    """What the two losses share: Liger's hyperparameters, and the translation of its arguments."""
+    """The common part of both losses: Liger's hyperparameters, and the translation of its arguments."""
 
     beta: float
     temperature: float
@@ -113,7 +113,7 @@ class _LigerLoss(nn.Module):
     ) -> dict[str, Any]:
         """The keywords of `linear_policy_loss` and `sgcd_loss`."""
         if not self.use_ref_model:
-            ref_logp = None  # as in Liger, also where one is given
+            ref_logp = None  # as in Liger, even if one is given
         elif self.beta != 0 and ref_logp is None:
             ref_logp = self._reference(ids, ref_input, ref_weight, ref_bias)
         return {
@@ -158,7 +158,7 @@ class _LigerLoss(nn.Module):
 
 
 def _per_token(ratio: Tensor, shape: torch.Size) -> Tensor:
-    """[B] and [B, 1] are one value per sequence, also where B = T."""
+    """[B] and [B, 1] are one value per sequence, even if B = T."""
     check_tensor("vllm_is_ratio", ratio)
     batch, tokens = shape
     if ratio.shape not in ((batch,), (batch, 1), (batch, tokens)):
@@ -175,13 +175,13 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
     Args:
         beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level, temperature,
             use_ref_model: as in Liger (for "cispo" epsilon_high is the cap of the ratio itself).
-        compiled, chunk_size: accepted and ignored; there are neither graphs nor chunks to choose.
+        compiled, chunk_size: accepted and ignored; there is nothing to compile, and chunks are chosen automatically.
         impl: the backend.
         sapo_*, vespo_*: accepted and ignored; the losses that read them are refused.
 
     Raises:
-        ValueError: loss_type "sapo", "vespo" or "luspo"; importance_sampling_level "sequence" with another loss_type
-            than "grpo"; delta or use_bias_correction_kl: at construction, not at the first step.
+        ValueError: at construction, for loss_type "sapo", "vespo" or "luspo", for importance_sampling_level "sequence"
+            with a loss_type other than "grpo", and for delta or use_bias_correction_kl.
 
     >>> criterion = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo")
     >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
@@ -225,15 +225,15 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
         return loss, self._metrics(metrics)
 
     if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives anything
+        __call__ = forward  # for type checkers: nn.Module's takes and returns Any
 
 
 class LigerFusedLinearSGCDLoss(_LigerLoss):
     """`FusedLinearSGCDLoss` called like liger-kernel's GRPO loss, with further arguments for the teacher.
 
-    Takes `config`, a `CreditConfig`, and the arguments of `LigerFusedLinearGRPOLoss`; raises what that raises. With
-    gamma 0 its results are bitwise those of `LigerFusedLinearGRPOLoss`. Its metrics are Liger's two; `credit/*` metrics
-    come from `FusedLinearSGCDLoss`.
+    Takes `config`, a `CreditConfig`, and the arguments of `LigerFusedLinearGRPOLoss`, and raises the same errors. With
+    gamma 0 its results are bitwise those of `LigerFusedLinearGRPOLoss`. It returns Liger's two metrics; use
+    `FusedLinearSGCDLoss` for `credit/*`.
 
     >>> criterion = LigerFusedLinearSGCDLoss(beta=0.0, loss_type="dapo")
     >>> g = torch.Generator().manual_seed(0)
@@ -268,7 +268,7 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
         vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] per sequence
         num_items_in_batch: float | Tensor | None = None,  # tokens
         *,
-        teacher_input: Tensor,  # [B, T, H']; of the same tokens, under the reference
+        teacher_input: Tensor,  # [B, T, H']; the teacher's states at the same tokens
         has_teacher: Tensor | None = None,  # [B, T] or [B]; None is everywhere
         teacher_weight: Tensor | None = None,  # [V, H']; None is the student's
         teacher_bias: Tensor | None = None,  # [V]

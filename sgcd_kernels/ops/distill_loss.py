@@ -46,10 +46,10 @@ def linear_distill_loss(
 ) -> Tensor:
     """KL(p || q) ("reverse_kl"), KL(q || p) ("forward_kl") or JSD_beta ("jsd", GKD, arXiv 2306.13649), p the student.
 
-    Differentiable in the student's hidden, weight and bias; the teacher gets no gradient, also where it shares the
-    student's weight. Temperature applies once to both, without a factor T^2. reduction="none" gives one value per token
-    (fp32, 0 where masked), "mean" divides by the unmasked tokens (0 if there are none). Teacher head, softcap and
-    non-finite inputs are as in `linear_divergence`. A jsd needs beta in [1e-6, 1 - 1e-6]; other kinds do not read it.
+    Differentiable in the student's hidden, weight and bias. The teacher gets no gradient, even if it uses the student's
+    weight. Temperature applies once to both, without a factor T^2. reduction="none" returns one value per token (fp32,
+    0 where masked); "mean" averages over the unmasked tokens (0 if there are none). Teacher head, softcap and
+    non-finite inputs are as in `linear_divergence`. A jsd needs beta in [1e-6, 1 - 1e-6]; other kinds ignore it.
 
     Gradients: student_hidden, weight, bias
     Backends: triton, cpp, torch
@@ -130,7 +130,7 @@ def _fake(inputs: _Inputs, options: _Options) -> _Result:
 
 
 def _setup(ctx: Any, result: _Result, inputs: _Inputs, options: _Options) -> None:
-    # All tensors, the teacher's too: autograd then notices one that changes before backward, and may offload them.
+    # Save all tensors, the teacher's too: autograd then detects changes in place before backward, and may offload them.
     save(ctx, inputs=inputs, saved=result.saved, options=options)
 
 

@@ -29,7 +29,7 @@ FEATURES = ("jsd", "tv")
 
 
 class DivergenceStats(NamedTuple):
-    """Per token, shaped like `targets`; p is the student, q the teacher. Fields that were not asked for are None."""
+    """Per token, shaped like `targets`; p is the student, q the teacher. Fields that were not requested are None."""
 
     student_logp: Tensor  # log p(y)
     teacher_logp: Tensor  # log q(y)
@@ -75,13 +75,13 @@ def linear_divergence(
     divergences keep their digits and identical distributions give exactly 0. Every divergence is clamped to >= 0.
 
     `features` may name "jsd" (Jensen-Shannon with weight `beta` on the teacher, as GKD, arXiv 2306.13649, beta in
-    [1e-6, 1 - 1e-6]) and "tv"; they cost a second pass. `top_k` adds the KLs over the teacher's K most likely vocab
-    ids, the observed token and one bucket for all others (SDPO, arXiv 2601.20802); up to rounding they never exceed the
-    full KLs. They cost a second pass too (one for all).
+    [1e-6, 1 - 1e-6]) and "tv". `top_k` adds the KLs over the teacher's K most likely vocab ids, the observed token and
+    one bucket for all others (SDPO, arXiv 2601.20802); up to rounding they never exceed the full KLs. Any of these
+    needs a second pass, one for all of them.
 
-    A NaN or +inf logit makes that token's results NaN and no other's. A logit of -inf is a vocab id of probability
-    0: where both heads have it, it adds nothing; where only q has it, reverse_kl is +inf, where only p has it,
-    forward_kl is. The top-K KL in that direction is +inf too if the vocab id has a bucket of its own. Under a softcap c
+    A NaN or +inf logit makes the results of its token NaN, and of no other. A logit of -inf is a vocab id of
+    probability 0. If both heads have it, it adds nothing; if only q has it, reverse_kl is +inf; if only p has it,
+    forward_kl is +inf. The top-K KL in that direction is +inf too if the vocab id has its own bucket. With a softcap c
     no logit is infinite: an infinite bias gives -c or c.
 
     `group`: both weights (and biases) are this rank's rows of vocab-sharded heads, targets are global ids; every rank
@@ -124,13 +124,13 @@ def linear_divergence(
 
 
 def teacher_head(head: LMHead, weight: Tensor | None, bias: Tensor | None) -> LMHead:
-    """The teacher's: without a weight the student's, and then its bias too, unless the teacher has one."""
+    """The teacher's head: without a weight it is the student's, with the student's bias unless the teacher has one."""
     own_bias = head.bias if weight is None and bias is None else bias
     return LMHead(head.weight if weight is None else weight, own_bias, head.softcap, head.temperature, head.group)
 
 
 def _given(options: DivergenceOptions) -> list[str]:
-    """The fields of DivergenceStats that a call gives."""
+    """The names of the fields of DivergenceStats that a call computes."""
     absent = {name for name in FEATURES if name not in options.features}
     if options.top_k is None:
         absent |= {"topk_reverse_kl", "topk_forward_kl"}

@@ -45,13 +45,13 @@ def linear_logprob(
     """log p(y), entropy and log-sum-exp of softmax(softcap(hidden weight^T + bias) / temperature).
 
     Results are shaped like `targets`, fp32 (fp64 for fp64 inputs), and differentiable in hidden, weight and bias. The
-    backward pass recomputes the logits, so that no [N, V] matrix is held. Ignored targets give 0 and no gradient, and
-    are not computed. `softcap` c means c tanh(z / c), applied before temperature.
+    backward pass recomputes the logits, so that no [N, V] matrix is held. Ignored tokens are not computed: their
+    results and gradients are 0. `softcap` c means c tanh(z / c), applied before temperature.
 
     With `group`, `weight` (and `bias`) are this rank's rows of a vocab-sharded head and targets are global ids; every
     rank gets the full result, and the hidden gradient is summed over the ranks.
 
-    A NaN or +inf logit makes that token's results NaN and no other's; a logit of -inf is a vocab id of probability 0.
+    A NaN or +inf logit makes the results of its token NaN, and of no other; -inf is a vocab id of probability 0.
 
     Gradients: hidden, weight, bias
     Backends: triton, cpp, torch

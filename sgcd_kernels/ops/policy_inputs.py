@@ -36,7 +36,7 @@ class HeadOptions(TypedDict, total=False):
 
 
 class PolicyOptions(HeadOptions, total=False):
-    """Keywords about the loss: fields of `PolicyLossConfig`, or a whole one, which the other keywords override."""
+    """Keywords about the loss: fields of `PolicyLossConfig`, or `policy`, whose fields the other keywords override."""
 
     policy: PolicyLossConfig
     loss_type: str
@@ -47,7 +47,7 @@ class PolicyOptions(HeadOptions, total=False):
 
 
 class Settings(NamedTuple):
-    """What the keywords of a policy loss say, checked."""
+    """The checked keywords of a policy loss."""
 
     head: LMHead
     policy: PolicyLossConfig
@@ -77,7 +77,7 @@ _HEAD_FIELDS = tuple(field.name for field in fields(LMHead) if field.name != "we
 
 
 class PolicyTokens(NamedTuple):
-    """A batch per token, like `targets`, unless it says otherwise."""
+    """The tensors of a batch; shaped like `targets` unless noted."""
 
     targets: Tensor  # [N] or [B, T]
     advantages: Tensor  # or [B]
@@ -89,7 +89,7 @@ class PolicyTokens(NamedTuple):
 
 
 def check_policy_inputs(hidden: Tensor, tokens: PolicyTokens, settings: Settings) -> torch.Size:
-    """Refuse shapes, dtypes and devices that do not fit, and companions that are missing; give the leading shape."""
+    """Refuse shapes, dtypes and devices that do not fit, and a missing ref_logp; return the leading shape."""
     policy = settings.policy
     if policy.beta != 0 and tokens.ref_logp is None:
         raise ValueError(f"ref_logp is None, needs the reference policy's log-probs for beta {policy.beta}")
@@ -102,7 +102,7 @@ def check_policy_inputs(hidden: Tensor, tokens: PolicyTokens, settings: Settings
 
 
 def check_sequences(leading: torch.Size, cu_seqlens: Tensor | None, loss_type: str) -> int:
-    """Refuse bounds that are missing, or given beside [B, T, H]; give the number of sequences."""
+    """Refuse `cu_seqlens` that are missing, or given with [B, T, H]; return the number of sequences."""
     if len(leading) == 2:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens is given with hidden [B, T, H], T = {leading[1]}; needs packed hidden [N, H]")

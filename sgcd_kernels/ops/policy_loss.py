@@ -1,7 +1,7 @@
 """GRPO-family policy losses straight from hidden states, with per-token advantages.
 
-Gradients are results of the op, because their coefficients are known as soon as log p(y) is; the backward pass
-multiplies them in place.
+The gradients are results of the op: the forward pass can compute them once it knows log p(y). The backward pass only
+multiplies them by the incoming gradient, in place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
+from typing_extensions import Unpack  # a dependency of torch; in `typing` from 3.11
 
 from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, empty_grads, indices_of, stats_dtype
@@ -44,23 +44,24 @@ def linear_policy_loss(
     """The loss (a scalar, differentiable in hidden, weight and bias) and detached metrics.
 
     Formulas and denominators: `sgcd_kernels.core.surrogate`. Gradients are computed in the forward pass: 3 products of
-    hidden and weight, and one more without `lse` (none more where the C++ backend has room to cache the logits). So
-    backward may run once, memory beyond the gradients is bounded at any N and V, and a weight that does not require a
-    gradient costs none.
+    hidden and weight, and a fourth without `lse` (which the C++ backend avoids if it has room to cache the logits). So
+    backward may run only once, memory beyond the gradients is bounded at any N and V, and no gradient is computed for a
+    weight that does not require one.
 
-    Of the loss: loss_type (grpo, bnpo, dr_grpo, dapo, cispo, gspo), epsilon 0.2, epsilon_high, beta 0.0,
-    num_items_in_batch; or `policy`, a `PolicyLossConfig` of these, which keywords override. Of the head: bias [V],
-    temperature 1.0 (a number, or a tensor per token), softcap, ignore_index -100, group. Of the backend: impl "auto".
+    Keywords of the loss: loss_type (grpo, bnpo, dr_grpo, dapo, cispo, gspo), epsilon 0.2, epsilon_high, beta 0.0,
+    num_items_in_batch; or `policy`, a `PolicyLossConfig` of these, whose fields the keywords override. Of the head:
+    bias [V], temperature 1.0 (a number, or a tensor per token), softcap, ignore_index -100, group. Of the backend:
+    impl "auto".
 
-    - `old_logp=None` means on-policy: ratio 1, the gradient that of the tokens' own log-probs.
-    - `epsilon_high=None` means `epsilon`. For cispo the ratio is capped at 1 + epsilon_high and not from below; TRL's
-      epsilon_high for cispo is the cap itself, so its 5.0 is 4.0 here.
+    - `old_logp=None` means on-policy: the ratio is 1, and its gradient is that of log p(y).
+    - `epsilon_high=None` means `epsilon`. For cispo the ratio is capped at 1 + epsilon_high and has no lower bound;
+      TRL's epsilon_high for cispo is the cap itself, so its 5.0 is 4.0 here.
     - `importance_weights`, such as truncated exp(trainer - engine) log-probs, multiply the policy term per token.
     - `lse` from a scoring pass over the same hidden and weight saves a product; the metric `entropy` is then absent.
-    - `num_items_in_batch` under gradient accumulation is what the whole batch divides by: sequences for grpo and gspo,
+    - `num_items_in_batch` is the divisor of the whole batch under gradient accumulation: sequences for grpo and gspo,
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
-    - Tokens that are masked or ignored are not computed: whatever they hold, a NaN or a target outside the vocabulary,
-      has no influence. With none left, loss and gradients are 0. A NaN at a loss token makes the loss NaN.
+    - Masked and ignored tokens are not computed: a NaN or a target outside the vocabulary there has no effect. With no
+      other tokens, loss and gradients are 0. A NaN at a loss token makes the loss NaN.
     - Metrics, over the loss tokens: `clip_ratio/low_mean`, `high_mean`, `region_mean` (fraction of tokens whose
       gradient the clip cuts off: below, above, either), `ratio/mean`, `min`, `max`, `num_tokens`, `kl` (with beta) and
       `entropy` (without `lse`).
@@ -91,7 +92,7 @@ def linear_policy_loss(
 
 
 class KnownLse(NamedTuple):
-    """The student's log-sum-exps where a scoring pass has left them, like `targets`."""
+    """The student's log-sum-exps from a scoring pass, like `targets`."""
 
     lse: Tensor | None = None
     known: Tensor | None = None  # bool; None is everywhere
@@ -129,7 +130,7 @@ def _fake(hidden: Tensor, settings: Settings, tokens: PolicyTokens, known: Known
 
 
 def _setup(ctx: Any, result: PolicyResult, hidden: Tensor, settings: Settings, *_: object) -> None:
-    # On ctx, not saved for backward: what is saved must not be written to, and backward multiplies these in place.
+    # On ctx, not saved for backward: saved tensors must not be modified, and backward multiplies these in place.
     ctx.grads = result.grads
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, settings.head.weight, settings.head.bias)]
 
@@ -145,9 +146,9 @@ def _backward(ctx: Any, upstream: PolicyResult) -> dict[str, Tensor | None]:
 
 
 def scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient times a 0-dimensional factor, in place, without rounding the factor to half as a tensor would be.
+    """Multiply by a 0-dimensional factor, in place, without rounding the factor to half as for a tensor.
 
-    While torch.compile traces, the same as a product, which it can fuse and write where `gradient` was.
+    While torch.compile traces, out of place: the compiler fuses the product, and may reuse the memory of `gradient`.
     """
     if type(factor) is not Tensor:
         wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -200,7 +201,7 @@ def policy_loss_op(
 def _log_probs(
     x: Projection, y: Tensor, known: KnownLse, lse: Tensor | None, needs: Needs, impl: str
 ) -> tuple[LogprobValues, Any]:
-    """log p(y), lse, and the entropy of rows whose lse was not known; and tiles cached for the backward pass."""
+    """log p(y), lse, the entropy of rows whose lse was not known, and tiles cached for the gradients."""
     left = None if known.known is None else indices_of(x.gather(known.known.reshape(-1) == 0))
     if lse is None or (known.known is not None and left is None):
         cache_for = needs if any(needs) else None
@@ -229,7 +230,7 @@ def _with_number_of_items(policy: PolicyLossConfig) -> PolicyLossConfig:
 
 
 def _with_slope(logp: Tensor, *surrogate: Any) -> tuple[Tensor, PolicyMetrics, Tensor]:
-    """(loss, metrics, d loss / d logp). Inside an op the dispatcher leaves autograd out, so it is included again."""
+    """(loss, metrics, d loss / d logp). The dispatcher excludes autograd inside an op; this includes it again."""
     autograd = torch._C.DispatchKey.AutogradFunctionality
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C._dispatch_tls_local_exclude_set().remove(autograd)
@@ -241,5 +242,5 @@ def _with_slope(logp: Tensor, *surrogate: Any) -> tuple[Tensor, PolicyMetrics, T
 
 
 def _outside_inference(x: Tensor) -> Tensor:
-    """Fit to enter a graph: what inference mode has made must be copied for that."""
+    """`x`, or a copy of it if it was made in inference mode, which autograd cannot record."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()

@@ -1,7 +1,7 @@
-"""SGCD in one call: score student and teacher, turn divergence into credit, take the weighted policy loss.
+"""SGCD in one call: score student and teacher, turn divergence into credit, compute the weighted policy loss.
 
-`sgcd_loss` takes plain keywords. Its two halves, `score_and_weigh` and `weighted_policy_loss`, take bundles: for loops
-that need the credit of each token, or that have a loss of their own.
+`sgcd_loss` takes plain keywords. Its two halves, `score_and_weigh` and `weighted_policy_loss`, take bundles: they are
+for training loops that need the credit of each token, or that have a loss of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from typing_extensions import Unpack  # torch brings it; `typing` has it from 3.11
+from typing_extensions import Unpack  # a dependency of torch; in `typing` from 3.11
 
 from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
 from sgcd_kernels.backends.registry import backend_status
@@ -58,29 +58,29 @@ def sgcd_loss(
     Further keywords are those of `linear_policy_loss`: loss_type, epsilon, epsilon_high, beta, num_items_in_batch,
     old_logp, ref_logp, importance_weights, temperature, bias, softcap, ignore_index, impl, group.
 
-    The teacher is the same policy under the credit reference, aligned token by token with the student: row i of
-    `teacher_hidden` predicts target i too. It is scored, never trained. `has_teacher` says which tokens or sequences
-    have one; elsewhere `teacher_hidden` is not read and W = 1. Masked literals (tokens that spell an answer) are left
-    out of `credit_mask`: they keep W = 1.
+    The teacher is the same policy given the credit reference, aligned token by token with the student: row i of
+    `teacher_hidden` predicts target i too. It is scored, never trained. `has_teacher` marks the tokens or sequences
+    that have one; elsewhere `teacher_hidden` is not read and W = 1. `credit_mask` leaves out masked literals (tokens
+    that spell an answer), which keep W = 1.
 
-    Where credit cannot act (rule "none", gamma 0, no `teacher_hidden`) nothing is scored: loss, gradients and cost are
+    If credit cannot act (rule "none", gamma 0, no `teacher_hidden`), nothing is scored: loss, gradients and cost are
     those of `linear_policy_loss`, bit for bit. Otherwise the loss reuses the log-sum-exps of the scoring pass, which
-    saves one of six products and may change the last bit. `reuse_lse=False` recomputes them. So does, in either case, a
-    batch in which every W is 1: it too equals `linear_policy_loss` bit for bit.
+    saves one of six products and may change the last bit. They are recomputed with `reuse_lse=False`, and in a batch
+    in which every W is 1: its loss equals `linear_policy_loss` bit for bit too.
 
     A span of credit ends with its turn. Without `turn_ids` each run of consecutive loss tokens is a turn, so that no
-    span crosses a tool's output. Hidden states of generated tokens alone need `turn_ids`, because their runs touch.
+    span crosses a tool's output. Give `turn_ids` if `hidden` holds generated tokens only, because their runs touch.
 
-    Metrics are those of the policy loss, `entropy`, and over eligible tokens `credit/*`: mean_divergence, mean_weight,
-    frac_salient (s > 0), frac_saturated (W at its ceiling), num_spans, mean_span_length, teacher_entropy, inert (1 when
-    every d is 0 or every W is 1, and then a RuntimeWarning says so). With no eligible token mean_weight is 1 and inert
-    0. Where nothing is scored there are no `credit/*`.
+    Metrics are those of the policy loss, `entropy`, and, over eligible tokens, `credit/*`: mean_divergence,
+    mean_weight, frac_salient (s > 0), frac_saturated (W at its ceiling), num_spans, mean_span_length, teacher_entropy
+    and inert (1, with a RuntimeWarning, if every d is 0 or every W is 1). With no eligible token mean_weight is 1 and
+    inert 0. If nothing is scored, there are no `credit/*`.
 
     Gradients: hidden, weight, bias
     Backends: triton, cpp, torch
     Cost: 5 U forward, 0 U backward; with reuse_lse=False 6 U forward, 0 U backward
 
-    Raises ValueError as the three ops do.
+    Raises ValueError as its three ops do.
 
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
@@ -110,9 +110,9 @@ _PER_TOKEN = ("old_logp", "ref_logp", "importance_weights")
 
 
 class SGCDTokens(NamedTuple):
-    """Per token, like `targets`, never with a gradient. Tokens without a loss are 0, with W = 1 and span -1.
+    """Per token, like `targets`, without gradients. Tokens without a loss are 0, with W = 1 and span -1.
 
-    Where a token has no teacher, the teacher's log-prob and entropy are the student's: d = 0, W = 1.
+    At a token without a teacher, the teacher's log-prob and entropy are the student's: d = 0, W = 1.
     """
 
     student_logp: Tensor
@@ -132,7 +132,7 @@ class SGCDResult(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The student beside its teacher, and the credit that follows; per token like `targets`."""
+    """Statistics of student and teacher, and the credit computed from them; per token, like `targets`."""
 
     targets: Tensor  # int64, `ignore_index` where masked
     advantages: Tensor  # A W
@@ -143,7 +143,7 @@ class Scored(NamedTuple):
     sums: CreditSums
 
     def tokens(self, logp: Tensor, entropy: Tensor | None) -> SGCDTokens:
-        """With log-probs and entropies of the student's tokens that have no teacher."""
+        """The values of all tokens, given the student's log-probs and entropies of those without a teacher."""
         own = torch.zeros_like(logp) if entropy is None else entropy
         at, stats = self.has_teacher, self.stats
         return SGCDTokens(
@@ -164,7 +164,7 @@ def weighted_policy_loss(
     *,
     reuse_lse: bool = True,
 ) -> SGCDResult:
-    """The policy loss of the weighted advantages, or of `tokens` as they are where nothing was scored."""
+    """The policy loss with the weighted advantages, or with those of `tokens` if nothing was scored."""
     check_policy_inputs(hidden, tokens, settings)
     if scored is None:
         result = policy_loss(hidden, tokens, settings, KnownLse())
@@ -182,7 +182,7 @@ def weighted_policy_loss(
 
 @torch.no_grad()
 def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> Scored | None:
-    """Divergences, credit and weighted advantages; None where credit cannot act, and nothing is scored."""
+    """Divergences, credit and weighted advantages. None, without scoring, if credit cannot act."""
     check_policy_inputs(hidden, tokens, settings)
     check_credit_inputs(hidden, settings, tokens, inputs)
     teacher, config, shape = inputs.teacher, inputs.config, tokens.targets.shape
@@ -211,7 +211,7 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
 
 
 def unscored_tokens(logp: Tensor, entropy: Tensor) -> SGCDTokens:
-    """Of a batch without teachers."""
+    """The `SGCDTokens` of a batch without teachers."""
     zeros = torch.zeros_like(logp)
     ids = torch.full_like(logp, -1, dtype=torch.long)
     return SGCDTokens(logp, logp, entropy, entropy, zeros, zeros + 1, zeros, ids)
@@ -250,8 +250,8 @@ class FusedLinearSGCDLoss(nn.Module):
 
     Takes config, loss_type, epsilon, epsilon_high, beta, temperature, softcap, ignore_index, reuse_lse, impl and group.
 
-    Raises ValueError when it is made: for a name that is none of these, a value that does not fit, or a backend that
-    cannot run on this machine. `check_model` says which models it cannot be used with.
+    Its constructor raises ValueError for an unknown name, an invalid value, or a backend that cannot run on this
+    machine. `check_model` refuses models that it cannot be used with.
 
     >>> import torch
     >>> criterion = FusedLinearSGCDLoss(config=CreditConfig(d_floor=1e-3), loss_type="dapo", epsilon_high=0.28)
@@ -290,7 +290,7 @@ class FusedLinearSGCDLoss(nn.Module):
         )
 
     if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives anything
+        __call__ = forward  # for type checkers: nn.Module's takes and returns Any
 
     def bound(self) -> dict[str, Any]:
         """Every hyperparameter by name, defaults included."""

@@ -1,4 +1,4 @@
-"""What `sgcd_loss` takes for its credit, and its two steps that read data: before scoring and after the credit rule."""
+"""The credit inputs of `sgcd_loss`, and the ops before and after scoring: combine the masks, weigh the advantages."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Teacher(NamedTuple):
 
 
 class CreditInputs(NamedTuple):
-    """What a batch needs for its credit, beside the policy's tokens."""
+    """The inputs of a batch's credit, in addition to those of the policy loss."""
 
     teacher: Teacher
     credit_mask: Tensor | None = None  # like targets
     turn_ids: Tensor | None = None  # like targets
     config: CreditConfig = DEFAULT
-    warn: bool = True  # if credit is inert
+    warn: bool = True  # when credit is inert
 
 
 def check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens, inputs: CreditInputs) -> None:
-    """Refuse what does not fit the policy's tokens."""
+    """Refuse credit inputs that do not fit those of the policy loss."""
     teacher, leading = inputs.teacher, tokens.targets.shape
     check_config(inputs.config)
     if teacher.hidden is not None:
@@ -53,7 +53,7 @@ def check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens
 
 
 class Batch(NamedTuple):
-    """Like `targets`, with every mask put into it; runs is flat."""
+    """Targets and tokens after applying every mask; shaped like `targets`, except `runs`, which is flat."""
 
     targets: Tensor  # int64, `ignore_index` where there is no loss
     scored_targets: Tensor  # and where there is no teacher
@@ -126,7 +126,7 @@ def _fake_weigh(batch: Batch, credit: Credit, divergence: Tensor, *_: object) ->
 def weigh_op(
     batch: Batch, credit: Credit, divergence: Tensor, teacher_entropy: Tensor, clip: float, warn: bool
 ) -> Weighed:
-    # One op: the compiler would drop a warning that nothing depends on, but not the advantages.
+    # Warning and advantages in one op: the compiler would drop an op that only warns, because nothing depends on it.
     sums = credit_sums(credit, divergence, teacher_entropy, batch.eligible, clip)
     if warn:
         warn_if_inert(sums)

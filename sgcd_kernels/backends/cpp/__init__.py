@@ -1,5 +1,5 @@
-"""The C++ backend for CPU tensors: logits are made tile by tile and stay in the cache of a core.
+"""The C++ backend for CPU tensors: logits are computed tile by tile and stay in a core's cache.
 
-No matrix of logits is written, but a loss that computes its gradient in the forward pass may keep tiles of e^(z - m) in
-the memory of the weight's gradient and 48 MB beside it (csrc/, cached tiles).
+No [N, V] matrix of logits is written. A loss that computes its gradient in the forward pass may cache tiles of
+e^(z - m) in the buffer of the weight's gradient, and in 48 MB of its own (csrc/, cached tiles).
 """

@@ -1,4 +1,4 @@
-"""What the operators of csrc/ take: a head, two heads, and what both share, in the order of their schemas."""
+"""The arguments of the operators of csrc/, in the order of their schemas: one head, a pair, the logit transform."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def head(x: Projection) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight, bias"""
     hidden = x.hidden.detach()
     if hidden.stride(1) != 1 or (hidden.shape[0] > 1 and hidden.stride(0) < hidden.shape[1]):
-        hidden = hidden.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one as it is
+        hidden = hidden.clone(memory_format=torch.contiguous_format)  # contiguous() returns an empty tensor as is
     return hidden, x.head.weight.detach(), None if x.head.bias is None else as_fp32(x.head.bias)
 
 
 def pair(student: Projection, teacher: Projection) -> tuple[Tensor | None, ...]:
-    """Both heads, and the rows that they share."""
+    """Both heads, and the rows common to both."""
     return *head(student), *head(teacher), student.rows
 
 
@@ -31,7 +31,7 @@ def wanted(x: Projection, needs: Needs) -> list[bool]:
 
 
 def head_grads(x: Projection, needs: Needs, grads: tuple[Tensor, Tensor, Tensor]) -> HeadGrads:
-    """The operators' gradients: those of rows at their tokens, summed over the ranks."""
+    """The operators' gradients, scattered from rows to tokens and summed over the ranks."""
     d_hidden, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted(x, needs), strict=True))
     if d_hidden is not None:
         d_hidden = sum_over(d_hidden, x.head.group).to(saved_dtype(x.hidden))

@@ -11,7 +11,7 @@ from sgcd_kernels.credit.config import CreditConfig
 
 
 def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditConfig) -> Tensor:
-    """Tensors of another device are scanned on the host."""
+    """Scan on the host: tensors on other devices are copied to it and back."""
     turns = None if tokens.turns is None else tokens.turns.cpu()
     inputs = u.cpu(), entropy.cpu(), turns, tokens.eligible.cpu(), tokens.cu_seqlens.cpu()
     limits = config.start, config.reset, config.patience, config.entropy_ratio, config.entropy_margin
@@ -20,7 +20,7 @@ def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditC
 
 
 def order_statistics(x: Tensor, tokens: CreditTokens, low: Tensor, high: Tensor) -> Tensor:  # [2, B]
-    """Tensors of another device are sorted there."""
+    """Tensors on other devices are sorted there, by PyTorch."""
     if x.device.type != "cpu":
         return plain.order_statistics(x, tokens, low, high)
     values: Tensor = torch.ops.sgcd_kernels.order_statistics(x, tokens.eligible, tokens.cu_seqlens, low, high)

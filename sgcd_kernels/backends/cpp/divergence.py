@@ -10,7 +10,7 @@ from sgcd_kernels.backends.protocol import DivergenceOptions
 from sgcd_kernels.core.lm_head import Projection
 from sgcd_kernels.core.statistics import MixtureSums, PairStats, TeacherTopK
 
-MAX_LISTED = 1 << 19  # vocab ids in all rows' top-K lists at one time: some 6 MB, and as much again a few times over
+MAX_LISTED = 1 << 19  # entries of all rows' top-K lists at one time: 6 MB, plus a few temporaries as large
 
 
 def divergence_forward(

@@ -1,8 +1,8 @@
-"""Finding and loading the compiled operators, and saying why when that cannot be.
+"""Finds and loads the compiled operators, or gives the reason why it cannot.
 
-`setup.py` leaves a note beside the extension: which torch and which sources it was compiled from, or why it was not
-compiled. The extension calls torch's C++ interface, which changes between releases, so it is loaded only into the
-release it knows; in a checkout, only while `csrc/` is what it was built from.
+`setup.py` writes build.json beside the extension: which torch and which sources it was compiled from, or why it was not
+compiled. The extension calls torch's C++ interface, which changes between releases, so it is loaded only by the release
+that it was built for; in a checkout, only if `csrc/` has not changed since.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sgcd_kernels.backends.cpp.sources import digest
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = FOLDER / "build.json"
-SOURCES = FOLDER.parents[2] / "csrc"  # there only in a checkout
+SOURCES = FOLDER.parents[2] / "csrc"  # exists only in a checkout
 REBUILD = "`pip install --no-build-isolation .` from the sources, in an environment with torch and a C++ compiler"
 EDITABLE = "pip install --no-build-isolation --no-deps -e ."
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Load the extension once; why that is not possible here, or None."""
+    """Load the extension once. None if that worked, else the reason why not."""
     note = _note()
     libraries = sorted(FOLDER.glob("_C*.so"))
     if not libraries or "reason" in note:
@@ -52,5 +52,5 @@ def _note() -> dict[str, str]:
 
 
 def description() -> str:
-    """Which instructions the loaded extension uses on this machine."""
+    """The instruction set that the loaded extension uses on this machine."""
     return f"usable, {torch.ops.sgcd_kernels.cpu_isa()} path"

@@ -1,4 +1,4 @@
-"""What the extension is compiled from. Imports nothing: setup.py runs this file before there is a package."""
+"""A digest of the extension's sources. Imports only the standard library: setup.py runs this file before installing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def digest(csrc: Path) -> str:
-    """A short name for the contents of a folder of C++ files."""
+    """A short hash of the files of a folder: names and contents."""
     hashed = hashlib.sha256()
     for path in sorted(csrc.iterdir()):
         hashed.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,1 +1,1 @@
-"""The plain-PyTorch backend: runs anywhere, in bounded memory. `blocks` says how the work is cut."""
+"""The plain-PyTorch backend: runs anywhere, in bounded memory. `blocks` holds its tiling plan."""

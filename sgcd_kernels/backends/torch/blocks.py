@@ -1,11 +1,11 @@
-"""Cutting the [n, V] logits into blocks that fit a fixed budget, and computing one block.
+"""Splits the [n, V] logits into blocks that fit a fixed budget, and computes one block.
 
-Forward passes take token blocks outside and vocab blocks inside, so that all running statistics are local. Gradient
-passes take vocab blocks outside: a block of the weight's gradient is then summed over all tokens in full precision and
-written once, and only the hidden gradient accumulates (in fp32) across blocks.
+Forward passes loop over token blocks outside and vocab blocks inside, so that all running statistics are local.
+Gradient passes loop over vocab blocks outside: a block of the weight's gradient is then summed over all tokens in full
+precision and written once, and only the hidden gradient accumulates (in fp32) across blocks.
 
-Logits are never rounded to half precision. On a CPU half operands are widened before the product; on CUDA a bf16
-product is accumulated and returned in fp32 by the library. fp16 is widened everywhere: gradients would underflow.
+Logits are never rounded to half precision. On a CPU, half operands are upcast before the product; on CUDA, a bf16
+product is accumulated and returned in fp32 by the library. fp16 is upcast everywhere: its gradients would underflow.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def _slices(total: int, step: int) -> Iterator[slice]:
 
 
 def plan(*projections: Projection, live: int, hidden_copies: int, weight_copies: int) -> Blocks:
-    """Choose block sizes for `live` blocks of logits at a time, and copies of a block's rows of hidden and weight."""
+    """Choose block sizes, given how many blocks of logits and copies of a block's operands are alive at one time."""
     first = projections[0]
     width = sum(x.hidden.shape[1] for x in projections)
     widest = max(x.stats_dtype.itemsize for x in projections)  # a pair's blocks have the wider head's dtype
-    # An eighth is left for what the library packs inside a product.
+    # An eighth is left for the buffers that the library packs inside a product.
     budget = WORKSPACE_BYTES.get(first.hidden.device.type, WORKSPACE_BYTES["cuda"]) * 7 // 8 // widest
-    # Half of it bounds the tokens, with room for 256 vocab ids. V has no say: ranks with unequal shards must agree.
+    # Tokens get half of the budget, at 256 vocab ids per block. V does not enter: ranks with unequal shards must agree.
     block_n = max(1, min(first.num_rows, MAX_TOKENS, budget // 2 // (hidden_copies * width + live * 256)))
     block_v = (budget - hidden_copies * block_n * width) // (live * block_n + weight_copies * width)
     block_v = max(64, block_v // 64 * 64)
@@ -59,8 +59,8 @@ def plan(*projections: Projection, live: int, hidden_copies: int, weight_copies:
 def operand_dtype(hidden: Tensor, head: LMHead) -> torch.dtype:
     """bf16 where the library multiplies bf16 into fp32, else the dtype of the statistics.
 
-    An fp32 head under bf16 hidden states is a master weight under autocast: it is rounded block by block, as autocast
-    would do at once. In fp32 the products would cost some 15 times as much.
+    An fp32 head with bf16 hidden states is a master weight under autocast. It is rounded block by block, where autocast
+    would round all of it at once. Products in fp32 would cost some 15 times as much.
     """
     native = hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16
     mixed = head.weight.dtype in (torch.bfloat16, torch.float32)
@@ -79,7 +79,7 @@ class TokenBlock:
     hidden: Tensor  # [t, H] in the dtype of operands
     head: LMHead
     temperature: float | Tensor  # or [t, 1]
-    index: Tensor | slice  # where the block lies among all N tokens
+    index: Tensor | slice  # of the block's tokens among all N
 
     @staticmethod
     def of(x: Projection, tokens: slice) -> TokenBlock:
@@ -87,12 +87,12 @@ class TokenBlock:
         temperature = x.head.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature[index].to(x.stats_dtype).unsqueeze(1)
-        # Contiguous, because a product's last bit may depend on strides, and equal heads must give equal logits.
+        # Contiguous: a product's last bit may depend on strides, and equal heads must give equal logits.
         hidden = x.hidden[index].to(operand_dtype(x.hidden, x.head)).contiguous()
         return TokenBlock(hidden, x.head, temperature, index)
 
     def weight(self, vocab: slice) -> Tensor:  # [v, H]
-        """The head's rows of a vocab block as operands."""
+        """The weight's rows of a vocab block, in the dtype of the operands."""
         return self.head.weight[vocab].to(self.hidden.dtype).contiguous()
 
     def logits(self, vocab: slice, weight: Tensor | None = None) -> Tensor:  # [t, v]

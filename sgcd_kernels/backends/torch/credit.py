@@ -1,4 +1,4 @@
-"""The sequential and sorted parts of the credit rules in plain PyTorch and Python; compiled code is tested against it.
+"""The span scan and the quantiles of the credit rules in plain PyTorch and Python; compiled code is tested against it.
 
 A span's end depends on its onset, so the scan reads each sequence from left to right, at about 0.5 microseconds per
 token.

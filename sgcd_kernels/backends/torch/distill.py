@@ -1,4 +1,4 @@
-"""Gradient of a student-teacher divergence in the student's hidden states, weight and bias."""
+"""Gradient of a student-teacher divergence with respect to the student's hidden states, weight and bias."""
 
 from __future__ import annotations
 

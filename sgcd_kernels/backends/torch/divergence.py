@@ -49,7 +49,7 @@ class _PairBlock:
 
     def __init__(self, p: TokenBlock, q: TokenBlock, like: Tensor) -> None:
         self.p, self.q = p, q
-        self.like = like  # of the dtype of results
+        self.like = like  # an empty tensor with the dtype and device of the results
 
     @staticmethod
     def of(student: Projection, teacher: Projection, tokens: slice) -> _PairBlock:
@@ -71,13 +71,13 @@ def _second_pass(
     options: DivergenceOptions,
     offset: int,
 ) -> dict[str, Tensor]:
-    """What needs both normalisers, or the teacher's top K, first."""
+    """Fields that need both normalisers, or the teacher's top K, beforehand."""
     jsd, tv, mixture_kl, tail_p, tail_q = (torch.zeros_like(stats.p.l) for _ in range(5))
     for vocab in blocks.of_vocab():
         z_p, z_q = pair.logits(vocab)
         log_p, log_q = stats.p.log_probs(z_p), stats.q.log_probs(z_q)
         if best is not None:
-            # Summed, not 1 minus the rest: beside a near-certain token that would leave nothing but rounding.
+            # Summed, not 1 minus the rest: beside a near-certain token, that would leave only rounding error.
             own = torch.cat([best.ids, targets.unsqueeze(1)], 1) - (offset + vocab.start)
             tail_p += _without(log_p.exp(), own).sum(1)
             tail_q += _without(log_q.exp(), own).sum(1)
@@ -97,7 +97,7 @@ def _second_pass(
 
 
 def _without(probs: Tensor, columns: Tensor) -> Tensor:  # [t, v], [t, k]
-    """Set some columns of each row to 0, in place; those outside the block are others'."""
+    """Set some columns of each row to 0, in place; columns outside the block are ignored."""
     row, at = ((columns >= 0) & (columns < probs.shape[1])).nonzero(as_tuple=True)
     probs[row, columns[row, at]] = 0
     return probs
@@ -106,7 +106,7 @@ def _without(probs: Tensor, columns: Tensor) -> Tensor:  # [t, v], [t, k]
 def log_mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
     """ln(p / m) and ln(q / m) for m = beta q + (1 - beta) p; exactly 0 where p = q.
 
-    Beyond 80 nats apart the smaller of the two adds nothing to any sum, so its ratio may stop there.
+    The log-ratio is clamped at 80 nats: beyond that the smaller of the two adds nothing to any sum.
     """
     delta = log_p - log_q
     delta.masked_fill_(log_p.isneginf() & log_q.isneginf(), 0.0).clamp_(-80, 80)

@@ -1,4 +1,4 @@
-"""The gradient sweep shared by log-probs and distillation: only the formula of a block's logit gradient differs."""
+"""The gradient sweep of log-probs and distillation, which differ only in the formula of a block's logit gradient."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from sgcd_kernels.backends.torch.blocks import Blocks, TokenBlock, product
 from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, saved_dtype, sum_over
 
-# (token range, vocab range, logits [t, v]) -> gradient of the loss in those logits [t, v]
+# (token range, vocab range, logits [t, v]) -> gradient of the loss with respect to those logits [t, v]
 LogitGrad = Callable[[slice, slice, Tensor], Tensor]
 
 
 def sweep_gradients(x: Projection, blocks: Blocks, needs: Needs, logit_grad: LogitGrad) -> HeadGrads:
-    """Recompute the logits block by block, and multiply their gradient into those of hidden, weight and bias."""
+    """Recompute the logits block by block, and backpropagate their gradient to hidden, weight and bias."""
     head, device, dtype = x.head, x.hidden.device, x.stats_dtype
     d_hidden = torch.zeros(x.hidden.shape, dtype=dtype, device=device) if needs.hidden else None
     d_weight = torch.zeros_like(head.weight, dtype=saved_dtype(head.weight)) if needs.weight else None

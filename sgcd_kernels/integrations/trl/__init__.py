@@ -1,9 +1,9 @@
-"""TRL by our kernels: sibling-guided credit for GRPO, and the distillation trainers without logits.
+"""TRL on these kernels: sibling-guided credit for GRPO, and the distillation trainers without logits.
 
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer, linear_distillation
 
-TRL and transformers are imported when one of the names is first asked for; a TRL release whose hooks are not known is
-refused then, by name.
+TRL and transformers are imported on first use of one of these names. A TRL release that was not tested raises an
+ImportError that names the supported ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of this module
+if not TYPE_CHECKING:  # else a type checker would accept any name as one of this module
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

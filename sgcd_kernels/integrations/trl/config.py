@@ -1,4 +1,4 @@
-"""GRPOConfig with the fields of CreditConfig beside its own."""
+"""GRPOConfig with the fields of CreditConfig added."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sgcd_kernels.credit.config import CreditConfig, Rule, SpanValue
 
 @dataclass
 class SGCDConfig(GRPOConfig):  # type: ignore[misc]
-    """Every field of trl.GRPOConfig, and of `sgcd_kernels.CreditConfig` (which documents them) all but `seed`.
+    """The fields of trl.GRPOConfig, and those of `sgcd_kernels.CreditConfig` (documented there) except `seed`.
 
-    Rule "permuted" draws from the training arguments' own `seed`. Raises ValueError as both do, and no later than that.
+    Rule "permuted" uses the `seed` of the training arguments. Its constructor raises ValueError as those of both do.
     """
 
     reference_column: str = "reference"  # of the data set; not read if the trainer gets a `reference_func`

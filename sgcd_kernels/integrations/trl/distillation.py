@@ -1,12 +1,11 @@
-"""TRL's distillation trainers without logits: a context in which their losses are made of our per-token divergences.
+"""TRL's distillation trainers without logits: a context manager in which they use our per-token divergences.
 
     with linear_distillation(trainer):
         trainer.train()
 
 Inside, the models that the loss compares stop at their hidden states (`LinearHead`), and the functions that turn two
-logits into one value a token are ours: `linear_distill_loss(reduction="none")` and `linear_logprob`. Masks, clipping by
-importance, reductions and metrics stay TRL's own code, because that is all these functions are asked for. Outside it
-the trainer is as it was.
+logits into one value per token are replaced by `linear_distill_loss(reduction="none")` and `linear_logprob`. Masks,
+importance clipping, reductions and metrics remain TRL's code. On exit the trainer is restored.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ Replacements = list[tuple[Any, str, Any]]
 
 @contextmanager
 def linear_distillation(trainer: Any) -> Iterator[None]:
-    """Serve a GKDTrainer, GOLDTrainer, SDPOTrainer, SDFTTrainer or DistillationTrainer.
+    """Run a GKDTrainer, GOLDTrainer, SDPOTrainer, SDFTTrainer or DistillationTrainer without logits.
 
-    Losses and gradients are those of the trainer's own path but for rounding. Raises ValueError at once for any other
-    trainer, and for a setting that cannot be served exactly, naming it and the reason.
+    Losses and gradients equal those of the trainer's stock path up to rounding. Raises ValueError on entry, with the
+    reason, for any other trainer and for a setting whose loss cannot be computed exactly.
     """
     names = [kind.__name__ for kind in type(trainer).__mro__]
     for name in names:
@@ -53,14 +52,14 @@ def linear_distillation(trainer: Any) -> Iterator[None]:
 REFUSED = {
     "ServerDistillationTrainer": "its teacher is a server, which gives log-probs and no hidden states",
     "AsyncDistillationTrainer": "its teacher is a server, which gives log-probs and no hidden states",
-    "IWOPDTrainer": "its losses over top-k words or over log-probs of a server need logits themselves",
+    "IWOPDTrainer": "its losses over top-k vocab ids or over a server's log-probs need the logits",
 }
 
 
 def per_token(student: Unprojected, teacher: Unprojected, beta: float, mask: Tensor | None = None) -> Tensor:
-    """Of each token, as TRL means beta: KL(q || p) at 0, KL(p || q) at 1, else the JSD with weight beta on the teacher.
+    """Per token, with TRL's beta: KL(q || p) at 0, KL(p || q) at 1, else the JSD with weight beta on the teacher.
 
-    [B, L] fp32, differentiable in the student; 0 where masked. Both have the student's temperature and softcap.
+    [B, L] fp32, differentiable in the student; 0 where masked. Both use the student's temperature and softcap.
     """
     loss: Tensor = linear_distill_loss(
         student.hidden,
@@ -103,7 +102,7 @@ def jsd_loss(
     temperature: float = 1.0,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """What the trainers' `generalized_jsd_loss` gives, called as they call it."""
+    """Replaces the trainers' `generalized_jsd_loss`, with the same arguments and result."""
     mask = labels != -100
     values = per_token(student_logits / temperature, teacher_logits / temperature, float(beta), mask)
     return values.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
@@ -118,7 +117,7 @@ def _self_distillation(trainer: Any) -> Replacements:
     if args.distillation_mode == "topk_logits":
         raise ValueError(
             f"{name} with distillation_mode 'topk_logits' is not served by linear_distillation: its support is the "
-            "student's top-k words, which only logits tell; use 'full_logits' (exact, and no dearer here)"
+            "student's top-k vocab ids, which need logits; use 'full_logits' (exact, at the same cost here)"
         )
     heads = [LinearHead(model) for model in {id(model): model for model in _check_heads(trainer)}.values()]
     module = _module(trainer, name)
@@ -144,7 +143,7 @@ def sampled_token_loss(
 
 
 def _distillation(trainer: Any) -> Replacements:
-    """DistillationTrainer compares hidden states already, in one function of its module."""
+    """DistillationTrainer already compares hidden states, in one function of its module."""
     _check_heads(trainer)
     return [(_module(trainer, "DistillationTrainer"), "_chunked_divergence_loss", chunked_loss)]
 
@@ -165,7 +164,7 @@ def chunked_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the trainer's `_chunked_divergence_loss` gives: (loss, sum of the student's entropies, loss tokens)."""
+    """Replaces `_chunked_divergence_loss`: (loss, sum of the student's entropies, number of loss tokens)."""
     student = unproject(
         student_hidden_states,
         student_lm_head_weight,
@@ -183,19 +182,19 @@ def chunked_loss(
     student, teacher = student / temperature, teacher / temperature
     mask = completion_mask != 0
     values, tokens = per_token(student, teacher, float(beta), mask), mask.sum()
-    with torch.no_grad():  # a product for a metric: the divergence's op does not tell the entropy
+    with torch.no_grad():  # one more product, for a metric: `linear_distill_loss` does not return the entropy
         entropy = student.logprob(torch.where(mask, 0, IGNORED)).entropy.sum()
     return values.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, tokens
 
 
 def _module(trainer: Any, name: str) -> ModuleType:
-    """TRL's module of the trainer's class of that name, in which its methods look up what they call."""
+    """The TRL module that defines the class of that name: its methods look up the functions they call there."""
     kinds = (kind for kind in type(trainer).__mro__ if kind.__name__ == name and kind.__module__.startswith("trl."))
     return sys.modules[next(kinds).__module__]
 
 
 def _check_heads(trainer: Any) -> list[Any]:
-    """The student and the teacher inside their wrappers; refuse heads that cannot be compared."""
+    """The student and the teacher without their wrappers; refuse heads that cannot be compared."""
     models = [_causal_lm(trainer, model) for model in (trainer.model, trainer.teacher_model)]
     for model in models:
         check_head(model)
@@ -206,13 +205,13 @@ def _check_heads(trainer: Any) -> list[Any]:
 
 
 def _causal_lm(trainer: Any, model: Any) -> Any:
-    """The module of transformers inside its wrappers."""
+    """The transformers model inside its wrappers."""
     model = trainer.accelerator.unwrap_model(model)
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def _lazy(method: Callable[..., Any], heads: list[LinearHead], accelerator: Any) -> Callable[..., Any]:
-    """`method` with the models' logits unprojected, in the mixed precision that Accelerate's wrapper would give."""
+    """`method` with the models' logits unprojected, under the autocast that Accelerate's wrapper would apply."""
 
     def lazily(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -225,7 +224,7 @@ def _lazy(method: Callable[..., Any], heads: list[LinearHead], accelerator: Any)
 
 
 def _dispatched(theirs: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`ours` for logits that nobody computed, `theirs` for those of another trainer of the module."""
+    """`ours` for `Unprojected` logits, `theirs` for real ones, which another trainer of the module may pass."""
     return lambda logits, *args, **kwargs: (ours if isinstance(logits, Unprojected) else theirs)(
         logits, *args, **kwargs
     )
@@ -233,7 +232,7 @@ def _dispatched(theirs: Callable[..., Tensor], ours: Callable[..., Tensor]) -> C
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside, and what it was outside."""
+    """Set `owner.name` to `value` inside, and restore it on exit."""
     own = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)

@@ -1,8 +1,8 @@
-"""A causal LM whose forward may end in our kernels instead of its logits.
+"""A causal LM whose forward may end in these kernels instead of its logits.
 
-TRL puts a fused head on the model that it trains (`model(..., labels=labels, fused_lm_head=True)` gives per-token
-log-probs); `LinearHead` goes over it, answers the same call by `linear_logprob`, and can stop at the hidden states. It
-lives in the model's forward so that DDP, FSDP2 and peft wrap it like any other, and leaves every other call alone.
+TRL puts a fused head on the model that it trains (`model(..., labels=labels, fused_lm_head=True)` returns per-token
+log-probs). `LinearHead` wraps it, computes the same call by `linear_logprob`, and can stop at the hidden states. It
+replaces the model's forward, so that DDP, FSDP2 and peft wrap it like any other, and passes on every other call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 class Unprojected:
-    """Logits that nobody computed: the hidden states, and the head that would have made them."""
+    """Logits that were not computed: the hidden states, and the head to be applied to them."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Unprojected:
         self.softcap, self.temperature = softcap, temperature
 
     def __getitem__(self, key: Any) -> Unprojected:
-        """As indexing logits: batch, position and, only whole, vocabulary."""
+        """Index as logits: batch, position and, only as a full slice, vocabulary."""
         assert not isinstance(key, tuple) or len(key) < 3 or key[2:] == (slice(None),), key
         return Unprojected(self.hidden[key], self.weight, self.bias, self.softcap, self.temperature)
 
@@ -49,7 +49,7 @@ class Unprojected:
         return Unprojected(self.hidden, self.weight, self.bias, self.softcap, self.temperature * float(temperature))
 
     def sum(self) -> Tensor:
-        """Some scalar in the same graph: what TRL multiplies by 0 where a batch has no loss tokens."""
+        """Any scalar in the same graph: TRL multiplies the sum by 0 if a batch has no loss tokens."""
         return self.hidden.sum()
 
     def logprob(self, targets: Tensor) -> LogprobStats:  # [B, L]
@@ -88,9 +88,9 @@ def unproject(
 
 
 class LinearHead:
-    """The head of one causal LM (the module that transformers made, inside any wrapper).
+    """The head of one causal LM (the transformers model itself, without wrappers).
 
-    With a `temperature` it answers for TRL's fused head, which otherwise stays in charge; `fp32` is TRL's
+    With a `temperature` it replaces TRL's fused head, which otherwise stays in use; `fp32` is TRL's
     `cast_lm_head_to_fp32`. Raises ValueError for a head that the kernels cannot read, and as `logit_transform` does.
     """
 
@@ -114,7 +114,7 @@ class LinearHead:
 
     @contextmanager
     def lazily(self) -> Iterator[None]:
-        """In here the model's `logits` are `Unprojected`."""
+        """Inside, the model's `logits` are `Unprojected`."""
         before, self._lazy = self._lazy, True
         try:
             yield
@@ -123,7 +123,7 @@ class LinearHead:
 
     @contextmanager
     def observed_by(self, observer: Callable[[Unprojected], None]) -> Iterator[None]:
-        """In here `observer` is shown what every fused forward scores, before its log-probs are handed out."""
+        """Inside, `observer` is called with the input of every fused forward's head, before its log-probs return."""
         self._observer = observer
         try:
             yield
@@ -133,7 +133,7 @@ class LinearHead:
     def _fused(
         self, temperature: float, *args: Any, labels: Tensor, fused_lm_head: bool, **kwargs: Any
     ) -> FusedCausalLMOutput:
-        """What TRL's fused head gives and its GRPO trainer reads: fields [B, L - 1], 0 where the next label is -100."""
+        """The result of TRL's fused head, for its GRPO trainer: fields [B, L - 1], 0 where the next label is -100."""
         found, aux_loss = self._unprojected(*args, **kwargs)
         scored = found[:, :-1] / temperature
         targets = labels[:, 1:].to(scored.hidden.device)
@@ -145,7 +145,7 @@ class LinearHead:
         )
 
     def _unprojected(self, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> tuple[Unprojected, Tensor | None]:
-        """(what the backbone says of the last `logits_to_keep` positions, or all; the load-balancing loss of MoE)"""
+        """(the last `logits_to_keep` positions' hidden states and head, or all; the load-balancing loss of MoE)"""
         outputs = self.model.base_model(*args, **{**kwargs, "use_cache": False})
         head = self.model.get_output_embeddings()
         states = outputs.last_hidden_state[:, -logits_to_keep:]
@@ -157,12 +157,12 @@ class LinearHead:
 
 
 def check_head(model: Any) -> None:
-    """Refuse a head whose weight is not a plain [V, H] matrix of floats, or not the whole of the head."""
+    """Refuse a head that is not given by a plain floating-point weight [V, H] alone."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     name = f"{type(model).__name__}'s output head"
     if hasattr(head, "base_layer"):
-        raise ValueError(f"{name} has an adapter (LoRA), needs none: its own weight is all that the kernels read")
+        raise ValueError(f"{name} has an adapter (LoRA), needs none: the kernels read only the head's weight")
     if not isinstance(weight, Tensor):
         raise ValueError(f"{name} is {type(head).__name__}, needs a linear layer with a weight")
     plain = type(weight.data) is Tensor or isinstance(weight, DTensor)
@@ -185,10 +185,10 @@ def balance_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) 
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A parameter that FSDP2 has sharded, gathered; its gradient goes back to the shards.
+    """Gather a parameter that FSDP2 has sharded; its gradient is reduced to the shards.
 
-    Every process has other tokens, so what it gives back is its part of a mean: without saying so each rank would keep
-    its own gradient's slice. (In FSDP's root group the weight is whole already, and FSDP takes the mean.)
+    Processes have different tokens, so the gradients are declared as terms of a mean: otherwise each rank would keep
+    its slice of its local gradient. (In FSDP's root group the weight is gathered already, and FSDP takes the mean.)
     """
     if not isinstance(weight, DTensor):
         return weight

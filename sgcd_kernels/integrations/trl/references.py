@@ -1,7 +1,7 @@
-"""What the teacher reads: from a column of the data set, or from a function that is shown a group's siblings.
+"""The teacher's references: from a column of the data set, or from a function that gets a group's siblings.
 
-The reference goes into the first prompt only; the completion's tokens follow it as they were sampled, so student and
-teacher align by the index of the generated token.
+The reference goes into the first prompt only. The completion's tokens follow it as sampled, so student and teacher are
+aligned by the index of the generated token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
-Reference = str | list[Message] | None  # a text for the prompt, the teacher's whole prompt, or nothing to say
+Reference = str | list[Message] | None  # a text for the prompt, the teacher's whole prompt, or no reference
 
 
 @dataclass(frozen=True)
@@ -23,40 +23,40 @@ class Siblings:
     """One prompt and all its rollouts."""
 
     prompt: Prompt
-    completions: list[Any]  # texts, or lists of messages where the prompt is one (tool calls and results included)
+    completions: list[Any]  # texts; lists of messages, tool calls and results included, if the prompt is one
     completion_ids: list[list[int]]
     rewards: list[float]  # the weighted sum of the reward functions; NaN where none of them scored the rollout
-    rows: list[dict[str, Any]]  # the data set's row, once for every rollout, with what a rollout function added
+    rows: list[dict[str, Any]]  # the data set's row per rollout, with the fields that a rollout function added
 
 
 ReferenceFunc = Callable[[Siblings], Reference | Awaitable[Reference]]
 
 
 def ask(function: ReferenceFunc, groups: Sequence[Siblings]) -> list[Reference]:
-    """The reference of every group; an `async def` is asked about all of them at once."""
+    """The reference of every group; the calls of an `async def` run concurrently."""
     if not inspect.iscoroutinefunction(function):
         return [function(group) for group in groups]  # type: ignore[misc]
 
     async def all_of_them() -> list[Reference]:
         return list(await asyncio.gather(*(function(group) for group in groups)))
 
-    with ThreadPoolExecutor(1) as beside:  # a notebook's thread runs a loop already
+    with ThreadPoolExecutor(1) as beside:  # in a notebook this thread already runs an event loop
         return beside.submit(lambda: asyncio.run(all_of_them())).result()
 
 
 def teacher_prompt(prompt: Prompt, reference: Reference) -> Prompt | None:
-    """The prompt that the teacher reads; None where there is no reference.
+    """The teacher's prompt; None without a reference.
 
-    A text goes under a heading to the end of the system message or, without one, before the first user's words (before
-    the prompt where that is a text). Messages are the teacher's prompt as they are.
+    A text is put under a heading at the end of the system message or, without one, before the first user message's text
+    (or before the prompt, if that is a text). Messages are the teacher's prompt, unchanged.
 
-    Raises ValueError for messages beside a prompt of text, and for a prompt with neither system nor user message.
+    Raises ValueError for messages with a prompt of text, and for a prompt with neither a system nor a user message.
     """
     if not reference:
         return None
     if not isinstance(reference, str):
         if isinstance(prompt, str):
-            raise ValueError("a reference is messages while its prompt is text; needs text, or a prompt of messages")
+            raise ValueError("a reference is messages and its prompt is text; needs text, or a prompt of messages")
         return list(reference)
     block = f"# Reference\n{reference}"
     if isinstance(prompt, str):
@@ -71,7 +71,7 @@ def teacher_prompt(prompt: Prompt, reference: Reference) -> Prompt | None:
 
 
 def _join(contents: Sequence[str | list[Message]]) -> str | list[Message]:
-    """Contents one below the other: texts, or lists of parts."""
+    """Join message contents, texts or lists of parts, with blank lines between."""
     if all(isinstance(content, str) for content in contents):
         return "\n\n".join(content for content in contents if isinstance(content, str) and content)
     parts = [[{"type": "text", "text": content}] if isinstance(content, str) else content for content in contents]

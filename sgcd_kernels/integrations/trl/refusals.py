@@ -1,4 +1,4 @@
-"""What cannot work, found when a trainer is made and not at its thousandth step."""
+"""Refuses unsupported configurations when a trainer is constructed, not in the middle of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgcd_kernels.integrations.trl.config import SGCDConfig
 
 
 def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None:
-    """Before anything is loaded. Raises ValueError or TypeError."""
+    """Checks before anything is loaded. Raises ValueError or TypeError."""
     if not isinstance(args, SGCDConfig):
         raise TypeError(f"args is {type(args).__name__}, needs SGCDConfig, which is a GRPOConfig with gamma, clip, ...")
     check_stage(args)
@@ -22,21 +22,21 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
         return
     if args.importance_sampling_level == "sequence" and args.loss_type != "cispo":  # whose ratio is detached
         raise ValueError(
-            "importance_sampling_level is 'sequence', needs 'token' (or loss_type 'cispo'): all tokens' gradients come "
-            "through one ratio a sequence, so each would get the mean of A W, and no credit of its own"
+            "importance_sampling_level is 'sequence', needs 'token' (or loss_type 'cispo'): all gradients of a "
+            "sequence go through one ratio, so every token would get the mean of A W"
         )
     if reference_func is not None:
         rows = args.per_device_train_batch_size * args.steps_per_generation
         if rows % args.num_generations:
             raise ValueError(
                 f"a process generates {rows} rollouts (per_device_train_batch_size x steps_per_generation), needs a "
-                f"multiple of num_generations {args.num_generations}: reference_func is shown whole groups"
+                f"multiple of num_generations {args.num_generations}: reference_func gets whole groups"
             )
         return
     column = args.reference_column
     if args.remove_unused_columns:
         raise ValueError(f"remove_unused_columns is True, needs False: column {column!r} would not reach the trainer")
-    columns = getattr(dataset, "column_names", None)  # None: a stream that does not know them
+    columns = getattr(dataset, "column_names", None)  # None for a stream with unknown columns
     if columns is not None and column not in columns:
         raise ValueError(
             f"train_dataset has no column {column!r} (it has {', '.join(columns)}): give reference_func, or "
@@ -45,7 +45,7 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
 
 
 def check_trainer(trainer: Any) -> None:
-    """As TRL has made it. Raises ValueError."""
+    """Checks of the trainer after TRL's constructor. Raises ValueError."""
     check_processor(trainer.processing_class)
     if never_acts(trainer.args.credit()):
         return
@@ -53,25 +53,25 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_dropout(model: Any) -> None:
-    """Raises ValueError for dropout, as a module or, as transformers' attention has it, as a number of one."""
+    """Raises ValueError for dropout, as a module or as a number in a module (transformers' attention)."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             if module.p > 0:
                 raise ValueError(
-                    f"{name} drops out with p = {module.p}: student and teacher would differ by chance; needs "
+                    f"{name} drops out with p = {module.p}: student and teacher would differ at random; needs "
                     "disable_dropout=True (in SGCDConfig), or lora_dropout=0"
                 )
             continue
         for field, value in vars(module).items():
             if "drop" in field and type(value) is float and value > 0:
                 raise ValueError(
-                    f"{name or 'the model'} drops out with {field} = {value}: student and teacher would differ by "
-                    "chance; needs a model whose config says 0.0, as disable_dropout=True reaches modules alone"
+                    f"{name or 'the model'} drops out with {field} = {value}: student and teacher would differ at "
+                    "random; needs 0.0 in the model's config, because disable_dropout=True changes only nn.Dropout"
                 )
 
 
 def check_processor(processor: Any) -> None:
-    """Raises ValueError for one of more than text."""
+    """Raises ValueError for a processor of images or sound."""
     if isinstance(processor, ProcessorMixin):
         raise ValueError("a processor of images or sound is not supported: teacher prompts are text; give a tokenizer")
 
@@ -80,4 +80,4 @@ def check_stage(args: Any) -> None:
     """Raises ValueError for DeepSpeed ZeRO-3."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("DeepSpeed ZeRO-3 is not supported: a backward pass finds the head's weight gone; use stage 2")
+        raise ValueError("DeepSpeed ZeRO-3 is not supported: it frees the head's weight before backward; use stage 2")

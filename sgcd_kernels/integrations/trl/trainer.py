@@ -1,9 +1,9 @@
 """Sibling-guided credit (arXiv 2606.12634) in TRL's GRPOTrainer.
 
 TRL's loss takes per-token advantages and asks the model for log-probs, not logits, so three hooks are enough: teacher
-prompts are built from the group's siblings once completions are scored; the fused head is `LinearHead`; and inside the
-loss, where the student's hidden states are known, the advantages become A W. Every loss type and option stays TRL's own
-code, and without credit this is the stock trainer.
+prompts are built from the group's siblings after the completions are rewarded; the fused head is `LinearHead`; and
+inside the loss, once the student's hidden states are known, the advantages become A W. Every loss type and option
+remains TRL's code, and without credit this is the stock trainer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
     gamma = 0 or rule "none" there is no teacher pass. Credit is not used in evaluation.
 
     Raises:
-        ValueError, TypeError: options that cannot work together (docs/trl.md lists them), all at construction.
+        ValueError, TypeError: at construction, for options that cannot work together (docs/trl.md lists them).
     """
 
     _tag_names = ["trl", "sgcd"]
@@ -79,7 +79,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
-        """As TRL's, and keep its inputs: they are the siblings."""
+        """As TRL's; also keeps the inputs, which are the siblings."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         mine = rewards[first : first + len(prompts)]
@@ -89,7 +89,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
-        """As TRL's, and add the teacher's prompts, [B, P'] ids padded left, and which rows have a reference."""
+        """As TRL's; also adds the teacher's prompts, [B, P'] ids padded left, and which rows have a reference."""
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.model.training and not never_acts(self.args.credit()):
             output.update(self._teacher_prompts(output["prompt_ids"], output["prompt_mask"]))
@@ -103,7 +103,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         if any(given):
             if self.rollout_func is not None and self._tokenize_prompts(prompts)[0] != own:
                 raise ValueError(
-                    "rollout_func gave other prompt_ids than the tokenizer's chat template does, so a teacher's prompt "
+                    "rollout_func's prompt_ids differ from those of the tokenizer's chat template, so a teacher's prompt "
                     "would differ by more than its reference; needs the trainer's template in rollout_func"
                 )
             told = self._tokenize_prompts([p if t is None else t for p, t in zip(prompts, teachers, strict=True)])[0]
@@ -142,14 +142,14 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         found: list[Tensor] = []
 
         def observe(student: Unprojected) -> None:
-            # TRL's loss reads the advantages after it has asked for the log-probs.
+            # TRL's loss reads the advantages after it has computed the log-probs.
             student = student[:, -mask.shape[1] :]
             inputs["advantages"], sums = weigh(student, teacher, batch, self.args.credit(salt=self._step))
             found.append(sums)
 
         with self._head.observed_by(observe):
             loss = super()._compute_loss(model, inputs)
-        assert len(found) == 1, "TRL's loss made other than one scoring pass"
+        assert len(found) == 1, "TRL's loss ran more or fewer than one scoring pass"
         for name, value in metrics(self.accelerator.reduce(found[0], reduction="sum")).items():
             self._metrics["train"][name].append(value)
         return loss

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 
-SUPPORTED = ("1.15", "1.16")  # the fused head of 1.15 is the first that gives per-token log-probs without logits
+SUPPORTED = ("1.15", "1.16")  # the fused head of 1.15 is the first that returns per-token log-probs without logits
 
 
 def check_version() -> None:
-    """Raise ImportError where TRL is missing, or is a release that was not tested."""
+    """Raise ImportError if TRL is missing, or is a release that was not tested."""
     supported = " and ".join(f"{release}.x" for release in SUPPORTED)
     try:
         found = importlib.metadata.version("trl")

@@ -1,6 +1,6 @@
-"""Student and teacher read different prompts and the same response: which state of one answers which of the other.
+"""Aligns the states of student and teacher, which read different prompts and the same response.
 
-Aligned by the index of the generated token, never by position, as a reference makes the teacher's prompt longer.
+They are aligned by the index of the generated token, not by position: a reference makes the teacher's prompt longer.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def response_lengths(batch: Any) -> Tensor:  # [B] int64
 def predicting_states(
     lengths: Tensor,  # [B], tokens of prompt and response together
     responses: Tensor,  # [B], of the response alone
-    stride: int | None,  # None: sequences are packed one after the other; else each has a row of so many tokens
+    stride: int | None,  # None: sequences are packed one after the other; else the length of a padded row
 ) -> Tensor:  # [R] int64
-    """Where, among flat tokens, the states lie that predict the responses' tokens: each one before its token.
+    """The flat indices of the states that predict the responses' tokens: each lies one before its token.
 
-    Raises ValueError for a sequence without a prompt, whose first token nothing predicts.
+    Raises ValueError for a sequence without a prompt, whose first token no state predicts.
     """
     if bool((lengths <= responses).any()):
         row = int((lengths <= responses).nonzero()[0])
@@ -49,17 +49,17 @@ def check_same_responses(student: Tensor, teacher: Tensor, responses: Tensor) ->
     pairs = zip(student.unbind(), teacher.unbind(), responses.tolist(), strict=True)
     for row, (ours, theirs, count) in enumerate(pairs):
         if not torch.equal(ours[len(ours) - count :], theirs[max(len(theirs) - count, 0) :]):
-            what = f"its last {count} tokens to be the response that the student made"
-            raise ValueError(f"teacher_input_ids of sequence {row} ends otherwise than input_ids, needs {what}")
+            what = f"its last {count} tokens to be the student's response"
+            raise ValueError(f"teacher_input_ids of sequence {row} does not end as input_ids, needs {what}")
 
 
 def teacher_input_ids(
     prompts: Sequence[Sequence[int] | Tensor],  # of each sequence, with its credit reference
-    responses: Tensor,  # nested [B, *], jagged; what the student wrote
+    responses: Tensor,  # nested [B, *], jagged; the student's
 ) -> Tensor:  # nested [B, *], jagged
-    """The field that a batch carries for the teacher: each prompt, followed by the student's tokens as they are."""
+    """The teacher's field of a batch: each prompt, followed by the student's response token by token."""
     if len(prompts) != responses.shape[0]:
-        raise ValueError(f"prompts has {len(prompts)} entries, needs {responses.shape[0]}, one a response")
+        raise ValueError(f"prompts has {len(prompts)} entries, needs {responses.shape[0]}, one per response")
     rows = [
         torch.cat([torch.as_tensor(prompt, dtype=response.dtype, device=response.device), response])
         for prompt, response in zip(prompts, responses.unbind(), strict=True)

@@ -19,7 +19,7 @@ from sgcd_kernels.credit.weights import credit_weights
 def credit_config(options: Mapping[str, object] | None) -> CreditConfig:
     """A `CreditConfig` from a section of a verl config, such as {"gamma": 1.0, "clip": 2.0}.
 
-    Raises ValueError for a key that is no field of it (naming the nearest), and for a value that does not fit.
+    Raises ValueError for a key that is not a field (naming the nearest), and for an invalid value.
     """
     given = dict(options or {})
     for name in given:
@@ -39,7 +39,7 @@ def response_credit(
     """`credit_weights` of every response; results [B, R], W = 1 outside the mask.
 
     Without `turn_ids` a turn is a run of the mask: no span crosses a tool's output. The signals reverse_kl and
-    teacher_entropy are required, others where the rule reads them (`sgcd_kernels.credit.rules.RULES`).
+    teacher_entropy are required, others if the rule reads them (`sgcd_kernels.credit.rules.RULES`).
 
     Raises ValueError as `credit_weights` does.
     """
@@ -68,6 +68,6 @@ def response_credit(
 def credit_metrics(
     credit: Credit, signals: Mapping[str, Tensor], response_mask: Tensor, config: CreditConfig
 ) -> dict[str, float]:
-    """The metrics `credit/*` of `sgcd_loss`, over the policy's own tokens."""
+    """The metrics `credit/*` of `sgcd_loss`, over the policy's tokens."""
     sums = credit_sums(credit, signals["reverse_kl"], signals["teacher_entropy"], response_mask != 0, config.clip)
     return {name: float(value) for name, value in credit_summary(sums).items()}

@@ -1,8 +1,8 @@
-"""verl's FSDP engine, which scores the batch's teacher in the same forward and hands the credit to the policy loss.
+"""verl's FSDP engine, which also scores the batch's teacher in the same forward and passes the credit to the loss.
 
 A batch carries `teacher_input_ids`, nested [B, *]: the prompt with the credit reference, then the student's response,
-token for token. The teacher is the current policy, forward only. A sequence without a reference repeats its own
-`input_ids`: d is then exactly 0 and W exactly 1. Without the field this is verl's engine, with our head.
+token for token. The teacher is the current policy, forward only. A sequence without a reference repeats its
+`input_ids`: d is then exactly 0 and W exactly 1. Without the field this is verl's engine with this library's head.
 """
 
 from __future__ import annotations
@@ -26,25 +26,23 @@ TEACHER = "teacher_input_ids"
 
 
 class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typed
-    """Registered for language models under the strategy fsdp2; FSDP1 could not be tried without a GPU.
+    """Registered for language models under the strategy fsdp2. FSDP1 is not supported: it was not tested.
 
-    Credit is set by `actor_rollout_ref.model.fused_kernel_options.sgcd`, the fields of `CreditConfig`. Scoring happens
-    when the policy is updated, and in a forward-only pass where the batch says `calculate_divergence`.
+    `actor_rollout_ref.model.fused_kernel_options.sgcd` holds the fields of `CreditConfig`. The teacher is scored when
+    the policy is updated, and in a forward-only pass if the batch sets `calculate_divergence`.
 
-    Raises ValueError, when it is made, for use_fused_kernels false (nothing would give a divergence), for
-    ulysses_sequence_parallel_size above 1 (the shards of student and teacher would not hold the same tokens), for
-    credit options that do not fit; and, when it is initialised, as `patch_lm_head` does.
+    Its constructor raises ValueError for use_fused_kernels false (no divergence would be computed), for
+    ulysses_sequence_parallel_size above 1 (the shards of student and teacher would not hold the same tokens), and for
+    invalid credit options; `initialize` raises as `patch_lm_head` does.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, *others: Any, **named: Any) -> None:
         if not model_config.use_fused_kernels:
-            raise ValueError(
-                "use_fused_kernels is False, needs True: with logits in hand nothing measures a divergence"
-            )
+            raise ValueError("use_fused_kernels is False, needs True: only the fused head computes the divergence")
         if engine_config.ulysses_sequence_parallel_size > 1:
             size = engine_config.ulysses_sequence_parallel_size
             raise ValueError(
-                f"ulysses_sequence_parallel_size is {size}, needs 1: student and teacher would be cut apart"
+                f"ulysses_sequence_parallel_size is {size}, needs 1: student's and teacher's shards differ"
             )
         self.credit_config: CreditConfig = credit_config((model_config.fused_kernel_options or {}).get("sgcd"))
         super().__init__(model_config, engine_config, *others, **named)
@@ -71,7 +69,7 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
         return inputs, output_args
 
     def _teacher_inputs(self, micro_batch: Any) -> dict[str, Tensor | None]:
-        """The teacher's side of the forward, packed or padded as the student's, and which states are compared."""
+        """The teacher's inputs, packed or padded as the student's, and the indices of the states to compare."""
         ids, theirs = micro_batch["input_ids"], micro_batch[TEACHER]
         responses = response_lengths(micro_batch).to(ids.device)
         check_same_responses(ids, theirs, responses)
@@ -107,11 +105,11 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
         return found
 
     def _with_credit(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
-        """The loss, called while the credit of its micro-batch is at hand."""
+        """The loss, called while the token weights of its micro-batch are set."""
 
         def credited(*others: Any, **named: Any) -> Any:
             output, data = named.get("model_output"), named.get("data")
-            if output is None or "reverse_kl" not in output:  # called for something else than the loss
+            if output is None or "reverse_kl" not in output:  # not called for the loss
                 return loss_function(*others, **named)
             with token_weights(self._credit(output, data)):
                 return loss_function(*others, **named)

@@ -1,4 +1,4 @@
-"""`verl.utils.kernel.linear_cross_entropy` by these kernels: log-probs and entropies of hidden states.
+"""A drop-in for `verl.utils.kernel.linear_cross_entropy`: log-probs and entropies from hidden states.
 
 from sgcd_kernels.integrations.verl import linear_cross_entropy
 """
@@ -24,7 +24,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(log p(labels), entropy), both fp32 and differentiable; `reduction` applies to the log-probs only, as in verl.
 
-    Both are flat, [B * T], whatever the shape of the input, as verl's are.
+    As in verl, both are flat, [B * T], whatever the shape of the input.
     With `dist_process_group` the head is sharded by rows in the order of the ranks, and labels are global ids.
 
     Raises ValueError as `linear_logprob` does.

@@ -1,8 +1,8 @@
-"""A language model whose forward gives log-probs, entropy and divergence from hidden states, in place of logits.
+"""A language model whose forward returns log-probs, entropy and divergence from hidden states instead of logits.
 
-What verl's fused forwards do (`verl.models.transformers.dense_common`), by our kernels, and with a teacher: the same
-weights on other ids, without a gradient. The ops run inside the head's own forward, because FSDP2 may shard the head as
-a unit of its own (verl does, where it is not tied), and then only there it is whole.
+It does what verl's fused forwards do (`verl.models.transformers.dense_common`), on these kernels, and adds a teacher:
+the same weights on other ids, without gradients. The ops run inside the head's forward, because FSDP2 may shard the
+head as a separate unit (verl does, if it is not tied), and its weight is gathered only there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIGNALS = (
 
 @dataclass
 class ScoredOutput(CausalLMOutputForPPO):  # type: ignore[misc]  # verl is not typed
-    """verl's output of a fused forward, and with a teacher its `SIGNALS`: [b, t] each, 0 where nothing is compared."""
+    """verl's output of a fused forward and, with a teacher, the `SIGNALS`: [b, t] each, 0 where not compared."""
 
     reverse_kl: Tensor | None = None
     forward_kl: Tensor | None = None
@@ -45,15 +45,15 @@ class ScoredOutput(CausalLMOutputForPPO):  # type: ignore[misc]  # verl is not t
 
 
 def patch_lm_head(model: nn.Module, *, packed: bool = False) -> None:
-    """Replace the forward of this one model (not of its class) by one that gives a `ScoredOutput`.
+    """Replace the forward of this model (not of its class) by one that returns a `ScoredOutput`.
 
-    It takes what verl's fused forwards take: `temperature`, and `shift_labels` [b, t], the token that each state
-    predicts; without them the input ids, rolled. `packed` as for `check_model`. A teacher comes as `teacher_input_ids`
-    [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and the flat places `student_rows` and
-    `teacher_rows` [R] of the states that are compared.
+    It takes the arguments of verl's fused forwards: `temperature`, and `shift_labels` [b, t], the token that each state
+    predicts (by default the input ids, rolled). `packed` is as for `check_model`. A teacher is given by
+    `teacher_input_ids` [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and by the flat indices
+    `student_rows` and `teacher_rows` [R] of the states to compare.
 
-    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads pictures: the teacher's
-    prompt would come without them.
+    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads images, which the teacher's
+    prompt would lack.
     """
     check_model(model, packed=packed)
     config: Any = model.config
@@ -111,7 +111,7 @@ def _score(
     student_rows: Tensor | None = None,  # [R]
     teacher_rows: Tensor | None = None,  # [R]
 ) -> Tensor | dict[str, Tensor]:
-    """The fields of a `ScoredOutput`; without labels the logits, as any head gives them."""
+    """The fields of a `ScoredOutput`; without labels, the logits as from any head."""
     if labels is None:
         return nn.functional.linear(states, self.weight, self.bias)
     options: dict[str, Any] = {"bias": self.bias, "temperature": temperature, "softcap": softcap}
@@ -128,7 +128,7 @@ def _rows(states: Tensor, rows: Tensor) -> Tensor:  # [b, t, H], [R] -> [R, H]
 
 
 def _placed(stats: DivergenceStats, rows: Tensor, leading: torch.Size) -> dict[str, Tensor]:
-    """What was compared, back at its states."""
+    """The results of the comparison, scattered to [b, t]."""
 
     def place(values: Tensor) -> Tensor:
         return values.new_zeros(leading.numel()).index_copy_(0, rows, values).reshape(leading)

@@ -1,7 +1,7 @@
 """verl's own policy losses on advantages A W: `loss_mode: sgcd` is its "vanilla", `sgcd_gspo` its "gspo", and so on.
 
-verl hands a policy loss five tensors and no place for a sixth, so the engine hands W over in a context variable. A
-loss that finds none refuses: a run that says sgcd in its config never trains without credit in silence.
+verl calls a policy loss with five tensors and no room for a sixth, so the engine passes W in a context variable. A loss
+that finds none raises: a run configured for sgcd never silently trains without credit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 
 PREFIX = "sgcd"
-BASE = "vanilla"  # what plain "sgcd" weights
-# It takes the mean of a sequence's advantages before it does anything else, so that no token would keep its weight.
+BASE = "vanilla"  # the loss that "sgcd" weights
+# It first averages the advantages of a sequence, so that no token would keep its weight.
 WITHOUT_TWIN = ("geo_mean",)
 
 
 class TokenWeights(NamedTuple):
-    """What multiplies the advantages of one micro-batch, and what is to be logged of it."""
+    """The weights of one micro-batch's advantages, and the metrics to log."""
 
     weights: Tensor  # W [B, R]
     metrics: dict[str, float]
@@ -33,7 +33,7 @@ _CURRENT: ContextVar[TokenWeights | None] = ContextVar("sgcd_token_weights", def
 
 @contextmanager
 def token_weights(given: TokenWeights) -> Iterator[None]:
-    """While this is open, policy losses by the names of `register_policy_losses` weight their advantages."""
+    """Inside, the policy losses registered by `register_policy_losses` weight their advantages by these."""
     token = _CURRENT.set(given)
     try:
         yield
@@ -42,7 +42,7 @@ def token_weights(given: TokenWeights) -> Iterator[None]:
 
 
 def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A policy loss of verl's, on A W. Where W is 1 the result has the same bits."""
+    """A policy loss of verl on A W. If every W is 1 the result has the same bits."""
 
     @wraps(loss)
     def on_weighted_advantages(
@@ -71,7 +71,7 @@ def weighted(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_policy_losses() -> list[str]:
-    """Register the weighted twin of every policy loss that verl has now and that can take one; give their names."""
+    """Register a weighted version of each policy loss of verl that supports token weights; return the names."""
     made = []
     for mode, loss in list(core_algos.POLICY_LOSS_REGISTRY.items()):
         if not mode.startswith(PREFIX) and mode not in WITHOUT_TWIN:

@@ -1,7 +1,7 @@
-"""From finished rollouts to what the teacher reads: siblings, their reference, and a prompt that holds it.
+"""From finished rollouts to the teacher's input: siblings, their reference, and a prompt that contains it.
 
-A reference is what it is in TRL (`sgcd_kernels.integrations.trl.references`, which needs no TRL): a text, messages, or
-nothing; and here also the token ids of the teacher's whole prompt, for agents whose prompts are made in their own way.
+References are as in TRL (`sgcd_kernels.integrations.trl.references`, which needs no TRL): a text, messages or None.
+Here they may also be the token ids of the teacher's whole prompt, for agents that build their prompts themselves.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 from sgcd_kernels.integrations.trl.references import Message, Siblings, ask, teacher_prompt
 from sgcd_kernels.integrations.verl.alignment import teacher_input_ids
 
-FIELDS = ("uid", "raw_prompt", "prompts", "responses", "rm_scores")  # of a batch, needed
-COLUMNS = ("data_source", "reward_model", "extra_info")  # of verl's data sets: in `Siblings.rows`, where there are any
+FIELDS = ("uid", "raw_prompt", "prompts", "responses", "rm_scores")  # required in a batch
+COLUMNS = ("data_source", "reward_model", "extra_info")  # of verl's data sets: in `Siblings.rows`, if present
 
-Render = Callable[[list[Message]], Sequence[int]]  # by the chat template that made the rollouts' prompts
+Render = Callable[[list[Message]], Sequence[int]]  # with the chat template of the rollouts' prompts
 
 
 def teacher_field(
-    batch: Any,  # TensorDict of FIELDS, a row a rollout in any order
-    padding: Sequence[bool],  # rows that verl added to fill a batch: nobody's siblings
+    batch: Any,  # TensorDict of FIELDS, a row per rollout in any order
+    padding: Sequence[bool],  # rows that verl added to fill the batch; they belong to no group
     function: Callable[[Siblings], Any],
     render: Render,
     decode: Callable[[list[int]], str],
 ) -> tuple[Tensor, float]:
-    """(`teacher_input_ids`, nested [B, *]; the share of rollouts that have a reference). Groups are rows of one uid.
+    """(`teacher_input_ids`, nested [B, *]; the fraction of rollouts with a reference). Rows of one uid are a group.
 
-    Raises ValueError where `render` does not give the ids that the rollouts began with, as the teacher's prompt would
+    Raises ValueError if `render` does not give the ids that the rollouts began with, because the teacher's prompt would
     then differ by more than its reference; and as `teacher_prompt` does.
     """
     prompts = [prompt.tolist() for prompt in batch["prompts"].unbind()]
@@ -67,7 +67,7 @@ def _teacher_ids(messages: list[Message], own: list[list[int]], reference: Any, 
     for prompt in own:
         if prompt != rendered:
             raise ValueError(
-                f"the rollout's prompt has {len(prompt)} tokens, the chat template gives {len(rendered)} that differ: "
+                f"the rollout's prompt has {len(prompt)} tokens, the chat template gives {len(rendered)} others: "
                 "the teacher's prompt would differ by more than its reference; needs a reference of token ids"
             )
     told = teacher_prompt(messages, reference)
@@ -76,5 +76,5 @@ def _teacher_ids(messages: list[Message], own: list[list[int]], reference: Any, 
 
 
 def padding_rows(tags: Sequence[dict[str, Any]]) -> list[bool]:
-    """Which rows of a verl batch fill it up."""
+    """Which rows of a verl batch are padding."""
     return [bool(tag.get("is_padding", False)) for tag in tags]

@@ -1,9 +1,9 @@
 """Importing this registers the plug-ins with verl: the module to name as `external_lib`.
 
 - policy losses `sgcd`, `sgcd_gspo`, `sgcd_cispo`, ...: verl's own on weighted advantages
-- the engine of language models under fsdp2, by the vendor's name: verl looks for that before its own
+- the engine of language models under fsdp2, under the device vendor's name, which verl looks up before its own engine
 
-Raises ImportError for a verl that is not supported, naming those that are.
+Raises ImportError for an unsupported verl, naming the supported releases.
 """
 
 from sgcd_kernels.integrations.verl.versions import check_version

@@ -1,4 +1,4 @@
-"""What a verl config must say for credit, asked before a model is loaded or a token generated."""
+"""Checks that a verl config allows credit, before a model is loaded or a token generated."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def check_config(config: Any) -> None:
     without = [f"{PREFIX}_{name}" for name in WITHOUT_TWIN]
     if mode in without:
         raise ValueError(
-            f"loss_mode is {mode!r}, which takes a sequence's mean advantage first: no token credit is left"
+            f"loss_mode is {mode!r}, which averages the advantages of a sequence first: no token credit is left"
         )
     twins = sorted(name for name in core_algos.POLICY_LOSS_REGISTRY if name.startswith(PREFIX))
     if mode not in twins:
-        raise ValueError(f"loss_mode is {mode!r}, which knows no token weights; needs one of {', '.join(twins)}")
+        raise ValueError(f"loss_mode is {mode!r}, which takes no token weights; needs one of {', '.join(twins)}")
     if actor.strategy != "fsdp2":
-        raise ValueError(f"actor.strategy is {actor.strategy!r}, needs 'fsdp2': no other engine measures a divergence")
+        raise ValueError(f"actor.strategy is {actor.strategy!r}, needs 'fsdp2': other engines compute no divergence")
     if not config.actor_rollout_ref.model.use_fused_kernels:
-        raise ValueError("use_fused_kernels is False, needs True: with logits in hand nothing measures a divergence")
+        raise ValueError("use_fused_kernels is False, needs True: only the fused head computes the divergence")
 
 
 def reference_function(config: Any) -> Callable[..., Any]:
-    """What `trainer.v1.sgcd_sync.reference_func: {path, name}` names; path as verl's other custom functions have it.
+    """The function that `trainer.v1.sgcd_sync.reference_func: {path, name}` names, as verl's other custom functions.
 
-    Raises ValueError where it names none, and as verl does where it cannot be loaded.
+    Raises ValueError if it names none, and as verl does if it cannot be loaded.
     """
     where = f"trainer.v1.{TRAINER}.reference_func"
     given = OmegaConf.select(config, where)
     if not (given and given.get("path") and given.get("name")):
-        raise ValueError(f"{where} is {given}, needs path and name of a function: it writes what the teacher reads")
+        raise ValueError(f"{where} is {given}, needs path and name of a function, which writes the teacher's reference")
     function: Callable[..., Any] | object = load_extern_object(given.path, given.name)
     if not callable(function):
         raise ValueError(f"{where} names a {type(function).__name__}, needs a function of Siblings")

@@ -1,7 +1,7 @@
-"""verl's synchronous trainer, which asks for references between rollout and update.
+"""verl's synchronous trainer, which also gets references between rollout and update.
 
-trainer.v1.trainer_mode=sgcd_sync, where VERL_USE_EXTERNAL_MODULES names this module: verl looks a trainer up in a Ray
-actor, before it imports any `external_lib`.
+Select it by trainer.v1.trainer_mode=sgcd_sync, and name this module in VERL_USE_EXTERNAL_MODULES: verl looks the
+trainer up in a Ray actor before it imports any `external_lib`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sgcd_kernels.integrations.verl.settings import TRAINER, check_config, refer
 class SGCDTrainerSync(PPOTrainerSync):  # type: ignore[misc]  # verl is not typed
     """PPOTrainerSync whose batches carry `teacher_input_ids`.
 
-    Raises ValueError when it is made, as `check_config` and `reference_function` do.
+    Its constructor raises ValueError as `check_config` and `reference_function` do.
     """
 
     def __init__(self, config: Any) -> None:
         check_config(config)
         self.reference_func = reference_function(config)
         with open_dict(config):
-            config.trainer.v1.trainer_mode = "sync"  # by this name verl chooses buffer, refill and checkpoints
+            config.trainer.v1.trainer_mode = "sync"  # verl chooses buffer, refill and checkpoints by this name
         super().__init__(config)
 
     def _init_tokenizer(self) -> None:
@@ -42,7 +42,7 @@ class SGCDTrainerSync(PPOTrainerSync):  # type: ignore[misc]  # verl is not type
         self._render = renderer(self.config, self.tokenizer)
 
     def _text(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)  # an end of turn would end the teacher's, too
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)  # no end-of-turn tokens in references
         return text
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -57,7 +57,7 @@ class SGCDTrainerSync(PPOTrainerSync):  # type: ignore[misc]  # verl is not type
 
 
 def renderer(config: Any, tokenizer: Any) -> Render:
-    """The first prompt of messages by the tokenizer's chat template, with the tools of the config."""
+    """Renders the first prompt of a rollout by the tokenizer's chat template, with the tools of the config."""
     turns = config.actor_rollout_ref.rollout.multi_turn
     paths = (turns.tool_config_path, turns.function_tool_path)
     tools = load_all_tools(*(resolve_config_path(path) if path else None for path in paths))

@@ -1,4 +1,4 @@
-"""Which verl this fits: its plug-in points move between minor releases, so each one is tried before it is named."""
+"""The supported verl releases. Its plug-in points move between minor releases, so each one is tested first."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ SUPPORTED = ("0.9.0", "0.9.1")
 
 
 def check_version() -> None:
-    """Refuse a verl that these plug-ins were not tried with.
+    """Refuse a verl release that these plug-ins were not tested with.
 
-    Raises ImportError, naming the versions that are supported.
+    Raises ImportError, naming the supported releases.
     """
     try:
         found = version("verl")
