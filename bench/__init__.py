@@ -1,1 +1,1 @@
-"""The benchmark suite: `python -m bench --help`. docs/benchmarks.md says how to read what it writes."""
+"""The benchmark suite: `python -m bench --help`. docs/benchmarks.md explains its results."""

@@ -1,7 +1,6 @@
-"""`python -m bench COMMAND`: measure, check, plot, and put the results into the documents.
+"""`python -m bench COMMAND`: measure, check, plot, and write the results into the documents.
 
-A mistake of the caller is one line on stderr and exit code 2. `table` needs no torch, `plot` and `figure` only
-matplotlib.
+A usage error is one line on stderr and exit code 2. `table` needs no torch, `plot` and `figure` only matplotlib.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from bench.cases import (
     modes_of,
 )
 
-TOKENS = [1024]  # where a head is named and a number of tokens is not
+TOKENS = [1024]  # for --shape without --tokens
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +42,7 @@ def parser() -> Parser:
     for name, does in (("run", "measure, and write bench/results/*.csv"), ("verify", "only check the answers")):
         run = commands.add_parser(name, help=does, description=does)
         run.add_argument("--op", nargs="+", default=[])
-        run.add_argument("--shape", nargs="+", default=[], help="a model's head; with --tokens, off the selection")
+        run.add_argument("--shape", nargs="+", default=[], help="a model's head; like --tokens, replaces the selection")
         run.add_argument("--tokens", nargs="+", type=int, default=[])
         run.add_argument("--provider", nargs="+", default=[])
         run.add_argument("--mode", nargs="+", default=[], help="forward, backward or full")
@@ -51,24 +50,24 @@ def parser() -> Parser:
         run.add_argument("--metric", nargs="+", default=list(METRICS), help="speed, memory, error")
         run.add_argument("--device", default="auto", help="auto, cpu or cuda")
         run.add_argument("--samples", type=int, default=5)
-        run.add_argument("--threads", type=int, default=0, help="of a CPU; 0 leaves it to PyTorch")
-        run.add_argument("--budget", type=float, default=0.0, help="seconds after which no case is begun; 0: none")
+        run.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
+        run.add_argument("--budget", type=float, default=0.0, help="seconds after which no case is started; 0: none")
         run.add_argument("--with", dest="files", nargs="+", default=[], help="Python files that register providers")
-        run.add_argument("--out", default=str(results.RESULTS), help="folder of the CSVs")
-        run.add_argument("--dry-run", action="store_true", help="say what would be measured")
-    train = commands.add_parser("train", help="the trainer, and TRL's GRPOTrainer beside it")
+        run.add_argument("--out", default=str(results.RESULTS), help="folder for the CSVs")
+        run.add_argument("--dry-run", action="store_true", help="list what would be measured")
+    train = commands.add_parser("train", help="measure the trainer, and TRL's GRPOTrainer for comparison")
     train.add_argument("--provider", nargs="+", default=[])
     train.add_argument("--steps", type=int, default=3)
     train.add_argument("--out", default=str(results.RESULTS))
-    plot = commands.add_parser("plot", help="pictures of all rows of the newest CPU and GPU")
+    plot = commands.add_parser("plot", help="plot all rows of the newest CPU and GPU")
     plot.add_argument("--results", default=str(results.RESULTS))
     plot.add_argument("--out", default="", help="folder; by default `plots` beside the CSVs")
     figure = commands.add_parser("figure", help="the front page's figure: memory and time over tokens")
     figure.add_argument("--results", default=str(results.RESULTS))
     figure.add_argument("--out", default=str(results.ROOT / "docs" / "figures" / "memory_time.png"))
-    table = commands.add_parser("table", help="the documents' tables from the CSVs")
+    table = commands.add_parser("table", help="write the documents' tables from the CSVs")
     table.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
-    commands.add_parser("tune", help="the configs of the Triton kernels, and the time of each on a GPU")
+    commands.add_parser("tune", help="time each config of the Triton kernels on a GPU")
     return main
 
 
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was measured is in the CSVs", file=sys.stderr)
+        print("interrupted: finished cases are in the CSVs", file=sys.stderr)
         return 130
 
 
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     cases = choose_cases(args, device)
     if device == "cpu" and not args.dtype and "bf16" not in results.fast_dtypes(device):
-        print("bf16 is left out: this processor has no instructions for it; --dtype bf16 measures it all the same")
+        print("bf16 is left out: this processor has no instructions for it; --dtype bf16 measures it anyway")
     if args.dry_run:
         print("\n".join(str(case) for case in cases))
         return 0
@@ -110,12 +109,12 @@ def run(args: argparse.Namespace) -> int:
             files=[str(Path(f).resolve()) for f in args.files],
         )
     )
-    print(f"\n{len(cases)} cases in {time.time() - start:.0f} s" + (f"; {wrong} of our own failed" if wrong else ""))
+    print(f"\n{len(cases)} cases in {time.time() - start:.0f} s" + (f"; {wrong} of ours failed" if wrong else ""))
     return 1 if wrong else 0
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse names that do not exist, and numbers that make no sense."""
+    """Refuse unknown names and invalid numbers."""
     from bench import providers
 
     check_names("op", args.op, OPS)
@@ -133,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_device(name: str) -> str:
-    """`auto` is the GPU if there is one."""
+    """Resolve `auto`: the GPU if there is one, else the CPU."""
     import torch
 
     check_names("device", [name], ("auto", "cpu", "cuda"))
@@ -145,7 +144,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_cases(args: argparse.Namespace, device: str) -> list[Case]:
-    """The device's selection, narrowed by the options; with a head or tokens named, all their combinations."""
+    """The device's selection, filtered by the options; with --shape or --tokens, all combinations instead."""
     from bench import providers
 
     dtypes = tuple(args.dtype) or results.fast_dtypes(device)
@@ -169,12 +168,12 @@ def choose_cases(args: argparse.Namespace, device: str) -> list[Case]:
         cases = [c for c in cases if any(p.name in args.provider for p in providers.providers_of(c.op))]
     if not cases:
         modes = "; ".join(f"{op} has {', '.join(modes_of(op))}" for op in args.op or OPS)
-        raise UserError(f"nothing to measure: no op of these has such a mode or provider ({modes})")
+        raise UserError(f"nothing to measure: none of these ops has such a mode or provider ({modes})")
     return cases
 
 
 def _modes_left_out(cases: list[Case], modes: Sequence[str]) -> list[Case]:
-    """Each op's first case again in the modes that were asked for and that the selection does not have."""
+    """Each op's first case, in the requested modes that the selection lacks."""
     present = {(c.op, c.mode) for c in cases}
     first = {c.op: c for c in reversed(cases)}
     return [

@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for GPUs that need not be here: python -m bench.aot [--arch 90] [--kernel pair_stats].
+"""Compile every Triton kernel for any GPU, without having one: python -m bench.aot [--arch 90] [--kernel pair_stats].
 
-What the compiler says of each kernel and configuration: registers, shared memory, stack, spills and matrix
-instructions. It is evidence of what will run, not of how fast.
+Prints the compiler's report of each kernel and configuration: registers, shared memory, stack, spills and matrix
+instructions. It shows that kernels will run, not how fast.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100, 120)
-# Bytes a block, CUDA programming guide, table of limits. What compiles for sm_80 runs on sm_86 and sm_89 too: theirs.
+# Bytes per block, CUDA programming guide, table of limits. Code for sm_80 also runs on sm_86 and sm_89: their limit.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_MEMORY = 512  # columns
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in calls without options
-BESIDE = ("rows", "entropy", "d_entropy")  # absent in the plain call, besides
+BESIDE = ("rows", "entropy", "d_entropy")  # also absent in the plain call
 INT64 = ("targets", "rows", "turns", "cu_seqlens", "onsets")
-OTHER_TYPES = {"beta": "fp32", "out_stride": "i32", "eligible": "*u8"}  # what is named nowhere is a pointer to fp32
+OTHER_TYPES = {"beta": "fp32", "out_stride": "i32", "eligible": "*u8"}  # any other argument is a pointer to fp32
 HEADER = (
     "| kernel | stored (multiplied) | target | tile | registers | shared, KB | stack | spilled bytes | "
     "matrix instructions |"
@@ -39,7 +39,7 @@ class Mix:
     x: str
     w: str
     operand: str
-    y: str = ""  # the student's, unless told
+    y: str = ""  # default: the student's
     v: str = ""
     teacher_operand: str = ""
     precision: str = "tf32x3"
@@ -53,7 +53,7 @@ class Mix:
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """Of the widest operand, and of the widest as it is stored."""
+        """Bytes of the widest dtype as multiplied, and as stored."""
         operands, stored = (self.of(n) for n in ("operand", "teacher_operand")), (self.of(n) for n in "xwyv")
         return max(4 if d == "fp32" else 2 for d in operands), max(4 if d == "fp32" else 2 for d in stored)
 
@@ -71,16 +71,16 @@ def same(dtype: str, precision: str = "tf32x3") -> Mix:
 BF16, FP16, FP32, TF32 = same("bf16"), same("fp16"), same("fp32"), same("fp32", "tf32")
 MASTER, FP16_MASTER = Mix("bf16", "fp32", "bf16"), Mix("fp16", "fp32", "fp16")
 WIDENED = Mix("bf16", "fp16", "fp32")
-TEACHERS = (  # of their own
+TEACHERS = (  # with a weight that is not the student's
     Mix("bf16", "bf16", "bf16", "fp32", "fp32", "fp32"),
     Mix("fp32", "fp32", "fp32", "bf16", "bf16", "bf16"),
     Mix("bf16", "bf16", "bf16", "bf16", "fp32", "bf16"),
     Mix("bf16", "bf16", "bf16", "fp16", "fp16", "fp16"),
 )
 PLAIN, UNEVEN, OPTIONS, OTHER = "plain", "uneven", "options", "options, not JSD"
-# What a call multiplies, how it is, and whether rows lie anywhere. An uneven call has masked tokens, a gradient of the
-# entropy, words that fill no tile and columns that fill no step; one with options has all that, bias, softcap,
-# temperature, the top K and a JSD or its gradient, or TV alone and KL's. Calls with some of it are not compiled apart.
+# (dtypes, kind of call, whether rows are unaligned). An uneven call has masked tokens, a gradient of the entropy, and a V
+# and H that no tile size divides. A call with options has all that and bias, softcap, temperature, the top K, and a JSD
+# or its gradient; with OTHER, TV or the gradient of a KL instead. Calls with a subset of these are not compiled.
 WAYS: tuple[tuple[Mix, str, bool], ...] = (
     *((BF16, how, False) for how in (PLAIN, UNEVEN, OPTIONS)),
     *((FP16, how, False) for how in (UNEVEN, OPTIONS)),
@@ -91,12 +91,12 @@ WAYS: tuple[tuple[Mix, str, bool], ...] = (
     (WIDENED, OPTIONS, False),
     *((mix, how, True) for mix in (BF16, FP32) for how in (UNEVEN, OPTIONS)),
     (MASTER, OPTIONS, True),
-    *((mix, OTHER, odd) for mix in (BF16, FP32, MASTER) for odd in (False, True)),
+    *((mix, OTHER, unaligned) for mix in (BF16, FP32, MASTER) for unaligned in (False, True)),
 )
 
 
 def kernels() -> dict[str, Any]:
-    """By their names in the tables; `own_pair_stats` is the kernel of `pair_stats` for two weights."""
+    """The kernels by their names in the tables; `own_pair_stats` is the kernel of `pair_stats` with two weights."""
     from sgcd_kernels.backends.triton import credit, distill, divergence, logprob, topk
 
     return {
@@ -113,28 +113,28 @@ def kernels() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Call:
-    """One way in which a kernel is called, and the configuration that it then has."""
+    """One kind of call of a kernel, with its configuration."""
 
     kernel: str
     mix: Mix
     arch: int
     config: Any  # None: the kernel has no tile
-    first: bool = True  # in its list: the configuration that runs
+    first: bool = True  # of its list in the tables: the configuration that runs
     how: str = PLAIN
-    odd: bool = False
-    own: bool = False  # a teacher with a weight of its own
+    unaligned: bool = False
+    own: bool = False  # the teacher has another weight
 
     @property
     def plain(self) -> bool:
-        """Whether this is what the table of the documentation shows."""
+        """Whether the table in the documentation shows this call."""
         usual = self.how == (OPTIONS if self.kernel == "chosen_logits" else PLAIN)
         usual = usual and (self.mix is BF16 or self.config is None)
-        return usual and self.first and not self.odd and self.own == (self.kernel == "own_pair_stats")
+        return usual and self.first and not self.unaligned and self.own == (self.kernel == "own_pair_stats")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler says of one kernel."""
+    """The compiler's report of one kernel."""
 
     call: Call
     registers: int
@@ -145,7 +145,7 @@ class Row:
     tensor_memory: int  # columns
 
     def faults(self) -> list[str]:
-        """What would keep it from running, or from running fast."""
+        """Reasons why it would not run, or not fast."""
         limit = SHARED_LIMIT[self.call.arch]
         return [
             *([f"{self.shared} bytes of shared memory, and a block has {limit}"] if self.shared > limit else []),
@@ -157,7 +157,7 @@ class Row:
     def line(self) -> str:
         call, c = self.call, self.call.config
         how = "" if call.how == PLAIN else f", {call.how}"
-        how += (", odd rows" if call.odd else "") + (", own weight" if call.own else "")
+        how += (", unaligned rows" if call.unaligned else "") + (", own weight" if call.own else "")
         tile = f"{c.block_n}x{c.block_v}x{c.block_h} w{c.num_warps} s{c.num_stages}" if c else ""
         tile += " flatten" if c and c.flatten else ""
         return (
@@ -168,7 +168,7 @@ class Row:
 
 
 def cases(kernel: str | None = None, arch: int | None = None) -> list[Call]:
-    """Every configuration of the tables, in the hardest ways in which it is called."""
+    """Every configuration of the tables, in the most demanding calls that use it."""
     out: list[Call] = []
     for name, target in itertools.product(kernels(), ARCHITECTURES):
         if kernel in (None, name) and arch in (None, target):
@@ -183,26 +183,26 @@ def cases_of(name: str, arch: int) -> Iterator[Call]:
     owns = (False, True) if name in ("mixture_stats", "chosen_logits", "distill_grad") else (name == "own_pair_stats",)
     for own in owns:
         teachers = tuple((mix, OPTIONS, False) for mix in TEACHERS) if own else ()
-        again = own and name != "own_pair_stats"  # nothing is new but the second product
+        again = own and name != "own_pair_stats"  # only the second product is new
         rare = (FP16, FP16_MASTER, WIDENED, TF32)
-        for mix, how, odd in WAYS + teachers:
+        for mix, how, unaligned in WAYS + teachers:
             if how == OTHER and name not in ("mixture_stats", "distill_grad"):
                 continue
             if again and mix in rare:
                 continue
             if how in (PLAIN, UNEVEN) and (name == "chosen_logits" or (again and mix is not BF16)):
                 continue
-            for index, config in enumerate(configurations(name, arch, mix, how, odd, own)):
+            for index, config in enumerate(configurations(name, arch, mix, how, unaligned, own)):
                 if index == 0 or (mix is BF16 and how != PLAIN):
-                    yield Call(name, mix, arch, config, index == 0, how, odd, own)
+                    yield Call(name, mix, arch, config, index == 0, how, unaligned, own)
 
 
-def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: bool) -> tuple[Any, ...]:
+def configurations(name: str, arch: int, mix: Mix, how: str, unaligned: bool, own: bool) -> tuple[Any, ...]:
     """The one that `launch.config_of` chooses for such a call, and the others to try."""
     from sgcd_kernels.backends.triton.launch import column_of, table_for
 
     operand, stored = mix.bytes
-    table = table_for(operand, how in (OPTIONS, OTHER), stored > operand, odd)
+    table = table_for(operand, how in (OPTIONS, OTHER), stored > operand, unaligned)
     if name == "chosen_logits":
         name = "own_pair_stats" if own else "pair_stats"
     found: tuple[Any, ...] = table[name][column_of(table[name], arch // 10)]
@@ -229,7 +229,7 @@ def arguments_of(call: Call, fn: Any) -> tuple[dict[str, Any], dict[tuple[int, .
 
 
 def types_of(call: Call) -> dict[str, Any]:
-    """By the names of kernel arguments, as Triton writes types."""
+    """The types of kernel arguments by name, in Triton's notation."""
     from sgcd_kernels.backends.protocol import DistillSaved
     from sgcd_kernels.backends.triton.launch import SIZES, Transform
     from sgcd_kernels.backends.triton.logprob import PerToken
@@ -254,7 +254,7 @@ def types_of(call: Call) -> dict[str, Any]:
 
 
 def constants_of(call: Call) -> dict[str, Any]:
-    """What a call makes constant, by name: of the kernel's arguments, or of what is in its tuples."""
+    """The compile-time constants of a call by name: arguments of the kernel, or fields of its tuples."""
     import triton.language as tl
 
     from sgcd_kernels.backends.triton.launch import Meta
@@ -285,7 +285,7 @@ def constants_of(call: Call) -> dict[str, Any]:
 
 
 def known_divisible(fn: Any, types: dict[str, Any]) -> Iterator[tuple[int, ...]]:
-    """The positions of arguments of which a kernel knows that 16 divides them."""
+    """The positions of arguments that are known at compile time to be divisible by 16."""
     for param in fn.params:
         given = types[param.name]
         leaves = {(param.num, i): x for i, x in enumerate(given)} if isinstance(given, tuple) else {(param.num,): given}
@@ -293,13 +293,13 @@ def known_divisible(fn: Any, types: dict[str, Any]) -> Iterator[tuple[int, ...]]
 
 
 def source_of(call: Call) -> tuple[Any, dict[str, int]]:
-    """(what Triton compiles for a call, with which options)"""
+    """(the source that Triton compiles for a call, the options)"""
     from triton.compiler import ASTSource
 
     from sgcd_kernels.backends.triton import launch
 
     fn, config = kernels()[call.kernel], call.config
-    if call.odd:
+    if call.unaligned:
         fn = launch.without_alignment(fn)
     types, constants = arguments_of(call, fn)
     attrs = {at: [["tt.divisibility", 16]] for at in known_divisible(fn, types)}
@@ -321,12 +321,12 @@ def compile_case(call: Call) -> Row:
 
 
 def local_bytes(ptx: str) -> int:
-    """Arrays in local memory that the front end made; what the assembler spills is in the stack."""
+    """Bytes of local arrays from the front end; spills of the assembler are counted in the stack."""
     return sum(int(size) for size in re.findall(r"\.local .*?\[(\d+)\]", ptx))
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of the one kernel in a binary."""
+    """cuobjdump's report of the only kernel in a binary."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -354,7 +354,7 @@ def main() -> int:
             row = compile_case(call)
             faults = row.faults()
             print(row.line() + "".join(f" {fault}" for fault in faults), flush=True)
-        except Exception as error:  # a case that does not compile is a row too, and the exit code says so
+        except Exception as error:  # a case that does not compile is a row too, and sets the exit code
             faults = [str(error)]
             print(f"| {call.kernel} | {call.mix} | sm_{call.arch} | {call.config} | {type(error).__name__}: {error} |")
         failed |= bool(faults)

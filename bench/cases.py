@@ -1,4 +1,4 @@
-"""What is measured: heads of real models, numbers of tokens, ops and their modes; the two default selections.
+"""The workloads: heads of real models, numbers of tokens, ops and their modes; the two default selections.
 
 Needs no torch, so that tables can be checked without it.
 """
@@ -14,7 +14,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 class UserError(Exception):
-    """A mistake on the command line: shown as one line on stderr, exit code 2."""
+    """A usage error: one line on stderr, exit code 2."""
 
 
 def check_names(what: str, given: Iterable[str], valid: Iterable[str]) -> None:
@@ -39,12 +39,12 @@ HEADS = {
     "llama3": Head(4096, 128_256),
     "qwen3-8b": Head(4096, 151_936),
     "qwen3.5-4b": Head(2560, 248_320),
-    "tiny": Head(64, 512),  # no real model: for trying the suite itself
+    "tiny": Head(64, 512),  # not a real model: for testing the suite
 }
 
-# The matrix products of each op and mode that an implementation without stored logits cannot avoid, in U: the matmul
-# baseline. One U is the product of hidden states and weight, 2 n H V FLOP over the n tokens that have a loss. 0 where
-# the head plays no part. docs/benchmarks.md derives the numbers.
+# The matmul baseline: the matrix products that each op and mode needs without storing logits, in U. One U is the
+# product of hidden states and weight, 2 n H V FLOP over the n tokens that have a loss. 0 if the op has no head.
+# docs/benchmarks.md derives the numbers.
 PRODUCTS: dict[str, dict[str, float]] = {
     "logprob": {"forward": 1, "backward": 3, "full": 4},
     "cross_entropy": {"forward": 1, "full": 3},
@@ -81,7 +81,7 @@ class Case:
 
 
 def cpu_selection(dtypes: tuple[str, ...]) -> list[Case]:
-    """`make bench`, what matters most first: under ten minutes on two cores."""
+    """`make bench`, most important first: under ten minutes on two cores."""
     tokens = {"sgcd": (512, 128), "divergence": (512, 256, 128), "policy_loss": (256,)}
     modes = {"sgcd": "full", "divergence": "forward", "policy_loss": "full"}
     singles = [("logprob", "forward"), ("logprob", "full"), ("cross_entropy", "full"), ("distill", "full")]
@@ -95,7 +95,7 @@ def cpu_selection(dtypes: tuple[str, ...]) -> list[Case]:
 
 
 def gpu_selection() -> list[Case]:
-    """`make bench-gpu`, what matters most first: under eight minutes on one H200."""
+    """`make bench-gpu`, most important first: under eight minutes on one H200."""
 
     def case(op: str, mode: str, shape: str, n: int) -> Case:
         return Case(op, mode, shape, n, "bf16", "cuda")

@@ -39,14 +39,14 @@ COLOURS = {
     "quack": "#8c6d31",
 }
 
-# The front page: the policy loss, which Liger has too, forward and backward, at the head that a CPU trains.
+# The front page's figure: forward and backward of the policy loss, which Liger has too, at a head that a CPU can train.
 FRONT_CASE = ("policy_loss", "full", "smollm2")
 FRONT_NAMES = {"eager": "PyTorch", "liger-chunked": "Liger", "compile": "torch.compile"}  # and ours
 FRONT_COLOURS = {"PyTorch": "#d94801", "Liger": "#238b45", "torch.compile": "#e69f00", "sgcd-kernels": "#2171b5"}
 
 
 def plot_all(results: Path, out: Path | None = None) -> int:
-    """Draw every picture that the rows of the newest CPU and GPU allow; say where they are."""
+    """Draw every plot that the rows of the newest CPU and GPU allow; print their paths."""
     _load_matplotlib()
     rows = [r for r in read(results) if r.status == OK]
     if not rows:
@@ -63,7 +63,7 @@ def plot_all(results: Path, out: Path | None = None) -> int:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """The pictures of one op, mode, head and dtype on one device."""
+    """The plots of one op, mode, head and dtype on one device."""
     r = rows[0]
     stem = f"{r.op}-{r.mode}_{r.shape}_{r.dtype}_{slug(r.device)}"
     written = []
@@ -107,7 +107,7 @@ def draw_front_page(results: Path, out: Path) -> int:
 
 
 def _front_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of `FRONT_CASE` on the device and in the dtype with the most numbers of tokens, then the newest."""
+    """The rows of `FRONT_CASE` on the device and dtype with the most values of N; of several, the newest."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for r in rows:
         named = r.provider in FRONT_NAMES or (is_ours(r.provider) and r.provider != "torch")
@@ -126,7 +126,7 @@ def _front_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Rows by the name in the figure and by N; of our backends the fastest, or the only one measured."""
+    """Rows by name in the figure and by N; of our backends, the fastest (or the only one)."""
     series: dict[str, dict[int, Row]] = {name: {} for name in FRONT_COLOURS}
     for r in sorted(rows, key=lambda r: -(r.median_ms or 0.0)):
         if r.provider in FRONT_NAMES or r.status == OK:
@@ -145,7 +145,7 @@ def _front_memory(ax: Axes, series: Mapping[str, Mapping[int, Row]]) -> None:
         failed = [f"{name}, N {n:,}: {r.status}" for n, r in found.items() if n > last and r.status != OK]
         notes += failed
         if points:
-            # A line that ends early is labelled at its beginning, where no other line passes.
+            # Label a line that ends early at its start, where it meets no other line.
             at, offset, va = (min(points), (-6, 12), "bottom") if failed else (last, (10, 0), "center")
             text: dict[str, Any] = {"fontsize": 10, "color": colour, "fontweight": "bold" if ours else "normal"}
             label = f"{name}  {_size(points[last])}"
@@ -177,7 +177,7 @@ def _front_memory(ax: Axes, series: Mapping[str, Mapping[int, Row]]) -> None:
 
 
 def _front_times(ax: Axes, series: Mapping[str, Mapping[int, Row]]) -> None:
-    """Bars, because few numbers of tokens are timed."""
+    """Bars, because only a few values of N are timed."""
     ticks = sorted({n for found in series.values() for n, r in found.items() if r.median_ms})
     width = 0.8 / len(series)
     for k, (name, found) in enumerate(series.items()):
@@ -253,7 +253,7 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str, label: str) -> None:
 
 
 def _scale(ax: Axes, values: Sequence[float]) -> None:
-    """From zero; logarithmic where the values differ by more than one such axis can show."""
+    """Start at zero; use a logarithmic axis if the values span too wide a range."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if max(values) > 10 * max(min(values), 1e-9):

@@ -1,8 +1,8 @@
-"""A task that every trainer can play: an office errand of which only the first tool call counts; and TRL playing it.
+"""A task that every trainer can run: an office errand of which only the first tool call counts; and TRL training on it.
 
-Multi-turn rollouts with tools are driven differently by every trainer; one assistant turn is the same thing to all. The
+Every trainer drives multi-turn rollouts with tools in a different way, but one assistant turn is the same in all. The
 reward is 1 if the turn's first call has the name of the gold plan's first call. TRL gets the same model, prompts, group
-size, token limit, loss and optimiser as our trainer; it samples with `generate` of transformers, its default.
+size, token limit, loss and optimiser as our trainer; it samples with transformers' `generate`, its default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.protocols import Renderer
 
 
 def gold_name(task: Task) -> str:
-    """The tool that the gold plan calls first; "" if it just answers."""
+    """The first tool call of the gold plan; "" if it only answers."""
     steps = solve(task.data).steps
     return steps[0].call.name if steps else ""
 
@@ -55,7 +55,7 @@ class FirstCall:
 
 
 class FirstCallSuite:
-    """Workday's tasks, ended after the first turn."""
+    """Workday's tasks, cut after the first turn."""
 
     name = "first_call"
 
@@ -77,7 +77,7 @@ class FirstCallSuite:
 
 
 async def prompt_text(suite: FirstCallSuite, renderer: Renderer, task: Task) -> str:
-    """The prompt of our trainer as text, which the tokenizer turns into the same tokens."""
+    """Our trainer's prompt as text; the tokenizer gives the same tokens for it."""
     environment = suite.make()
     messages, tools = await environment.reset(task)
     await environment.close()
@@ -85,7 +85,7 @@ async def prompt_text(suite: FirstCallSuite, renderer: Renderer, task: Task) -> 
 
 
 class Clock:
-    """Seconds of each step, and of the generation in it."""
+    """Seconds of each step, and of its generation."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -111,7 +111,7 @@ class Clock:
 
 
 def train_with_trl(config: Config, steps: int, folder: Path) -> Clock:
-    """Train for `steps` steps; the clock of all of them."""
+    """Train for `steps` steps; return the clock."""
     import datasets
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

@@ -1,9 +1,9 @@
 """Inputs that look like training: peaked rows, a teacher close to the student, 30 % of the tokens masked.
 
-Uniform noise is kind to every kernel: its softmax is flat, nothing overflows, both heads agree everywhere. Here each
-hidden state leans towards the embedding of one vocab id, by an amount that varies from token to token, so that most
-rows are nearly certain and some are not; the teacher is the student plus a little noise, and at one token in twenty it
-leans towards another id.
+Uniform noise is too easy for every kernel: its softmax is flat, nothing overflows, both heads agree everywhere. Here
+each hidden state is shifted towards the embedding of one vocab id, by an amount that varies from token to token, so
+that most rows are nearly certain and some are not. The teacher is the student plus a little noise, and at one token in
+twenty it is shifted towards another id.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bench.cases import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEQUENCES = 8
-TURN, OBSERVED = 40, 0.3  # tokens per turn, about, and the fraction of them that is an observation, and so masked
+TURN, OBSERVED = 40, 0.3  # mean tokens per turn, and the fraction of them that are observed, and so masked
 SPREAD = 2.0  # standard deviation of the logits of all other ids
 IGNORED = -100
 EPSILON, EPSILON_HIGH = 0.2, 0.28
-CLEAR = 0.1  # least distance of every log ratio from where clipping begins
+CLEAR = 0.1  # least distance of every log ratio from a clip bound
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Inputs:
         return self.advantages.repeat_interleave(self.cu_seqlens.diff())[self.rows]
 
     def leaves(self) -> Inputs:
-        """The same with hidden and weight as fresh leaves of the graph."""
+        """The same with hidden and weight as new autograd leaves."""
         return replace(self, hidden=self.hidden.detach().requires_grad_(), weight=self.weight.detach().requires_grad_())
 
     def copy(self) -> Inputs:
@@ -84,7 +84,7 @@ def make(case: Case, seed: int = 0) -> Inputs:
     dissent = torch.rand(n, generator=g, device=device) < 0.05
     teacher = hidden + 0.03 * normal(n, head.hidden)
     teacher += dissent[:, None] * _towards(weight[other], lean, teacher)
-    unlikely = torch.rand(n, generator=g, device=device) < 0.1  # now and then the policy samples something else
+    unlikely = torch.rand(n, generator=g, device=device) < 0.1  # tokens at which the policy samples another id
     ids = torch.where(unlikely, other, ids)
     length = n // batch
     place = torch.arange(n, device=device) % length
@@ -112,16 +112,16 @@ def make(case: Case, seed: int = 0) -> Inputs:
 
 
 def _towards(embedding: Tensor, lean: Tensor, hidden: Tensor) -> Tensor:  # [N, H]
-    """What has to be added to `hidden` for the embedding's id to get the logit `lean`."""
+    """The vector to add to `hidden` so that the embedding's id gets the logit `lean`."""
     gap = lean.to(hidden.device) - (embedding * hidden).sum(1)
     return embedding * (gap / embedding.square().sum(1))[:, None]
 
 
 def with_history(i: Inputs, logp: Tensor, divergence: Tensor, teacher_entropy: Tensor) -> Inputs:
-    """Log-probs of a policy that was nearly this one, and the divergences that op credit starts from; all [n].
+    """Set old log-probs close to the policy's, and the divergences that op credit starts from; all [n].
 
-    The gradient jumps where clipping begins, and half-precision logits, which peers have, may fall on either side; a
-    token that is there would say nothing of a provider.
+    No ratio lies near a clip bound: the gradient jumps there, and the half-precision logits of peers may fall on either
+    side, which would count as an error of the provider.
     """
     g = torch.Generator(i.hidden.device).manual_seed(1)
     drift = 0.1 * torch.randn(i.kept, generator=g, device=i.hidden.device)

@@ -1,9 +1,9 @@
 """Peak memory of one run beyond its inputs; outputs and gradients count.
 
 On a GPU it is the caching allocator's peak. On a CPU it is the peak resident set of a child process that has loaded
-the inputs and warmed the provider up: the kernel's own high-water mark (VmHWM), set back just before the run. glibc is
-told to give every block of a megabyte back at once, or a warm-up would leave memory behind that the run then reuses
-unseen. The child is also where a provider is tried first: a crash there costs only the child.
+the inputs and warmed up the provider: the operating system's high-water mark (VmHWM), reset just before the run. glibc
+is set to return every block of a megabyte at once; otherwise the run would reuse memory of the warm-up, which would not
+be counted. The child is also the provider's first run: a crash ends only the child.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from bench.inputs import Inputs
 from bench.providers import Provider, describe_failure, run_once
 
 TIMEOUT = 120.0  # seconds for a child's two runs
-START = "forkserver"  # a server without threads of its own: OpenMP does not survive a fork
+START = "forkserver"  # forks from a process without threads: OpenMP does not survive a fork
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
-SPARE = 512 << 20  # bytes of the machine's free memory that a child leaves alone
+SPARE = 512 << 20  # bytes of the machine's free memory that a child must not use
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial run took: bytes beyond the inputs (None where this system cannot tell), or why it failed."""
+    """Peak bytes of a trial run beyond the inputs (None if this system cannot measure them), or why it failed."""
 
     peak: int | None = None
     failure: str = ""
 
 
 def measure_on_cuda(p: Provider, i: Inputs, mode: str) -> tuple[Trial, dict[str, torch.Tensor]]:
-    """One run, with its values."""
+    """Peak memory and outputs of one run."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -72,7 +72,7 @@ class ChildTrials:
         self.folder.cleanup()
 
     def run(self, p: Provider) -> Trial:
-        """Try the provider; however the child ends, the trial says so."""
+        """Run the provider in a child. If the child dies, the trial holds the reason."""
         receive, send = self.context.Pipe(duplex=False)
         arguments = (send, p.op, p.name, self.case, self.path, self.files, torch.get_num_threads())
         child = self.context.Process(target=_child, args=arguments, daemon=False)
@@ -90,7 +90,7 @@ class ChildTrials:
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended that reported nothing."""
+    """Why a process ended without a report."""
     if code == -signal.SIGKILL:
         return "killed by the system, most likely out of memory"
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -109,13 +109,13 @@ def _child(send: Connection, op: str, name: str, case: Case, path: Path, files: 
 def _measure(p: Provider, i: Inputs, case: Case) -> Trial:
     _limit_memory()
     libc, mode = give_blocks_back(), case.mode
-    # Libraries are loaded by a call on small inputs; code that is compiled for its shapes needs these.
+    # A call on small inputs loads the libraries; code compiled for specific shapes needs the real ones.
     run_once(p, i if p.compiles else inputs.make(replace(case, shape="tiny", tokens=64)), mode)
     return Trial(peak_of(lambda: run_once(p, i, mode), libc))
 
 
 def peak_of(call: Callable[[], object], libc: ctypes.CDLL | None) -> int | None:  # bytes
-    """The most resident memory beyond the present that a call takes; None where this system cannot tell."""
+    """A call's peak resident memory above the current; None if this system cannot measure it."""
     gc.collect()
     if libc:
         libc.malloc_trim(0)
@@ -128,19 +128,19 @@ def peak_of(call: Callable[[], object], libc: ctypes.CDLL | None) -> int | None:
 
 
 def _limit_memory() -> None:
-    """Make an allocation that the machine cannot serve fail in Python, instead of having a process shot."""
+    """Make allocations beyond the machine's memory fail in Python, before the kernel kills a process."""
     free, size = _meminfo(), _resident("VmSize")
     if free is not None and size is not None:
         resource.setrlimit(resource.RLIMIT_AS, (size + max(0, free - SPARE),) * 2)
 
 
 def give_blocks_back() -> ctypes.CDLL | None:
-    """Tell glibc to map blocks of a megabyte on their own; the C library."""
+    """Set glibc to map each block of a megabyte separately; return the C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(MMAP_THRESHOLD, 1 << 20)
         libc.mallopt(TRIM_THRESHOLD, 1 << 20)
-    except (OSError, AttributeError):  # not glibc: its VmHWM may be too low by what the warm-up left behind
+    except (OSError, AttributeError):  # not glibc: VmHWM may be too low by the memory that the warm-up left allocated
         return None
     return libc
 

@@ -1,6 +1,6 @@
 """The documents' tables, generated from the CSVs between markers: `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
-Needs no package beyond the standard library, because `make lint` asks it whether a table is stale.
+Needs only the standard library, because `make lint` uses it to find stale tables.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from bench.results import OK, RESULTS, ROOT, Row, TrainingRow, by_case, by_devic
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.S)
 OURS = ("triton", "cpp", "torch", "ours")
-NO_PEERS = ("matmul", "sweep", "eager-all")  # less than the op, or more
+NO_PEERS = ("matmul", "sweep", "eager-all")  # not comparable: they compute less than the op, or more
 BUSY = 0.25  # cores that other programs used, above which a row's times are marked
 NOTHING = "No results yet."
 STAGES = ("rollout", "update", "score", "credit", "reference")
 
 # The short table shows the ops that a training step calls, each in its last mode at the largest workload (n H V) that
-# was timed, in half precision where that was measured: what is closest to training, whatever the result. And always
-# the case that we lose by most.
+# was timed, in half precision if measured: the cases closest to training, whatever the result. It always includes our
+# worst case.
 SHOWN_OPS = ("sgcd", "policy_loss", "logprob", "divergence")
 
 
 def write_tables(check: bool, root: Path = ROOT, results: Path = RESULTS) -> int:
-    """Write the tables, or say which documents' are stale (exit code 1)."""
+    """Write the tables, or (`check`) list the documents with stale ones and return 1."""
     stale = []
     for name in DOCUMENTS:
         path = root / name
@@ -46,7 +46,7 @@ def write_tables(check: bool, root: Path = ROOT, results: Path = RESULTS) -> int
 
 
 def fill_blocks(text: str, results: Path = RESULTS) -> str:
-    """`text` with its blocks made anew."""
+    """`text` with its blocks regenerated."""
 
     def fill(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
@@ -115,7 +115,7 @@ class Comparison:
         self.best = min((r for r in timed if is_ours(r.provider)), key=_ms)
         self.eager = next((r for r in case if r.provider == "eager"), None)
         self.other = min((r for r in peers if r.provider != "eager"), key=_ms, default=None)
-        self.margin = min((_ms(r) / _ms(self.best) for r in peers), default=float("inf"))  # over the fastest of them
+        self.margin = min((_ms(r) / _ms(self.best) for r in peers), default=float("inf"))  # over the fastest peer
 
     def cells(self) -> list[str]:
         best, eager, other = self.best, self.eager, self.other
@@ -157,7 +157,7 @@ def _full_cells(r: Row) -> list[str]:
 
 
 def cpp_table(results: Path) -> str:
-    """docs/kernels.md: the C++ backend against the bare products, its own bare sweep, and what others take."""
+    """docs/kernels.md: the C++ backend against the bare products, its sweep without an op, and other providers."""
     header = (
         "op",
         "N, H, V",
@@ -185,7 +185,7 @@ CPP_OPS = {"divergence": "score", "policy_loss": "policy loss", "logprob": "log-
 
 def _cpp_cells(case: Mapping[str, Row]) -> list[str]:
     cpp, sweep = case["cpp"], case.get("sweep")
-    # Scoring gives every statistic at once, so it is compared with plain PyTorch that does.
+    # Scoring computes all statistics at once, so it is compared with plain PyTorch that does the same.
     eager = case.get("eager-all" if cpp.op == "divergence" else "eager")
     name = CPP_OPS[cpp.op] + ("" if cpp.mode == "full" or cpp.op == "divergence" else f" {cpp.mode}")
     others = [eager, case.get("compile"), case.get("liger-chunked")]
@@ -255,7 +255,7 @@ def _ms(r: Row) -> float:
 
 
 def ratio(other: Row, ours: Row, bold: bool = True) -> str:
-    """How many times as long the other takes; in bold where we take longer."""
+    """Time of the other over ours; bold if ours is longer."""
     if other.status != OK or not other.median_ms or not ours.median_ms:
         return other.status if other.status == "out of memory" else ""
     found = other.median_ms / ours.median_ms
@@ -264,13 +264,13 @@ def ratio(other: Row, ours: Row, bold: bool = True) -> str:
 
 
 def _peak(ours: Row, eager: Row | None) -> str:
-    """Our peak memory; in bold where eager takes less."""
+    """Our peak memory; bold if eager's is lower."""
     text, other = number(ours.peak_mb), eager.peak_mb if eager else None
     return f"**{text}**" if ours.peak_mb and other and other < ours.peak_mb else text
 
 
 def is_loss(ratio: float) -> bool:
-    """Of another's time to ours, as far as the tables' two digits tell."""
+    """Whether a ratio (another's time to ours) is below 1 when rounded to the tables' two digits."""
     return round(ratio, 2) < 1
 
 

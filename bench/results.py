@@ -1,4 +1,4 @@
-"""The rows of a result, one per case and provider, and the CSV files they lie in; where a row was measured.
+"""Result rows, one per case and provider, and their CSV files; the description of the machine.
 
 One file per op, device, day and commit: bench/results/<op>_<device>_<date>_<sha>.csv. Reading needs no torch.
 """
@@ -37,7 +37,7 @@ FORMATS = {
 
 @dataclass
 class Row:
-    """What was found, None where it was not measured. docs/benchmarks.md explains the columns."""
+    """A measurement; fields that were not measured are None. docs/benchmarks.md explains the columns."""
 
     op: str = ""
     mode: str = ""
@@ -93,7 +93,7 @@ class TrainingRow:
     seconds_per_step: float | None = None
     rollout_tokens_per_s: float | None = None  # sampled tokens over seconds of rollouts
     update_tokens_per_s: float | None = None  # loss tokens over seconds of updates
-    rollout_share: float | None = None  # of a step's time
+    rollout_share: float | None = None  # fraction of a step's time
     update_share: float | None = None
     score_share: float | None = None
     credit_share: float | None = None
@@ -120,7 +120,7 @@ AnyRow = TypeVar("AnyRow", Row, TrainingRow)
 
 
 def slug(name: str) -> str:
-    """A device's name as a part of a file's name."""
+    """A device's name in the form used in file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -129,7 +129,7 @@ def columns_of(kind: type[Row] | type[TrainingRow]) -> list[str]:
 
 
 def append(rows: Sequence[Row] | Sequence[TrainingRow], folder: Path = RESULTS) -> None:
-    """Write rows at the end of the file that the first one belongs to, which is made if there is none."""
+    """Append rows to the file of the first one, creating it if needed."""
     path, columns = rows[0].path(folder), columns_of(type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
@@ -148,7 +148,7 @@ def _format(name: str, value: object) -> str:
 
 
 def read(folder: Path = RESULTS) -> list[Row]:
-    """The newest row of every case and provider in a folder; files with other columns are not of this suite."""
+    """The newest row of every case and provider in a folder; files with other columns are ignored."""
     return _read_newest(folder, Row)
 
 
@@ -189,7 +189,7 @@ def _parse(default: str | int | None, text: str) -> str | int | float | None:
 
 
 def by_case(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one case together, in the order of the file."""
+    """Rows grouped by case, in the order of the file."""
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row)
@@ -204,7 +204,7 @@ def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def newest_devices(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Of `by_device`, the GPU and the CPU that were measured last."""
+    """The rows of the GPU and of the CPU that were measured last."""
     devices = by_device(rows)
     order = sorted(devices, key=lambda device: max(r.date for r in devices[device]))
     last = {bool(devices[device][0].threads): device for device in order}
@@ -213,7 +213,7 @@ def newest_devices(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """A name for people: the GPU's, or the processor's and its number of cores."""
+    """A readable name: that of the GPU, or of the processor with its number of cores."""
     if device == "cuda":
         import torch
 
@@ -225,7 +225,7 @@ def device_name(device: str) -> str:
 
 
 def _instructions() -> str:
-    """The widest vector instructions, by which processors of one name differ."""
+    """The widest vector instruction set: processors of the same name may differ in it."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.is_file() else set()
     order = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "avx512f": "AVX512", "avx2": "AVX2"}
@@ -233,7 +233,7 @@ def _instructions() -> str:
 
 
 def fast_dtypes(device: str) -> tuple[str, ...]:
-    """The dtypes worth measuring: bf16 only where there are instructions for it; emulated it is very slow."""
+    """The dtypes worth measuring: bf16 only if the processor has instructions for it; emulated, it is very slow."""
     if device == "cuda":
         return ("bf16",)
     return ("bf16", "fp32") if _instructions() in ("AMX", "AVX512_BF16") else ("fp32",)

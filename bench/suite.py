@@ -1,7 +1,7 @@
 """Measure cases: check, time and describe all providers of a case side by side, in one process per op.
 
-A process of its own keeps what one op leaves behind (compiled code, a broken GPU context) away from the next. Where a
-provider kills it, another one resumes without that provider. `python -m bench.suite PROGRESS_FILE` is such a process,
+A separate process isolates what one op leaves behind (compiled code, a broken GPU context) from the next op. If a
+provider kills it, a new process resumes without that provider. `python -m bench.suite PROGRESS_FILE` is such a process,
 with a `Job` on its standard input.
 """
 
@@ -32,7 +32,7 @@ from bench.results import OK, ROOT, Row
 
 BASELINE = "matmul"
 BROKEN = 75  # exit code of a process whose GPU no longer answers
-# No pool of compiler processes: it would outlive the trial processes, and there is little to compile.
+# No pool of compiler processes: it would outlive the trial processes, and only little is compiled.
 ENV = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
@@ -43,10 +43,10 @@ def run_case(
     metrics: Iterable[str] = METRICS,
     samples: int = timing.SAMPLES,
     files: tuple[Path, ...] = (),
-    failed: Mapping[str, str] = MappingProxyType({}),  # providers that an earlier process died of, and how
+    failed: Mapping[str, str] = MappingProxyType({}),  # providers that killed an earlier process, and how it ended
     note: Callable[[str], None] = lambda provider: None,  # called before a provider is touched
 ) -> list[Row]:
-    """The rows of a case, one per provider. Whatever a provider does short of killing this process stays in its row."""
+    """The rows of a case, one per provider. A provider's failure goes into its row, unless it kills this process."""
     rows = {p.name: _blank_row(case, p, failed.get(p.name) or p.refuses(case) or OK) for p in chosen}
     sound = [p for p in chosen if rows[p.name].status == OK]
     if not sound:
@@ -76,7 +76,7 @@ def _try(
     children: memory.ChildTrials | None,
     with_memory: bool,
 ) -> None:
-    """Fill in a provider's memory and errors. On a CPU it runs in a child first, where a crash does no harm."""
+    """Fill in a provider's memory and errors. On a CPU it runs in a child first, so that a crash is contained."""
     try:
         if case.device == "cuda":
             run_once(p, i, case.mode)  # compiles, tunes
@@ -103,7 +103,7 @@ def _time(
     samples: int,
     note: Callable[[str], None],
 ) -> None:
-    """Fill in the times of the providers that may be timed, interleaved."""
+    """Fill in the times of the providers that passed, interleaved."""
     gc.collect()
     copies = [i, i.copy()]
     load = timing.OtherLoad()
@@ -133,7 +133,7 @@ def _noted(prepare: timing.Prepare, name: str, note: Callable[[str], None]) -> t
 
 
 def _check_device(case: Case) -> None:
-    """After a failed kernel a GPU may not answer any more: then this process ends, and a new one resumes."""
+    """After a failed kernel the GPU context may be unusable: then this process ends, and a new one resumes."""
     if case.device == "cuda":
         try:
             gc.collect()
@@ -175,10 +175,10 @@ class Job:
     samples: int
     threads: int
     folder: str  # of the CSVs; empty: none are written
-    deadline: float  # Unix time after which no case is begun; 0: none
+    deadline: float  # Unix time after which no case is started; 0: none
     budget: float  # seconds, for the status of rows that were not run
     files: list[str] = field(default_factory=list)  # --with
-    failed: dict[str, dict[str, str]] = field(default_factory=dict)  # case -> provider -> how it ended a process
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)  # case -> provider -> how the process ended
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -191,11 +191,11 @@ class Job:
 
 @dataclass
 class Progress:
-    """What a process has done and which provider it is running, in a file that survives it."""
+    """Progress of a process and the provider that it runs now, in a file that outlives it."""
 
     path: Path
     done: int = 0  # cases
-    wrong: int = 0  # answers of our own
+    wrong: int = 0  # wrong results of our backends
     provider: str = ""
 
     def note(self, provider: str = "") -> None:
@@ -209,13 +209,13 @@ class Progress:
 
 
 def run_job(job: Job) -> int:
-    """Work through the job; returns the number of wrong answers of our own."""
+    """Run the job; return the number of wrong results of our backends."""
     ops = list(dict.fromkeys(case.op for case in job.cases))
     return sum(_supervise(replace(job, cases=[c for c in job.cases if c.op == op], failed={})) for op in ops)
 
 
 def _supervise(job: Job) -> int:
-    """Run the cases of one op in a process; while a provider kills it, start another one for those that are left."""
+    """Run the cases of one op in a process. Whenever a provider kills it, start a new one for the remaining cases."""
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / "progress"
@@ -229,7 +229,7 @@ def _supervise(job: Job) -> int:
             if code == 0 or not job.cases:
                 break
             how = "broke the GPU's context" if code == BROKEN else memory.describe_exit(code)
-            if not progress.provider:  # it died between providers: none is to blame, and a retry would not end
+            if not progress.provider:  # it died between providers, so none can be excluded: a retry would loop forever
                 print(f"{job.cases[0]}: the process {how}; the rest of this op is left out", file=sys.stderr)
                 return wrong + 1
             job.failed.setdefault(str(job.cases[0]), {})[progress.provider] = how
@@ -243,7 +243,7 @@ def work(job: Job, progress: Progress) -> None:
     providers.load(tuple(Path(f) for f in job.files))
     for case in job.cases:
         progress.note()
-        torch._dynamo.reset()  # every case is compiled for its own shapes, as if it were the only one
+        torch._dynamo.reset()  # compile every case for its shapes, independently of earlier cases
         chosen = [p for p in providers.providers_of(case.op) if not job.providers or p.name in job.providers]
         rows = _run_or_skip(case, chosen, job, progress)
         own = {p.name for p in chosen if p.package == "sgcd-kernels"}
@@ -256,7 +256,7 @@ def work(job: Job, progress: Progress) -> None:
 
 
 def _run_or_skip(case: Case, chosen: Sequence[Provider], job: Job, progress: Progress) -> list[Row]:
-    """The rows of one case. Where it cannot be set up, or the budget is spent, they say so."""
+    """The rows of one case. If it cannot be set up, or the budget is spent, they hold the reason."""
     if job.deadline and time.time() > job.deadline:
         reason = f"the budget of {job.budget:.0f} s was spent"
     else:

@@ -1,9 +1,9 @@
-"""Honest times: variants interleaved, cold caches, and a run too short for the timer repeated.
+"""Fair timing: variants interleaved, cold caches, and runs too short for the timer repeated.
 
 On a GPU: CUDA events, and the L2 cache overwritten before each sample. On a CPU: `perf_counter`. Both rotate between
-copies of the inputs, so that no run finds its operands in the caches. On a CPU an untimed run of the same comes first,
-so that no variant pays for memory that its predecessor gave back to the system: a virtual machine fetches it from its
-host at 1-2 ms per MB.
+copies of the inputs, so that no run finds its operands in the caches. On a CPU each sample follows an untimed run of
+the same variant, so that no variant pays for memory that its predecessor returned to the system: in a virtual machine,
+getting it back from the host takes 1-2 ms per MB.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 SHORTEST = {"cpu": 5e-3, "cuda": 5e-4}  # least seconds of a sample; a shorter run is repeated within it
 SAMPLES = 5
 SLOW = 8.0  # seconds; a longer run is sampled once, after its warm-up
-SPEND = 4.0  # seconds of samples a variant that is not slow may take beyond three of them
-WARMED = 2.0  # seconds; a longer run is not warmed up again: fetching memory is little of it
+SPEND = 4.0  # seconds of samples, beyond the first three, for a variant that is not slow
+WARMED = 2.0  # seconds; a longer run is not warmed up before each sample: page faults are a small part of it
 
-# Takes the number of the run (to choose among copies of the inputs), prepares it untimed, returns what is timed.
+# Takes the number of the run (which selects a copy of the inputs), prepares it untimed, returns the timed function.
 Prepare = Callable[[int], Callable[[], object]]
 
 
@@ -40,7 +40,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Seconds of a number of runs on one device."""
+    """Measures the seconds of a number of runs on one device."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -75,7 +75,7 @@ def repeats_for(seconds: float, device: str) -> int:
 
 
 def samples_for(seconds: float, samples: int = SAMPLES) -> int:
-    """How many samples of a run of `seconds`: fewer of slow ones, at least three unless one alone takes long."""
+    """How many samples to take of a run of `seconds`: fewer if slow, but at least three unless one takes very long."""
     if seconds > SLOW:
         return 1
     return max(min(3, samples), min(samples, int(SPEND / max(seconds, 1e-9))))
@@ -87,13 +87,13 @@ def time_interleaved(
     samples: int = SAMPLES,
     after_failure: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Times of all variants, sampled in turn, so that other load falls on all alike; and the variants that threw."""
+    """(times of all variants, sampled in turn, so that other load affects all equally; the variants that raised)"""
     watch = Stopwatch(device)
     plan: dict[str, tuple[int, int]] = {}
     warm: dict[str, bool] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, Exception] = {}
-    for name, run in runs.items():  # one run of each plans the others; it is a sample where no warm-up is needed
+    for name, run in runs.items():  # the first run sets the number of samples; it is one itself if no warm-up is needed
         try:
             once = watch(run, 0, 1)
             plan[name] = (samples_for(once, samples), repeats_for(once, device))
@@ -124,7 +124,7 @@ def summary(seconds: list[float], repeats: int) -> Timing:
 
 
 class OtherLoad:
-    """How many cores other programs used on average since this was created; None where the system does not say."""
+    """How many cores other programs used on average since this was created; None if the system does not report it."""
 
     def __init__(self) -> None:
         self.start = self._now()
@@ -137,7 +137,7 @@ class OtherLoad:
         return max(0.0, busy - own) / max(wall, 1e-9)
 
     def _now(self) -> tuple[float, float, float] | None:
-        """(seconds on the wall, seconds of all processors, ours among them)"""
+        """(wall-clock seconds, busy seconds of all processors, CPU seconds of this process and its children)"""
         stat = Path("/proc/stat")
         if not stat.is_file():
             return None

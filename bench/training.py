@@ -1,7 +1,7 @@
-"""`python -m bench train`: tokens per second, the share of each stage in a step, what SGCD adds to GRPO.
+"""`python -m bench train`: tokens per second, the fraction of each stage in a step, the overhead of SGCD over GRPO.
 
-Task workday is the embedded world with all its turns; task first_call is one turn of it (`bench.first_call`), where
-TRL's GRPOTrainer is the peer. The first step warms up and is not counted.
+Task workday is the embedded environment with all its turns; task first_call is one turn of it (`bench.first_call`), in
+which TRL's GRPOTrainer is the peer. The first step is a warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG = Path("configs/workday_sgcd.yaml")
 
 
 def measure_trainers(providers: Sequence[str], steps: int, folder: Path) -> int:
-    """Measure each trainer, print and write its row."""
+    """Measure each trainer; print its row and append it to the CSV."""
     check_names("provider", providers, [f"{task}/{name}" for task, name in RUNS])
     if steps < 1:
         raise UserError(f"--steps: got {steps}, needs at least 1")

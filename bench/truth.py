@@ -1,8 +1,8 @@
-"""The right answers, in fp64, and the gate: a provider whose error is out of proportion gets no time.
+"""The exact results, in fp64, and the correctness gate: a provider whose error is too large is not timed.
 
-Values are exact at every token. Gradients are exact at some tokens (of the hidden states) and some vocab ids (of the
-weight): each element there still depends on the whole vocabulary, or on all tokens. Errors are judged by those that
-plain PyTorch makes in the same dtype.
+Values are compared at every token. Gradients are compared at sampled tokens (of the hidden states) and sampled vocab
+ids (of the weight): each of these elements still depends on the whole vocabulary, or on all tokens. Errors are judged
+relative to those of plain PyTorch in the same dtype.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sgcd_kernels import CreditConfig, credit_weights
 
 CHUNK = {"cpu": 1 << 27, "cuda": 1 << 31}  # bytes of one fp64 block of logits
 SAMPLED = 64  # tokens and vocab ids whose gradients are checked
-TRIED = 2048  # tokens on which plain PyTorch is tried: one in twenty has most of the divergence, and of its error
+TRIED = 2048  # tokens for plain PyTorch's error: one in twenty has most of the divergence, and of its error
 CREDIT = CreditConfig()
-TINY = 1e-6  # what fp32 statistics may be off by where plain PyTorch happens to be closer
+TINY = 1e-6  # error of fp32 statistics that is always allowed, even if plain PyTorch happens to be closer
 BETA = 0.5  # of the Jensen-Shannon divergence
-# More than this many times the error of plain PyTorch in the same dtype is a wrong answer, not a rounding.
+# An error more than this many times that of plain PyTorch in the same dtype is a wrong result, not rounding.
 ALLOWED = 10.0
-# Weights jump where a divergence crosses a threshold, so that noise in it moves whole spans of tokens.
+# Weights jump when a divergence crosses a threshold, so that noise in it shifts whole spans of tokens.
 JUMPS = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 ERROR_OF = {"reverse_kl": "kl", "teacher_entropy": "entropy", "logp": "logp"}
 
 
 def prepare(case: Case) -> tuple[Inputs, Truth]:
-    """The inputs of a case, complete, and the truth about them."""
+    """The complete inputs of a case, and their exact results."""
     i = inputs.make(case)
     truth = Truth(i)
     i = inputs.with_history(i, truth.student_logp, truth.reverse_kl, truth.teacher_entropy)
@@ -90,7 +90,7 @@ class Truth:
         return self.reverse_kl, self.teacher_entropy
 
     def expected(self, op: str) -> Expected:
-        """What a provider of `op` must return."""
+        """The exact results of `op`."""
         i, n = self.i, self.i.kept
         if op == "divergence":
             return Expected({"reverse_kl": self.reverse_kl, "teacher_entropy": self.teacher_entropy})
@@ -110,7 +110,7 @@ class Truth:
         return Expected({"loss": loss.detach()}, coefficients)
 
     @cached_property
-    def tokens(self) -> Tensor:  # indices into the kept tokens, spread over them
+    def tokens(self) -> Tensor:  # evenly spaced indices into the tokens with a loss
         return torch.linspace(0, self.i.kept - 1, min(SAMPLED, self.i.kept), device=self.i.rows.device).long()
 
     @cached_property
@@ -132,7 +132,7 @@ class Truth:
         return d_hidden, d_weight
 
     def _d_logits(self, e: Expected, tokens: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """The derivative by logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
+        """The gradient of the logits: c (1[v = y] - p) for log p(y), c (1 - b) p (ln p/m - KL(p||m)) for JSD."""
         assert e.coefficients is not None
         i, rows = self.i, self.i.rows[tokens]
         weight = self.weight if vocabulary is None else self.weight[vocabulary]
@@ -147,7 +147,7 @@ class Truth:
 
     @cached_property
     def plain(self) -> dict[str, float]:
-        """Errors of plain PyTorch in the inputs' dtype: of values RMS in nats, of gradients (fewer tokens) relative."""
+        """Errors of plain PyTorch in the inputs' dtype: RMS in nats of values, relative of gradients (fewer tokens)."""
         at, n = self.tokens, self.i.kept
         many = torch.linspace(0, n - 1, min(TRIED, n), device=at.device).long()
         block = max(1, CHUNK[self.i.hidden.device.type] // (8 * self.i.weight.shape[0]))
@@ -172,7 +172,7 @@ class Truth:
         }
 
     def _plain(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """(log p(y), KL, entropy of the teacher, JSD, the leaf that they came from) of these tokens."""
+        """(log p(y), KL, the teacher's entropy, JSD) of these tokens, and the autograd leaf they depend on."""
         rows = self.i.rows[tokens]
         x = self.i.hidden[rows].detach().requires_grad_()
         log_p = F.log_softmax((x @ self.i.weight.T).float(), -1)
@@ -186,7 +186,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Expected:
-    """Values by name: per token [n], or a scalar; and the loss's derivative by log p(y) (or the divergence), [n]."""
+    """Values by name, per token [n] or a scalar; and the loss's gradient of log p(y) (or of the divergence), [n]."""
 
     values: dict[str, Tensor]
     coefficients: Tensor | None = None
@@ -200,7 +200,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:  
 
 
 def credit(i: Inputs, divergence: Tensor, teacher_entropy: Tensor) -> Tensor:  # [N] each
-    """Token weights by SGCD's rule. No other library has it, so compositions of peers use ours."""
+    """Token weights by SGCD's rule. No other library has it, so peers are combined with ours."""
     found = credit_weights(divergence, teacher_entropy, i.cu_seqlens, mask=i.mask, turn_ids=i.turns, config=CREDIT)
     return found.weights
 
@@ -216,7 +216,7 @@ def relative(value: Tensor, exact: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors against fp64: of values in nats (RMS over the tokens; a loss: absolute), of gradients relative."""
+    """Errors against fp64: of values in nats (RMS over the tokens; absolute for a loss), of gradients relative."""
 
     error: float | None
     grad_error: float | None
@@ -228,7 +228,7 @@ class Verdict:
 
 
 def judge(op: str, dtype: str, i: Inputs, truth: Truth, outputs: Mapping[str, Tensor]) -> Verdict:
-    """Compare. `outputs` are the op's values, and `d_hidden` [N, H], `d_weight` [V, H] if there was a backward pass."""
+    """Judge a provider's values and, after a backward pass, its `d_hidden` [N, H] and `d_weight` [V, H]."""
     expected = truth.expected(op)
     worst, reasons = 0.0, []
     for name, exact in expected.values.items():
@@ -265,7 +265,7 @@ def judge(op: str, dtype: str, i: Inputs, truth: Truth, outputs: Mapping[str, Te
 def _allowed(op: str, dtype: str, name: str, truth: Truth) -> float:
     if op == "credit":
         return TINY
-    if name == "loss":  # every token may be off by what plain PyTorch's log-probs (or divergences) are off by
+    if name == "loss":  # allow every token the error of plain PyTorch's log-probs (or divergences)
         coefficients = truth.expected(op).coefficients
         assert coefficients is not None
         each = truth.plain["jsd" if op == "distill" else "logp"]

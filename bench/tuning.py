@@ -1,7 +1,7 @@
-"""`python -m bench tune`: each configuration of the Triton kernels' tables, in the op that it serves.
+"""`python -m bench tune`: times each configuration of the Triton kernels' tables, in the op that uses it.
 
 On a GPU every candidate of `sgcd_kernels.backends.triton.configs` for that device is timed, interleaved, inside the
-whole op; the tables are changed by hand, from what this prints. Without a GPU the candidates are listed.
+whole op; the tables are edited by hand, from its output. Without a GPU the candidates are listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CASE = Case("divergence", "forward", "qwen3-8b", 8192, "bf16", "cuda")
 
 
 def calls(i: Inputs) -> dict[str, Callable[[], object]]:
-    """The op by which each kernel is timed."""
+    """The op in which each kernel is timed."""
     leaves = i.leaves()
     with torch.no_grad():
         lse = linear_logprob(i.hidden, i.weight, i.targets, impl="triton").lse
@@ -48,7 +48,7 @@ def calls(i: Inputs) -> dict[str, Callable[[], object]]:
 
 
 def compare(kernel: str, major: int, call: Callable[[], object], device: str) -> dict[Config, float | str]:
-    """Milliseconds of the op with each candidate in the place of the one that runs, or why there are none."""
+    """Milliseconds of the op with each candidate configuration, or why it could not be timed."""
     table, candidates = HALF[kernel], HALF[kernel][major]
 
     def chosen(config: Config) -> Prepare:
@@ -60,7 +60,7 @@ def compare(kernel: str, major: int, call: Callable[[], object], device: str) ->
 
     refused: dict[str, Exception] = {}
     try:
-        for config in candidates:  # compiling is no part of a sample
+        for config in candidates:  # compile outside the samples
             try:
                 chosen(config)(0)()
             except Exception as error:
@@ -78,7 +78,7 @@ def compare(kernel: str, major: int, call: Callable[[], object], device: str) ->
 
 
 def main() -> int:
-    """Print a line a candidate."""
+    """Print a line per candidate."""
     if not torch.cuda.is_available():
         print("PyTorch sees no GPU: these are the candidates, nothing is timed")
         for kernel, table in HALF.items():

@@ -1,11 +1,11 @@
-"""How fast one step's rollouts are through `hf` and through vLLM, interleaved, with the same model.
+"""Compare the speed of one step's rollouts with the engines `hf` and vLLM, interleaved, with the same model.
 
     python -m bench.vllm_rollouts MODEL [--rounds 3] [--tokens 32] [--dtype bfloat16] [--eager]
                                              [--vllm colocate|PYTHON|none] [--hf off bfloat16]
 
-Sixteen rollouts of three turns. vLLM is colocated (Python is then vLLM's own), or served by PYTHON; `hf` runs in fp32
-and under bf16 autocast. New weights are given before each round and timed apart. Needs a machine without other work:
-the load is said at the end.
+Sixteen rollouts of three turns. vLLM is colocated (run this with vLLM's Python), or served by PYTHON; `hf` runs in fp32
+and under bf16 autocast. Weights are updated before each round and timed separately. Needs an otherwise idle machine:
+the load is printed at the end.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def main() -> None:
                     updates[name].append(update)
                     print(f"{name}: {tokens} tokens, {rate:.1f} tokens/s, update {update:.2f} s", flush=True)
     last = list(made)[-1]
-    print(f"load {os.getloadavg()[0]:.1f}; medians of {given.rounds}, at most {given.tokens} tokens a turn:")
+    print(f"load {os.getloadavg()[0]:.1f}; medians of {given.rounds}, at most {given.tokens} tokens per turn:")
     for name in made:
         more = "" if name == last else f"; {last} is {median(rates[last]) / median(rates[name]):.2f} x as fast"
         print(f"  {name}: {median(rates[name]):.1f} tokens/s, update {median(updates[name]):.2f} s{more}")
 
 
 def measure(engine: Engine, model: Any, renderer: Any, made: Config, tokens: int) -> tuple[int, float, float]:
-    """Tokens sampled, tokens a second, and the seconds that new weights take."""
+    """(tokens sampled, tokens per second, seconds of the weight update)"""
     made = made.model_copy(update={"max_completion_length": tokens})
     engine.load_weights(model)
     begun = time.monotonic()

@@ -103,7 +103,7 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         if any(given):
             if self.rollout_func is not None and self._tokenize_prompts(prompts)[0] != own:
                 raise ValueError(
-                    "rollout_func's prompt_ids differ from those of the tokenizer's chat template, so a teacher's prompt "
+                    "rollout_func's prompt_ids differ from those of the tokenizer's chat template: a teacher's prompt "
                     "would differ by more than its reference; needs the trainer's template in rollout_func"
                 )
             told = self._tokenize_prompts([p if t is None else t for p, t in zip(prompts, teachers, strict=True)])[0]

@@ -178,7 +178,7 @@ def _longer(row: dict[str, Any], words: int) -> dict[str, Any]:
     ("family", "fields", "message"),
     [
         ("SDFT", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "topk_logits"),
-        ("SDPO", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "top-k words"),
+        ("SDPO", {"distillation_mode": "topk_logits", "distillation_topk": 5}, "top-k vocab ids"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(

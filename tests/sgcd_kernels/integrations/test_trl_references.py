@@ -144,7 +144,7 @@ def test_prompts_of_another_template_are_refused(tmp_path: Path) -> None:
         made = world.two_turns(prompts, trainer)
         return made | {"prompt_ids": [[7, *ids] for ids in made["prompt_ids"]]}
 
-    with pytest.raises(ValueError, match="rollout_func gave other prompt_ids"):
+    with pytest.raises(ValueError, match="rollout_func's prompt_ids differ"):
         scored(tmp_path, rollout_func=rollout)
 
 

@@ -319,7 +319,7 @@ def test_teacher_ids_must_hold_the_response(path: Path) -> None:
     engine = host.engine_of(SGCDEngine, path, packed=True)
     other = [[3, *response[1:]] for response in host.RESPONSES]
     wrong = teacher_input_ids(host.PROMPTS, host.jagged(other))
-    with pytest.raises(ValueError, match="teacher_input_ids of sequence 0 ends otherwise than input_ids"):
+    with pytest.raises(ValueError, match="teacher_input_ids of sequence 0 does not end as input_ids"):
         step(engine, host.batch(packed=True, teacher=wrong), "sgcd")
     with pytest.raises(ValueError, match="prompts has 2 entries, needs 3"):
         teacher_input_ids(host.PROMPTS[:2], host.jagged(host.RESPONSES))

@@ -130,8 +130,8 @@ LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"{LOSS}=vanilla", "loss_mode is 'vanilla', which knows no token weights; needs one of sgcd, "),
-        (f"{LOSS}=sgcd_geo_mean", "loss_mode is 'sgcd_geo_mean', which takes a sequence's mean advantage first"),
+        (f"{LOSS}=vanilla", "loss_mode is 'vanilla', which takes no token weights; needs one of sgcd, "),
+        (f"{LOSS}=sgcd_geo_mean", "loss_mode is 'sgcd_geo_mean', which averages the advantages of a sequence first"),
         ("actor_rollout_ref.actor.strategy=fsdp", "strategy is 'fsdp', needs 'fsdp2'"),
         ("actor_rollout_ref.model.use_fused_kernels=false", "use_fused_kernels is False, needs True"),
     ],

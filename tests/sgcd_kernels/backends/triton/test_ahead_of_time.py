@@ -21,7 +21,7 @@ from bench.aot import MASTER, OPTIONS, UNEVEN, cases, compile_case
 kernel, arch = sys.argv[1] or None, int(sys.argv[2])
 some = {("head_stats", MASTER, UNEVEN, False), ("logprob_grad", MASTER, UNEVEN, False)}
 for call in cases(kernel, arch):
-    if kernel or call.plain or (call.kernel, call.mix, call.how, call.odd) in some:
+    if kernel or call.plain or (call.kernel, call.mix, call.how, call.unaligned) in some:
         row = compile_case(call)
         print(json.dumps([row.line(), row.faults()]), flush=True)
 """
