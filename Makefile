@@ -64,7 +64,7 @@ test-slow: $(READY) $(READY_TAU3)
 test-gpu:
 	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
-	@$(PY) -m pytest -q -k "not cpp" tests/kernels/test_triton_*.py tests/kernels/test_kernel_*.py \
+	@$(PY) -m pytest -q -k "not cpp" tests/sgcd_kernels/backends/triton tests/kernels/test_kernel_*.py \
 	  tests/kernels/test_topk.py tests/kernels/test_waits.py tests/kernels/test_vocab_parallel.py $(ARGS)
 
 # The trainer beside vLLM's server, then inside vLLM's own environment.

@@ -24,8 +24,8 @@ TENSOR_MEMORY = 512  # columns
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 ABSENT = ("temperature", "softcap", "bias", "teacher_bias", "peaks")  # in calls without options
 BESIDE = ("rows", "entropy", "d_entropy")  # absent in the plain call, besides
-INT64 = ("targets", "rows", "order", "block_tile", "block_start", "tile_stop", "turns", "cu_seqlens", "onsets")
-NUMBERS = {"beta": "fp32", "out_stride": "i32", "eligible": "*u8"}  # all other arguments are pointers to fp32
+INT64 = ("targets", "rows", "turns", "cu_seqlens", "onsets")
+OTHER_TYPES = {"beta": "fp32", "out_stride": "i32", "eligible": "*u8"}  # what is named nowhere is a pointer to fp32
 HEADER = (
     "| kernel | stored (multiplied) | target | tile | registers | shared, KB | stack | spilled bytes | "
     "matrix instructions |"
@@ -211,39 +211,46 @@ def configurations(name: str, arch: int, mix: Mix, how: str, odd: bool, own: boo
 
 def arguments_of(call: Call, fn: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any]]:
     """(the types of a kernel's arguments by name, its constants by position, those inside of tuples too)"""
-    from sgcd_kernels.backends.triton.launch import HeadArguments, Transform
-
-    mix, constants = call.mix, constants_of(call)
-    of_student = HeadArguments(f"*{mix.of('x')}", "i32", f"*{mix.of('w')}", "i32", "i32")
-    of_teacher = HeadArguments(f"*{mix.of('y')}", "i32", f"*{mix.of('v')}", "i32", "i32")
-    transform = Transform(f"*{mix.of('bias')}", f"*{mix.of('teacher_bias')}", "fp32", "*fp32")
+    constants = constants_of(call)
+    types = types_of(call) | dict.fromkeys(constants, "constexpr")
     absent = {name for name, value in constants.items() if value is None}
-    if "teacher" not in fn.arg_names:
+    if "teacher_hidden" not in fn.arg_names:
         absent.add("teacher_bias")
-    bundles = {
-        "head": of_student,
-        "student": of_student,
-        "teacher": of_teacher,
-        "transform": transform._replace(**dict.fromkeys(absent & set(Transform._fields), "constexpr")),
-        "sizes": sizes_type(call.kernel),
-        "out": f"*{mix.of('out')}" if "grad" in call.kernel else "*fp32",
-    }
-    types = bundles | NUMBERS | dict.fromkeys(INT64, "*i64") | dict.fromkeys(constants, "constexpr")
     values: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(fn.arg_names):
+        kind = types.setdefault(name, "*fp32")
         if name in constants:
             values[index,] = constants[name]
-        elif name == "transform":
-            values |= {(index, Transform._fields.index(field)): None for field in absent & set(Transform._fields)}
-    return {name: types.get(name, "*fp32") for name in fn.arg_names}, values
+        elif isinstance(kind, tuple):
+            without = [field for field in kind._fields if field in absent]  # type: ignore[attr-defined]
+            types[name] = kind._replace(**dict.fromkeys(without, "constexpr"))  # type: ignore[attr-defined]
+            values |= {(index, kind._fields.index(field)): None for field in without}  # type: ignore[attr-defined]
+    return {name: types[name] for name in fn.arg_names}, values
 
 
-def sizes_type(kernel: str) -> Any:
-    from sgcd_kernels.backends.triton.launch import ChunkSizes, ForwardSizes
-    from sgcd_kernels.backends.triton.topk import EntrySizes
+def types_of(call: Call) -> dict[str, Any]:
+    """By the names of kernel arguments, as Triton writes types."""
+    from sgcd_kernels.backends.protocol import DistillSaved
+    from sgcd_kernels.backends.triton.launch import SIZES, Transform
+    from sgcd_kernels.backends.triton.logprob import PerToken
+    from sgcd_kernels.backends.triton.tiles import HeadPlaces
+    from sgcd_kernels.backends.triton.topk import Blocks
 
-    of_kernel: Any = EntrySizes if kernel == "chosen_logits" else ChunkSizes if "grad" in kernel else ForwardSizes
-    return of_kernel(*["i32"] * len(of_kernel._fields))
+    mix = call.mix
+    student = HeadPlaces(f"*{mix.of('x')}", "i32", f"*{mix.of('w')}", "i32", "i32")
+    teacher = HeadPlaces(f"*{mix.of('y')}", "i32", f"*{mix.of('v')}", "i32", "i32")
+    return {
+        **student._asdict(),
+        **{f"teacher_{name}": kind for name, kind in teacher._asdict().items()},
+        "transform": Transform(f"*{mix.of('bias')}", f"*{mix.of('teacher_bias')}", "fp32", "*fp32"),
+        "per_token": PerToken("*i64", *["*fp32"] * 5),
+        "saved": DistillSaved(*["*fp32"] * 3),
+        "blocks": Blocks(*["*i64"] * 4),
+        "out": f"*{mix.of('out')}" if "grad" in call.kernel else "*fp32",
+        **dict.fromkeys(SIZES, "i32"),
+        **dict.fromkeys(INT64, "*i64"),
+        **OTHER_TYPES,
+    }
 
 
 def constants_of(call: Call) -> dict[str, Any]:

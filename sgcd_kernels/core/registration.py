@@ -81,7 +81,7 @@ class _Op:
         tags = (torch.Tag.pt2_compliant_tag,)
         torch.library.define(self.qualified, self.schema(), lib=_LIBRARY, tags=tags)
         torch.library.impl(
-            self.qualified, "CompositeExplicitAutograd", _untraced(lambda *x: self.run(*x)), lib=_LIBRARY
+            self.qualified, "CompositeExplicitAutograd", _untraced(self.run), lib=_LIBRARY
         )
         torch.library.register_fake(self.qualified, self.run_fake, lib=_LIBRARY)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -288,7 +288,7 @@ def _on_device_of(flat: Sequence[Any]) -> Any:
 
 def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
     """Where torch.compile has given up on a function it still traces what that calls, an op's body among it."""
-    # Imports torch._dynamo when it is called. Takes a function, on which it leaves an attribute: a method has none.
+    # It imports torch._dynamo when it is called, and sets an attribute, which a bound method does not take.
     disabled = _disable_dynamo(lambda *args: body(*args))
 
     @functools.wraps(body)

@@ -85,21 +85,33 @@ def test_looks(masked: bool) -> None:
 
 
 def test_looks_of_the_whole_step() -> None:
-    """As the scoring pass and the loss by themselves, at the targets once more, and for the warning of inert credit."""
+    """As the scoring pass and the loss by themselves, and at the targets once more, and for the warning of inert credit.
+
+    With `reuse_lse` also for the number of tokens whose lse is not known. Where credit cannot act, only the loss runs.
+    """
     c, device = case(20, 8, 70, torch.float32), DEVICES["triton"]
     y = c.y.clone()
     y[::3] = -100
     x, w, y, t = (a.to(device) for a in (c.x, c.w, y, c.t))
     leaves = x.requires_grad_(), w.requires_grad_()
     a, cu = torch.tensor([0.5, -0.5], device=device), torch.tensor([0, 12, 20])
-    with Looks() as parts:
-        linear_divergence(*leaves, y, t, impl="triton")
-        linear_policy_loss(*leaves, y, a, cu_seqlens=cu, loss_type="dapo", impl="triton")
+
+    def looks(call: Callable[[], Any]) -> int:
+        with Looks() as seen:
+            call()
+        return len(seen.found)
+
+    scoring = looks(lambda: linear_divergence(*leaves, y, t, impl="triton"))
+    loss = looks(lambda: linear_policy_loss(*leaves, y, a, cu_seqlens=cu, loss_type="dapo", impl="triton"))
     at_bounds = 4  # more than the loss itself, which lie on the host
-    for config, warning in ((CreditConfig(d_floor=0.01), 1), (CreditConfig(gamma=0.0), 0)):
-        with Looks() as step:
-            sgcd_loss(*leaves, y, t, a, cu, config=config, loss_type="dapo", impl="triton")
-        assert len(step.found) == len(parts.found) + 1 + at_bounds + warning, config
+    acting, never_acting = CreditConfig(d_floor=0.01), CreditConfig(gamma=0.0)
+    for config, reuse_lse, expected in (
+        (acting, False, scoring + loss + at_bounds + 2),
+        (acting, True, scoring + loss + at_bounds + 3),
+        (never_acting, True, loss),
+    ):
+        options = {"config": config, "reuse_lse": reuse_lse, "loss_type": "dapo", "impl": "triton"}
+        assert looks(lambda options=options: sgcd_loss(*leaves, y, t, a, cu, **options)) == expected, options  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import CreditConfig, DivergenceStats, LogprobStats, credit_weights, linear_divergence, linear_logprob
+from sgcd_kernels import CreditConfig, PolicyLossConfig, linear_logprob
+from sgcd_kernels.core.lm_head import LMHead
+from sgcd_kernels.credit.rules import never_acts
+from sgcd_kernels.ops import sgcd
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
+from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher
 from trainer.data import Group, Rollout, Scored
-from trainer.learning.model import head
+from trainer.learning.model import head as output_head
 from trainer.learning.packing import LossTokens, forward
 from trainer.protocols import Renderer, Suite
 from trainer.references.teacher_context import literal_mask, teacher_prompt
-from trainer.stage_clock import Clock
 
-BLANK = {"divergence": 0.0, "weights": 1.0, "saliency": 0.0, "span_ids": -1}  # at tokens without a teacher
+IGNORE_INDEX = -100  # no token of ours is ignored
+AT_OBSERVATIONS = {"weights": 1.0, "span_ids": -1}  # what observed tokens show; other fields are 0
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,10 @@ class Sample:
     teacher_prompt: list[int] | None  # None: no reference, no teacher, W = 1
     masked_literals: list[bool]  # tokens that spell an answer: W = 1
 
-
-@dataclass(frozen=True)
-class Scores:
-    """One scored micro-batch: each tensor has one value per token, in the order of `LossTokens`."""
-
-    weights: Tensor
-    student_logp: Tensor
-    teacher_hidden: Tensor | None  # [n, H], of the tokens with `has_teacher` only
-    has_teacher: Tensor  # [N] bool: the teacher of the token's rollout read a reference
-    scored: list[Scored]
+    def generated_literals(self) -> list[bool]:
+        """Of each generated token, whether it spells an answer."""
+        generated = self.rollout.generated
+        return [masked for masked, own in zip(self.masked_literals or [False] * len(generated), generated) if own]
 
 
 def prepare_samples(
@@ -64,109 +63,89 @@ def prepare_samples(
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """Some rollouts of a step after the training forward, and their teacher's side of it."""
+
+    samples: list[Sample]
+    tokens: LossTokens
+    student: Tensor  # [N, H], with its graph
+    teacher: Tensor | None  # [N, H], where `has_teacher`; None if no rollout has a reference that is needed
+    has_teacher: Tensor  # [N] bool
+
+    def advantages(self) -> Tensor:  # [B]
+        return torch.tensor([sample.advantage for sample in self.samples], device=self.student.device)
+
+    def unpack(self, values: sgcd.SGCDTokens) -> list[Scored]:
+        """Per rollout, aligned with its ids."""
+        columns = {name: self.tokens.unpack(x, AT_OBSERVATIONS.get(name, 0.0)) for name, x in values._asdict().items()}
+        return [
+            Scored(sample.rollout, **{name: rows[i] for name, rows in columns.items()})
+            for i, sample in enumerate(self.samples)
+        ]
+
+
+@dataclass(frozen=True)
 class Scorer:
-    """Scores micro-batches with the current weights of `model`."""
+    """Runs micro-batches through the current weights of `model`, and compares student and teacher.
+
+    `always` runs the teacher also where the credit rule cannot act: for a loss that distils it.
+    """
 
     model: Any
     pad_id: int
     temperature: float
     config: CreditConfig
-    clock: Clock
+    always: bool = False
+
+    def forward(self, samples: Sequence[Sample]) -> MicroBatch:
+        """The training forward of the student, and a forward of the teacher without a graph."""
+        rollouts = [sample.rollout for sample in samples]
+        student = forward(self.model, [r.prompt_ids for r in rollouts], rollouts, self.pad_id)
+        tokens = LossTokens.of(rollouts, student.device)
+        has_teacher = tokens.spread(torch.tensor([sample.teacher_prompt is not None for sample in samples]))
+        return MicroBatch(list(samples), tokens, student, self._teacher(samples, student, has_teacher), has_teacher)
 
     @torch.no_grad()
-    def score(self, samples: Sequence[Sample], tokens: LossTokens, student: Tensor, salt: int = 0) -> Scores:
-        """Divergences, entropies and weights of the micro-batch `samples`, whose student hidden states are [N, H].
-
-        Temperature is applied once, here, the same to student and teacher. `salt` varies the permutation of rule
-        "permuted" between micro-batches.
-        """
-        student = student.detach()
-        has_teacher = tokens.spread(torch.tensor([p.teacher_prompt is not None for p in samples]))
-        with self.clock("score"):
-            teacher = self._teacher(samples)
-            fields = self._compare(student, teacher, tokens.targets, has_teacher)
-        with self.clock("credit"):
-            fields.update(self._credit(samples, tokens, fields, has_teacher, salt))
-            columns = {name: tokens.unpack(fields[name], BLANK.get(name, 0.0)) for name in _COLUMNS}
-            scored = [
-                Scored(p.rollout, **{name: rows[i] for name, rows in columns.items()}) for i, p in enumerate(samples)
-            ]
-        return Scores(fields["weights"], fields["student_logp"], teacher, has_teacher, scored)
-
-    def _teacher(self, samples: Sequence[Sample]) -> Tensor | None:  # [n, H]
-        with_teacher = [(p.teacher_prompt, p.rollout) for p in samples if p.teacher_prompt is not None]
-        if not with_teacher:
+    def _teacher(self, samples: Sequence[Sample], student: Tensor, has_teacher: Tensor) -> Tensor | None:
+        taught = [(s.teacher_prompt, s.rollout) for s in samples if s.teacher_prompt is not None]
+        if not taught or (never_acts(self.config) and not self.always):
             return None
-        return forward(
-            self.model, [prompt for prompt, _ in with_teacher], [rollout for _, rollout in with_teacher], self.pad_id
-        )
+        states = forward(self.model, [prompt for prompt, _ in taught], [rollout for _, rollout in taught], self.pad_id)
+        rows = torch.zeros(student.shape, dtype=states.dtype, device=states.device)
+        rows[has_teacher] = states
+        return rows
 
-    def _compare(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, has_teacher: Tensor
-    ) -> dict[str, Tensor]:
-        """Compute the statistics of every token; without a teacher the student stands in for it: every d is 0."""
-        weight, bias = head(self.model)
-        alone: LogprobStats | None = None
-        both: DivergenceStats | None = None
-        if not bool(has_teacher.all()):
-            without_teacher = targets.masked_fill(has_teacher, -100)
-            alone = linear_logprob(student, weight, without_teacher, bias=bias, temperature=self.temperature)
-        if teacher is not None:
-            both = linear_divergence(
-                student[has_teacher], weight, targets[has_teacher], teacher, bias=bias, temperature=self.temperature
-            )
-        fields = {}
-        for name, (with_teacher, without) in _SOURCES.items():
-            blank = torch.full(targets.shape, 1.0 if name == "bhattacharyya" else 0.0, device=targets.device)
-            values = blank if alone is None or without is None else getattr(alone, without)
-            if both is not None:
-                values = values.masked_scatter(has_teacher, getattr(both, with_teacher).to(values.dtype))
-            fields[name] = values
-        return fields
+    def settings(self, policy: PolicyLossConfig | None = None) -> Settings:
+        """The head, with the temperature that applies once, the same to student and teacher."""
+        weight, bias = output_head(self.model)
+        lm_head = LMHead(weight, bias, temperature=self.temperature)
+        return Settings(lm_head, policy or PolicyLossConfig(loss_type="dapo"), IGNORE_INDEX, "auto")
 
-    def _credit(
-        self, samples: Sequence[Sample], tokens: LossTokens, fields: dict[str, Tensor], has_teacher: Tensor, salt: int
-    ) -> dict[str, Tensor]:
-        """Compute weights, saliency and span ids: 1, 0 and -1 where there is no teacher or a literal is masked."""
-        shape, device = tokens.targets.shape, tokens.targets.device
-        out = {
-            "weights": torch.ones(shape, device=device),
-            "saliency": torch.zeros(shape, device=device),
-            "span_ids": torch.full(shape, -1, dtype=torch.long, device=device),
-        }
-        with_teacher = [i for i, p in enumerate(samples) if p.teacher_prompt is not None]
-        if not with_teacher:
-            return out
-        lengths = tokens.cu_seqlens.diff()[with_teacher]
-        masked = [
-            s for i in with_teacher for s, own in zip(samples[i].masked_literals, samples[i].rollout.generated) if own
-        ]
-        credit = credit_weights(
-            fields["divergence"][has_teacher],
-            fields["teacher_entropy"][has_teacher],
-            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-            mask=~torch.tensor(masked, dtype=torch.bool, device=device),
-            turn_ids=tokens.turns[has_teacher],
-            advantages=torch.tensor([samples[i].advantage for i in with_teacher], device=device),
-            log_ratio=(fields["teacher_logp"] - fields["student_logp"])[has_teacher],
-            forward_kl=fields["forward_kl"][has_teacher],
-            bhattacharyya=fields["bhattacharyya"][has_teacher],
-            student_entropy=fields["student_entropy"][has_teacher],
+    def score(self, batch: MicroBatch, salt: int = 0) -> sgcd.Scored | None:
+        """Divergences and credit; None where no token has a teacher or the credit rule cannot act.
+
+        `salt` varies the permutation of rule "permuted" between micro-batches.
+        """
+        tokens, settings = batch.tokens, self.settings()
+        masked = [m for s in batch.samples for m in s.generated_literals()]
+        inputs = CreditInputs(
+            Teacher(batch.teacher, settings.head, batch.has_teacher),
+            credit_mask=~torch.tensor(masked, dtype=torch.bool, device=batch.student.device),
+            turn_ids=tokens.turns,
             config=replace(self.config, seed=self.config.seed + salt),
+            warn=False,  # a micro-batch may well have no spike; the step is judged as a whole
         )
-        for name, values in out.items():
-            values[has_teacher] = getattr(credit, name).to(values.dtype)
-        return out
+        given = PolicyTokens(tokens.targets, batch.advantages(), cu_seqlens=tokens.cu_seqlens)
+        return sgcd.score_and_weigh(batch.student, settings, given, inputs)
 
-
-_COLUMNS = ("student_logp", "teacher_logp", "student_entropy", "teacher_entropy", *BLANK)
-# field <- its name in DivergenceStats, and in LogprobStats for a student without a teacher
-_SOURCES: dict[str, tuple[str, str | None]] = {
-    "student_logp": ("student_logp", "logp"),
-    "teacher_logp": ("teacher_logp", "logp"),
-    "student_entropy": ("student_entropy", "entropy"),
-    "teacher_entropy": ("teacher_entropy", "entropy"),
-    "divergence": ("reverse_kl", None),
-    "forward_kl": ("forward_kl", None),
-    "bhattacharyya": ("bhattacharyya", None),
-}
+    @torch.no_grad()
+    def without_loss(self, batch: MicroBatch, scored: sgcd.Scored | None) -> sgcd.SGCDTokens:
+        """The statistics of every token where no policy loss computes those of tokens without a teacher."""
+        targets, settings = batch.tokens.targets, self.settings()
+        if scored is not None:
+            targets = targets.masked_fill(scored.has_teacher, IGNORE_INDEX)
+        head = settings.head
+        alone = linear_logprob(batch.student, head.weight, targets, bias=head.bias, temperature=head.temperature)
+        if scored is None:
+            return sgcd.unscored_tokens(alone.logp, alone.entropy)
+        return scored.tokens(alone.logp, alone.entropy)

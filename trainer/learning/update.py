@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import linear_distill_loss, linear_policy_loss
+from sgcd_kernels import PolicyLossConfig, linear_distill_loss
+from sgcd_kernels.ops import sgcd
+from sgcd_kernels.ops.policy_inputs import PolicyTokens
 from trainer.data import Group, Rollout, Scored
 from trainer.learning.model import head
-from trainer.learning.packing import LossTokens, forward, microbatches
-from trainer.learning.scoring import Sample, Scorer, Scores, prepare_samples
+from trainer.learning.packing import microbatches
+from trainer.learning.scoring import MicroBatch, Sample, Scorer, prepare_samples
 from trainer.protocols import Renderer, Suite
 from trainer.stage_clock import Clock
 
@@ -113,71 +115,66 @@ class Learner:
     def _accumulate(self, samples: list[Sample], step: int, clock: Clock) -> tuple[dict[str, float], list[Scored]]:
         """Accumulate the batch's gradients; give its loss, its clip ratios and every rollout's scores in order."""
         config = self.config
-        scorer = Scorer(self.model, self.renderer.pad_id, config.temperature, config.credit, clock)
+        scorer = Scorer(
+            self.model, self.renderer.pad_id, config.temperature, config.credit, always=config.arm == "direct_sd"
+        )
         items = self._items([s.rollout for s in samples])
-        total, clipped, scored = 0.0, defaultdict[str, float](float), dict[int, Scored]()
-        for number, batch in enumerate(microbatches([s.rollout for s in samples], config.tokens_per_microbatch)):
-            chosen = [samples[i] for i in batch]
-            rollouts = [s.rollout for s in chosen]
-            student = forward(self.model, [r.prompt_ids for r in rollouts], rollouts, self.renderer.pad_id)
-            tokens = LossTokens.of(rollouts, student.device)
-            scores = scorer.score(chosen, tokens, student, salt=1_000 * step + number)
-            loss, found = self._loss(student, tokens, [s.advantage for s in chosen], scores, items)
+        total, clipped, scores = 0.0, defaultdict[str, float](float), dict[int, Scored]()
+        for number, indices in enumerate(microbatches([s.rollout for s in samples], config.tokens_per_microbatch)):
+            with clock("score"):
+                batch = scorer.forward([samples[i] for i in indices])
+                scored = scorer.score(batch, salt=1_000 * step + number)
+            loss, found, tokens = self._loss(scorer, batch, scored, items)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             for name in (n for n in found if n.startswith("clip_ratio/")):
-                clipped[name] += found[name].item() * len(student)
-            scored.update(zip(batch, scores.scored))
+                clipped[name] += found[name].item() * len(batch.student)
+            scores.update(zip(indices, batch.unpack(tokens)))
         count = sum(sum(s.rollout.generated) for s in samples)
         losses = {"loss": total, **{name: value / count for name, value in clipped.items()}}
-        return losses, [scored[i] for i in range(len(samples))]
+        return losses, [scores[i] for i in range(len(samples))]
 
     def _loss(
-        self, student: Tensor, tokens: LossTokens, advantages: list[float], scores: Scores, items: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part of the loss: the policy loss with weighted advantages, or distillation in its place.
+        self, scorer: Scorer, batch: MicroBatch, scored: sgcd.Scored | None, items: float
+    ) -> tuple[Tensor, dict[str, Tensor], sgcd.SGCDTokens]:
+        """The micro-batch's part of the loss: the weighted policy loss, or distillation in its place.
 
         The ratio is relative to the engine's log-probs, those of the policy that sampled: engine and trainer differ a
         little, and epsilon bounds the ratio. With the correction it is relative to the trainer's own log-probs, hence
         1, and truncated importance sampling accounts for the difference.
         """
         config = self.config
-        corrected = config.engine.name == "vllm" and config.vllm_importance_sampling_correction
-        weight, bias = head(self.model)
         if config.arm == "direct_sd":
-            if scores.teacher_hidden is None:
-                return student.sum() * 0.0, {}
-            distance = linear_distill_loss(
-                student[scores.has_teacher],
-                weight,
-                scores.teacher_hidden,
-                kind=config.distill_kind,
-                beta=config.distill_beta,
-                reduction="sum",
-                bias=bias,
-                temperature=config.temperature,
-            )
-            return distance / items, {}
-        return linear_policy_loss(
-            student,
-            weight,
-            tokens.targets,
-            tokens.spread(torch.tensor(advantages)) * scores.weights,
-            old_logp=None if corrected else tokens.logprobs,
-            importance_weights=self._importance(scores, tokens) if corrected else None,
-            cu_seqlens=tokens.cu_seqlens,
-            loss_type=config.loss_type,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            temperature=config.temperature,
-            bias=bias,
-            num_items_in_batch=items,
-        )
+            return self._distillation(batch, items), {}, scorer.without_loss(batch, scored)
+        policy = PolicyLossConfig(config.loss_type, config.epsilon, config.epsilon_high, num_items_in_batch=items)
+        given = PolicyTokens(batch.tokens.targets, batch.advantages(), cu_seqlens=batch.tokens.cu_seqlens)
+        if config.engine.name == "vllm" and config.vllm_importance_sampling_correction:
+            own = scorer.without_loss(batch, scored).student_logp
+            given = given._replace(importance_weights=self._importance(own, batch.tokens.logprobs))
+        else:
+            given = given._replace(old_logp=batch.tokens.logprobs)
+        return sgcd.weighted_policy_loss(batch.student, scorer.settings(policy), given, scored)
 
-    def _importance(self, scores: Scores, tokens: LossTokens) -> Tensor:  # [N]
+    def _distillation(self, batch: MicroBatch, items: float) -> Tensor:
+        if batch.teacher is None:
+            return batch.student.sum() * 0.0
+        weight, bias = head(self.model)
+        distance = linear_distill_loss(
+            batch.student,
+            weight,
+            batch.teacher,
+            mask=batch.has_teacher,
+            kind=self.config.distill_kind,
+            beta=self.config.distill_beta,
+            reduction="sum",
+            bias=bias,
+            temperature=self.config.temperature,
+        )
+        return distance / items
+
+    def _importance(self, own: Tensor, sampled: Tensor) -> Tensor:  # [N]
         """min(p_trainer / p_engine, C) of each token: what TRL calls token_truncate."""
-        ratio = (scores.student_logp - tokens.logprobs).exp()
-        return ratio.clamp(max=self.config.vllm_importance_sampling_clip_max)
+        return (own - sampled).exp().clamp(max=self.config.vllm_importance_sampling_clip_max)
 
     def _items(self, rollouts: Sequence[Rollout]) -> float:
         """The divisor of the whole batch's loss, as `linear_policy_loss` defines it; tokens for distillation."""

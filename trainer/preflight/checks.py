@@ -201,9 +201,8 @@ def check_scoring(probe: Probe) -> str:
     """Two short rollouts, scored under a reference: divergences are finite, and engine and trainer agree."""
     import torch
 
-    from trainer.learning.packing import LossTokens, forward
+    from sgcd_kernels import CreditConfig
     from trainer.learning.scoring import Scorer, prepare_samples
-    from trainer.stage_clock import Clock
 
     if probe.config.top_p < 1:
         raise UserError(f"top_p: got {probe.config.top_p:g}, training needs 1: a cut distribution biases the gradient")
@@ -212,11 +211,10 @@ def check_scoring(probe: Probe) -> str:
     group = asyncio.run(_sample_short_group(probe))
     group.reference = PROBE_REFERENCE
     samples = prepare_samples([group], [1.0, -1.0], suite, renderer)
+    scorer = Scorer(probe.model, renderer.pad_id, probe.config.temperature, CreditConfig())
     with torch.no_grad():
-        student = forward(probe.model, [r.prompt_ids for r in group.rollouts], group.rollouts, renderer.pad_id)
-    tokens = LossTokens.of(group.rollouts, student.device)
-    scorer = Scorer(probe.model, renderer.pad_id, probe.config.temperature, probe.config.credit, Clock())
-    scored = scorer.score(samples, tokens, student).scored
+        batch = scorer.forward(samples)
+        scored = batch.unpack(scorer.without_loss(batch, scorer.score(batch)))
     masks = [torch.tensor(s.rollout.generated) for s in scored]
     divergence = torch.cat([s.divergence[m] for s, m in zip(scored, masks)])
     if not bool(torch.isfinite(divergence).all()) or bool((divergence < 0).any()):

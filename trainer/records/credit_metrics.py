@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgcd_kernels import Credit
+from sgcd_kernels.credit.summary import credit_summary, credit_sums
 from trainer.data import Scored, TokenClass
 
 W_BINS = (0.5, 0.999, 1.001, 1.25, 1.5, 1.75, 1.999)  # edges; W == 1 and W == c (2) have a bin of their own
@@ -31,21 +33,15 @@ def credit_metrics(scored: Sequence[Scored], clip: float = 2.0) -> dict[str, flo
     if table is None:
         return {}
     mass = (table.weights - 1).abs()
-    salient = table.saliency > 0
-    spans = sum(len(set(x.span_ids[_mask(x)].tolist()) - {-1}) for x in scored)
+    credit = Credit(table.weights, table.saliency, table.span_ids)
+    everywhere = torch.ones_like(table.weights, dtype=torch.bool)
+    summary = credit_summary(credit_sums(credit, table.divergence, table.teacher_entropy, everywhere, clip))
     return {
         "entropy": table.student_entropy.mean().item(),
-        "credit/teacher_entropy": table.teacher_entropy.mean().item(),
-        "credit/mean_divergence": table.divergence.mean().item(),
+        **{name: value.item() for name, value in summary.items()},
         "credit/max_divergence": table.divergence.max().item(),
         "credit/p95_divergence": torch.quantile(table.divergence.float()[:_QUANTILE_LIMIT], 0.95).item(),
         "credit/low_divergence": float(table.divergence.mean().item() < LOW_DIVERGENCE),
-        "credit/mean_weight": table.weights.mean().item(),
-        "credit/inert": float(bool((table.divergence == 0).all() or (table.weights == 1).all())),
-        "credit/frac_salient": salient.float().mean().item(),
-        "credit/frac_saturated": (table.weights >= clip - 1e-6).float().mean().item(),
-        "credit/num_spans": float(spans),
-        "credit/mean_span_length": (table.span_ids >= 0).sum().item() / max(1, spans),
         "credit/gini": gini(mass),
         **w_histogram(table.weights),
         **_by_position(table, mass),
@@ -109,12 +105,24 @@ class _Table:
             return None
         columns = {
             name: torch.cat([getattr(x, name).detach().cpu()[m] for x, m in zip(scored, masks)])
-            for name in ("divergence", "student_entropy", "teacher_entropy", "weights", "saliency", "span_ids")
+            for name in ("divergence", "student_entropy", "teacher_entropy", "weights", "saliency")
         }
+        columns["span_ids"] = torch.cat(_numbered_through([x.span_ids.cpu()[m] for x, m in zip(scored, masks)]))
         turn = torch.cat([torch.tensor(x.rollout.turns)[m] for x, m in zip(scored, masks)])
         token_class = torch.cat([torch.tensor(x.rollout.classes)[m] for x, m in zip(scored, masks)])
         decile = torch.cat([_deciles(int(m.sum())) for m in masks])
         return _Table(**columns, turn=turn, decile=decile, token_class=token_class)
+
+
+def _numbered_through(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Span ids, which may repeat from one micro-batch to the next, numbered through all rollouts."""
+    out, count = [], 0
+    for ids in rows:
+        inside = ids >= 0
+        numbers, places = torch.unique(ids[inside], return_inverse=True)
+        out.append(ids.clone().masked_scatter(inside, places + count))
+        count += len(numbers)
+    return out
 
 
 def _mask(x: Scored) -> Tensor:

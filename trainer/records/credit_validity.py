@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sgcd_kernels.credit.rules import never_acts
 from trainer.data import Group, Scored
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ def invalid_credit(groups: Sequence[Group], scored: Sequence[Sequence[Scored]], 
         return scarce_references(groups, config)
     if any(s.divergence.requires_grad or s.weights.requires_grad for s in with_teacher):
         return "the divergence carries a gradient"
+    if config.arm != "direct_sd" and never_acts(config.credit):  # then nothing is scored
+        return ""
     if all(bool((s.divergence == 0).all()) for s in with_teacher):
         return "every divergence is 0: the teacher does not read the reference"
-    intended = config.arm == "direct_sd" or config.credit.rule == "none" or config.credit.gamma == 0
-    if not intended and all(bool((s.weights == 1).all()) for s in with_teacher):
+    if config.arm != "direct_sd" and all(bool((s.weights == 1).all()) for s in with_teacher):
         return "every weight is 1: no divergence reaches credit.d_floor * credit.start"
     return ""
 

@@ -7,12 +7,15 @@ token.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sgcd_kernels.backends.protocol import CreditTokens
-from sgcd_kernels.credit.config import CreditConfig
+
+if TYPE_CHECKING:
+    from sgcd_kernels.credit.config import CreditConfig
 
 
 def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditConfig) -> Tensor:

@@ -11,6 +11,7 @@ from sgcd_kernels.backends.triton import launch
 from sgcd_kernels.backends.triton.gradients import Write, loss_scale_of, sweep_gradients
 from sgcd_kernels.backends.triton.tiles import (
     MIN_EXPONENT,
+    HeadPlaces,
     exp_ftz,
     grouped_order,
     load_column,
@@ -36,18 +37,19 @@ def distill_backward(
     loss_scale = loss_scale_of(student, [upstream])
     if loss_scale is not None:
         upstream = upstream * loss_scale
-    per_token = [*map(as_fp32, saved), upstream]
+    saved = DistillSaved(*map(as_fp32, saved))
 
-    def writer(block: Projection, tokens: slice) -> Write:
-        return _logit_grad_writer(block, teacher[tokens], divergence, [v[tokens] for v in per_token])
+    def writer(part: Projection, tokens: slice) -> Write:
+        of_part = DistillSaved(*(v[tokens] for v in saved))
+        return _logit_grad_writer(part, teacher[tokens], divergence, of_part, upstream[tokens])
 
     return sweep_gradients(student, needs, writer, loss_scale)
 
 
 def _logit_grad_writer(
-    student: Projection, teacher: Projection, divergence: tuple[str, float], per_token: list[Tensor]
+    student: Projection, teacher: Projection, divergence: tuple[str, float], saved: DistillSaved, upstream: Tensor
 ) -> Write:
-    """What fills dZ of these tokens, given their student_lse, teacher_lse, mean_log_ratio and upstream gradient."""
+    """What fills dZ of these tokens."""
     kind, beta = divergence
     head, other = launch.Head.of(student), launch.Head.of(teacher)
     config = launch.config_of("distill_grad", student, head, other, has_epilogue=kind == "jsd")
@@ -56,36 +58,40 @@ def _logit_grad_writer(
     def write(first_id: int, out: Tensor) -> None:
         sizes = launch.chunk_sizes(student, first_id, out.shape[1], config, head, other)
         kernel[sizes.grid](
-            head.arguments, other.arguments, student.rows, transform, *per_token, beta, out, out.stride(0), sizes,
-            KIND=kind, META=launch.meta(config, sizes.chunk, head, other), **launch.options(config),
+            **launch.pair_places(head, other), rows=student.rows, transform=transform, saved=saved, upstream=upstream,
+            beta=beta, out=out, out_stride=out.stride(0), **sizes._asdict(), KIND=kind,
+            META=launch.meta(config, sizes.chunk, head, other), **launch.options(config),
         )  # fmt: skip
 
     return write
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=launch.SIZES)
 def distill_grad_kernel(
-    student, teacher, rows, transform, student_lse, teacher_lse, mean_log_ratio, upstream, beta, out, out_stride, sizes,
-    KIND: tl.constexpr, META: tl.constexpr,
+    hidden, hidden_stride, weight, weight_stride, width,
+    teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width,
+    rows, transform, saved, upstream, beta, out, out_stride,
+    n, vocab, first_id, chunk, token_tiles, vocab_tiles, group_n, KIND: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Of KL(p || q): p (ln p - ln q - KL). Of KL(q || p): p - q. Of JSD: (1 - beta) p (ln p/m - sum p ln p/m)."""
-    n, vocab = sizes.n, sizes.vocab
-    tile, block = grouped_order(sizes.token_tiles, sizes.vocab_tiles, sizes.group_n)
+    student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
+    tile, block = grouped_order(token_tiles, vocab_tiles, group_n)
     token, column = tile * META.BLOCK_N + tl.arange(0, META.BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
-    vocab_ids = sizes.first_id + column
+    vocab_ids = first_id + column
     temperature = load_temperature(transform, token, n)
     x_p, x_q = pair_rows(student, teacher, rows, tile, n, META)
     z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)
-    log_p, log_q = z_p - load_column(student_lse, token, n), z_q - load_column(teacher_lse, token, n)
+    log_p, log_q = z_p - load_column(saved.student_lse, token, n), z_q - load_column(saved.teacher_lse, token, n)
     p = exp_ftz(log_p)
     if KIND == "forward_kl":
         dz = p - exp_ftz(log_q)
     elif KIND == "reverse_kl":
         log_ratio = tl.where(p > 0, log_p - log_q, 0.0)
-        dz = (log_ratio - load_column(mean_log_ratio, token, n)) * p
+        dz = (log_ratio - load_column(saved.mean_log_ratio, token, n)) * p
     else:
         log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)
         to_p, _ = mixture_ratios(log_p, log_q, beta)
-        dz = (to_p - load_column(mean_log_ratio, token, n)) * p * (1.0 - beta)
+        dz = (to_p - load_column(saved.mean_log_ratio, token, n)) * p * (1.0 - beta)
     dz = transform_backward(dz * load_column(upstream, token, n), z_p, transform.softcap, temperature)
-    store_logit_grad(out, out_stride, dz, token, column, n, sizes.chunk, META.DIVISIBLE_V)
+    store_logit_grad(out, out_stride, dz, token, column, n, chunk, META.DIVISIBLE_V)

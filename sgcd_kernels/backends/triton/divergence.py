@@ -17,6 +17,7 @@ from sgcd_kernels.backends.triton.tiles import (
     INFINITY,
     LOG2_E,
     LOWEST,
+    HeadPlaces,
     any_nan,
     any_target,
     exp_ftz,
@@ -81,20 +82,27 @@ def pair_stats(
     sizes = launch.forward_sizes(student, config, head, other)
     out = student.hidden.new_empty((sizes.num_splits, 11, sizes.n), dtype=torch.float32)
     launch.variant(pair_stats_kernel, head, other)[sizes.grid](
-        head.arguments, other.arguments, student.rows, launch.transform(student, head, other), targets, out, peaks,
-        sizes, META=launch.meta(config, sizes.vocab, head, other), **launch.options(config),
+        **launch.pair_places(head, other), rows=student.rows, transform=launch.transform(student, head, other),
+        targets=targets, out=out, peaks=peaks, **sizes._asdict(),
+        META=launch.meta(config, sizes.vocab, head, other), **launch.options(config),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def pair_stats_kernel(student, teacher, rows, transform, targets, out, peaks, sizes, META: tl.constexpr):
+@triton.jit(do_not_specialize=launch.SIZES)
+def pair_stats_kernel(
+    hidden, hidden_stride, weight, weight_stride, width,
+    teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width,
+    rows, transform, targets, out, peaks,
+    n, vocab, vocab_per_split, token_tiles, num_splits, group_n, META: tl.constexpr,
+):  # fmt: skip
     """out[split] = m, l, s, target logit of the student, of the teacher, then a_p, a_q, overlap.
 
     peaks[3, vocab tiles, n] are each tile's largest logit of the teacher and both its log-sum-exps: see `topk`.
     """
-    n, vocab = sizes.n, sizes.vocab
-    tile, split = grouped_order(sizes.token_tiles, sizes.num_splits, sizes.group_n)
+    student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
+    tile, split = grouped_order(token_tiles, num_splits, group_n)
     BLOCK_N: tl.constexpr = META.BLOCK_N
     token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     x_p, x_q = pair_rows(student, teacher, rows, tile, n, META)
@@ -105,8 +113,8 @@ def pair_stats_kernel(student, teacher, rows, transform, targets, out, peaks, si
     l_p, s_p, target_p = zeros, zeros, zeros
     l_q, s_q, target_q = zeros, zeros, zeros
     a_p, a_q, overlap = zeros, zeros, zeros
-    first = split * sizes.vocab_per_split
-    stop = tl.minimum(first + sizes.vocab_per_split, vocab)
+    first = split * vocab_per_split
+    stop = tl.minimum(first + vocab_per_split, vocab)
     for first_id in tl.range(first, stop, META.BLOCK_V, flatten=META.FLATTEN):
         vocab_ids = first_id + tl.arange(0, META.BLOCK_V)
         z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)
@@ -188,19 +196,24 @@ def mixture_stats(
     sizes = launch.forward_sizes(student, config, head, other)
     out = student.hidden.new_empty((sizes.num_splits, 3, sizes.n), dtype=torch.float32)
     launch.variant(mixture_stats_kernel, head, other)[sizes.grid](
-        head.arguments, other.arguments, student.rows, launch.transform(student, head, other), normalisers, beta, out,
-        sizes, JSD=jsd, META=launch.meta(config, sizes.vocab, head, other), **launch.options(config),
+        **launch.pair_places(head, other), rows=student.rows, transform=launch.transform(student, head, other),
+        normalisers=normalisers, beta=beta, out=out, **sizes._asdict(), JSD=jsd,
+        META=launch.meta(config, sizes.vocab, head, other), **launch.options(config),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=launch.SIZES)
 def mixture_stats_kernel(
-    student, teacher, rows, transform, normalisers, beta, out, sizes, JSD: tl.constexpr, META: tl.constexpr
+    hidden, hidden_stride, weight, weight_stride, width,
+    teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width,
+    rows, transform, normalisers, beta, out,
+    n, vocab, vocab_per_split, token_tiles, num_splits, group_n, JSD: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """out[split] = tv, jsd, sum p ln(p / m), given normalisers[4, n]: m and ln l of the student, then the teacher."""
-    n, vocab = sizes.n, sizes.vocab
-    tile, split = grouped_order(sizes.token_tiles, sizes.num_splits, sizes.group_n)
+    student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
+    tile, split = grouped_order(token_tiles, num_splits, group_n)
     BLOCK_N: tl.constexpr = META.BLOCK_N
     token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     x_p, x_q = pair_rows(student, teacher, rows, tile, n, META)
@@ -211,8 +224,8 @@ def mixture_stats_kernel(
     log_l_q = tl.load(normalisers + 3 * n + token, mask=token < n, other=0.0)
     zeros = tl.zeros((BLOCK_N,), tl.float32)
     tv, jsd, mixture_kl = zeros, zeros, zeros
-    first = split * sizes.vocab_per_split
-    stop = tl.minimum(first + sizes.vocab_per_split, vocab)
+    first = split * vocab_per_split
+    stop = tl.minimum(first + vocab_per_split, vocab)
     for first_id in tl.range(first, stop, META.BLOCK_V, flatten=META.FLATTEN):
         vocab_ids = first_id + tl.arange(0, META.BLOCK_V)
         z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)

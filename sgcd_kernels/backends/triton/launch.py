@@ -1,8 +1,8 @@
-"""From tensors to kernel launches: argument tuples, configurations, grids. Nothing here computes.
+"""From tensors to kernel launches: arguments, configurations, grids. Nothing here computes.
 
-Triton flattens a tuple of arguments when it launches a kernel, and each number and pointer in it is specialised by
-itself: what the kernels take is spelt once, here. The input of every function is a `Projection` that
-`backends.registry` has let pass.
+What kernels have in common is spelt once, here: heads, logit transform, sizes, compile-time constants. Heads and sizes
+are passed one by one, by name, because Triton specialises every number and pointer inside of a tuple, whatever
+`do_not_specialize` says. The input of every function is a `Projection` that `backends.registry` has let pass.
 """
 
 from __future__ import annotations
@@ -18,22 +18,13 @@ from torch import Tensor
 
 from sgcd_kernels.backends.triton import configs
 from sgcd_kernels.backends.triton.configs import Config, Table
+from sgcd_kernels.backends.triton.tiles import HeadPlaces
 from sgcd_kernels.core.lm_head import Projection
 
 LANGUAGE_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MAX_SPLITS = 64  # of the vocabulary
 PARTIAL_BYTES = 32 << 20  # of the statistics of all vocab splits, 11 per token and split at most
 RESIDENT_BYTES = 12 << 20  # of hidden, beside the weight in flight: half of what an SM reaches near it in 50 MB of L2
-
-
-class HeadArguments(NamedTuple):
-    """Where the rows of a head's operands lie; `variant` decides whether kernels know what divides these numbers."""
-
-    hidden: Tensor  # [N, H]
-    hidden_stride: int
-    weight: Tensor  # [V, H]
-    weight_stride: int
-    width: int  # H
 
 
 class Transform(NamedTuple):
@@ -46,10 +37,7 @@ class Transform(NamedTuple):
 
 
 class ForwardSizes(NamedTuple):
-    """Of a forward kernel, whose programs are token tiles x vocab splits.
-
-    Kernels are not specialised for sizes: they would be compiled anew for a number of tokens that 16 divides.
-    """
+    """Of a forward kernel, whose programs are token tiles x vocab splits."""
 
     n: int
     vocab: int
@@ -77,6 +65,19 @@ class ChunkSizes(NamedTuple):
     @property
     def grid(self) -> tuple[int]:
         return (self.token_tiles * self.vocab_tiles,)
+
+
+class EntrySizes(NamedTuple):
+    """Of `topk.chosen_logits_kernel`, whose programs are blocks of entries."""
+
+    n: int
+    vocab: int
+    entries: int
+    slots: int  # entries per token
+
+
+# Kernels are not specialised for sizes: in training they would be compiled anew for each kind of number of tokens.
+SIZES = sorted({*ForwardSizes._fields, *ChunkSizes._fields, *EntrySizes._fields})
 
 
 class Meta(NamedTuple):
@@ -120,9 +121,10 @@ class Head:
     def width(self) -> int:
         return int(self.hidden.shape[1])
 
-    @property
-    def arguments(self) -> HeadArguments:
-        return HeadArguments(self.hidden, self.hidden.stride(0), self.weight, self.weight.stride(0), self.width)
+    def places(self, prefix: str = "") -> dict[str, Any]:
+        """Where its rows lie, by the names of the kernels' arguments."""
+        place = HeadPlaces(self.hidden, self.hidden.stride(0), self.weight, self.weight.stride(0), self.width)
+        return {prefix + name: value for name, value in zip(HeadPlaces._fields, place)}
 
     @property
     def unaligned(self) -> bool:
@@ -150,6 +152,10 @@ def operand_dtype(x: Projection) -> torch.dtype:
     half = hidden.dtype != torch.float32 and weight.dtype in (hidden.dtype, torch.float32)
     wrong = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
     return hidden.dtype if half and not wrong else torch.float32
+
+
+def pair_places(student: Head, teacher: Head) -> dict[str, Any]:
+    return student.places() | teacher.places("teacher_")
 
 
 def transform(x: Projection, head: Head, teacher: Head | None = None) -> Transform:
@@ -205,7 +211,8 @@ def without_alignment(kernel: Any) -> Any:
 
     Else each combination would be compiled, and each with registers of its own.
     """
-    return triton.jit(kernel.fn, do_not_specialize=["sizes", "head", "student", "teacher"])
+    places = [prefix + name for prefix in ("", "teacher_") for name in HeadPlaces._fields]
+    return triton.jit(kernel.fn, do_not_specialize=[*SIZES, *places])
 
 
 def config_of(kernel: str, x: Projection, *heads: Head, has_epilogue: bool = False) -> Config:

@@ -7,6 +7,8 @@ gradient.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from sgcd_kernels.backends.triton.tiles import (
     INFINITY,
     LOWEST,
     MIN_EXPONENT,
+    HeadPlaces,
     any_nan,
     any_target,
     exp_ftz,
@@ -64,13 +67,11 @@ def logprob_backward(
     if loss_scale is not None:
         coefficients = [c * loss_scale for c in coefficients]
     scale, d_logp, *rest = coefficients
-    per_token = (
-        x.local_targets(targets), as_fp32(lse), scale, d_logp,
-        None if entropy is None else as_fp32(entropy), rest[0] if rest else None,
-    )  # fmt: skip
+    entropy, d_entropy = None if entropy is None else as_fp32(entropy), rest[0] if rest else None
+    per_token = PerToken(x.local_targets(targets), as_fp32(lse), scale, d_logp, entropy, d_entropy)
 
-    def writer(block: Projection, tokens: slice) -> Write:
-        return _logit_grad_writer(block, [None if v is None else v[tokens] for v in per_token])
+    def writer(part: Projection, tokens: slice) -> Write:
+        return _logit_grad_writer(part, PerToken(*(None if v is None else v[tokens] for v in per_token)))
 
     return sweep_gradients(x, needs, writer, loss_scale)
 
@@ -83,17 +84,21 @@ def head_stats(x: Projection, targets: Tensor) -> Tensor:  # [splits, 4, n]
     out = x.hidden.new_empty((sizes.num_splits, 4, sizes.n), dtype=torch.float32)
     if sizes.n:
         launch.variant(head_stats_kernel, head)[sizes.grid](
-            head.arguments, x.rows, launch.transform(x, head), targets, out, sizes,
-            META=launch.meta(config, sizes.vocab, head), **launch.options(config),
+            **head.places(), rows=x.rows, transform=launch.transform(x, head), targets=targets, out=out,
+            **sizes._asdict(), META=launch.meta(config, sizes.vocab, head), **launch.options(config),
         )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def head_stats_kernel(head, rows, transform, targets, out, sizes, META: tl.constexpr):
+@triton.jit(do_not_specialize=launch.SIZES)
+def head_stats_kernel(
+    hidden, hidden_stride, weight, weight_stride, width,
+    rows, transform, targets, out,
+    n, vocab, vocab_per_split, token_tiles, num_splits, group_n, META: tl.constexpr,
+):  # fmt: skip
     """out[split] = m, l, s, target logit: m = max z, l = sum e^(z - m), s = sum e^(z - m) (z - m)."""
-    n, vocab = sizes.n, sizes.vocab
-    tile, split = grouped_order(sizes.token_tiles, sizes.num_splits, sizes.group_n)
+    head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    tile, split = grouped_order(token_tiles, num_splits, group_n)
     BLOCK_N: tl.constexpr = META.BLOCK_N
     token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     x = hidden_rows(head, rows, token, n)
@@ -102,8 +107,8 @@ def head_stats_kernel(head, rows, transform, targets, out, sizes, META: tl.const
     zeros = tl.zeros((BLOCK_N,), tl.float32)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     l, s, target_z = zeros, zeros, zeros  # noqa: E741
-    first = split * sizes.vocab_per_split
-    stop = tl.minimum(first + sizes.vocab_per_split, vocab)
+    first = split * vocab_per_split
+    stop = tl.minimum(first + vocab_per_split, vocab)
     for first_id in tl.range(first, stop, META.BLOCK_V, flatten=META.FLATTEN):
         vocab_ids = first_id + tl.arange(0, META.BLOCK_V)
         z = head_logits(x, head, vocab_ids, vocab, transform, temperature, META)
@@ -136,8 +141,19 @@ def sum_tile(z, m, GUARD: tl.constexpr):
     return tl.sum(e, 1), tl.sum(e * centred, 1)
 
 
-def _logit_grad_writer(x: Projection, per_token: list[Tensor | None]) -> Write:
-    """What fills dZ of these tokens, given their target, lse, scale = d_lse - d_logp, d_logp, entropy and d_entropy."""
+class PerToken(NamedTuple):
+    """What the gradient of the logits takes per token, [n]; lse, scale and d_logp are never None."""
+
+    targets: Tensor | None
+    lse: Tensor | None
+    scale: Tensor | None  # d_lse - d_logp
+    d_logp: Tensor | None
+    entropy: Tensor | None
+    d_entropy: Tensor | None
+
+
+def _logit_grad_writer(x: Projection, per_token: PerToken) -> Write:
+    """What fills dZ of these tokens."""
     head = launch.Head.of(x)
     config = launch.config_of("logprob_grad", x, head)
     kernel, transform = launch.variant(logprob_grad_kernel, head), launch.transform(x, head)
@@ -145,33 +161,36 @@ def _logit_grad_writer(x: Projection, per_token: list[Tensor | None]) -> Write:
     def write(first_id: int, out: Tensor) -> None:
         sizes = launch.chunk_sizes(x, first_id, out.shape[1], config, head)
         kernel[sizes.grid](
-            head.arguments, x.rows, transform, *per_token, out, out.stride(0), sizes,
-            META=launch.meta(config, sizes.chunk, head), **launch.options(config),
+            **head.places(), rows=x.rows, transform=transform, per_token=per_token, out=out, out_stride=out.stride(0),
+            **sizes._asdict(), META=launch.meta(config, sizes.chunk, head), **launch.options(config),
         )  # fmt: skip
 
     return write
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=launch.SIZES)
 def logprob_grad_kernel(
-    head, rows, transform, targets, lse, scale, d_logp, entropy, d_entropy, out, out_stride, sizes, META: tl.constexpr
+    hidden, hidden_stride, weight, weight_stride, width,
+    rows, transform, per_token, out, out_stride,
+    n, vocab, first_id, chunk, token_tiles, vocab_tiles, group_n, META: tl.constexpr,
 ):  # fmt: skip
     """p (scale - d_entropy (ln p + entropy)), and d_logp more at the target."""
-    n, vocab = sizes.n, sizes.vocab
-    tile, block = grouped_order(sizes.token_tiles, sizes.vocab_tiles, sizes.group_n)
+    head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    tile, block = grouped_order(token_tiles, vocab_tiles, group_n)
     token, column = tile * META.BLOCK_N + tl.arange(0, META.BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
-    vocab_ids, first_id = sizes.first_id + column, sizes.first_id + block * META.BLOCK_V
+    vocab_ids, tile_first_id = first_id + column, first_id + block * META.BLOCK_V
     temperature = load_temperature(transform, token, n)
     x = hidden_rows(head, rows, token, n)
     z = head_logits(x, head, vocab_ids, vocab, transform, temperature, META)
-    log_p = z - load_column(lse, token, n)
+    log_p = z - load_column(per_token.lse, token, n)
     log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)  # not a maximum, which would lose a NaN
-    slope = load_column(scale, token, n)
-    if d_entropy is not None:
-        slope = slope - load_column(d_entropy, token, n) * (log_p + load_column(entropy, token, n))
+    slope = load_column(per_token.scale, token, n)
+    if per_token.d_entropy is not None:
+        d_entropy, entropy = load_column(per_token.d_entropy, token, n), load_column(per_token.entropy, token, n)
+        slope = slope - d_entropy * (log_p + entropy)
     dz = exp_ftz(log_p) * slope
-    target = tl.load(targets + token, mask=token < n, other=-1)
-    if any_target(target, first_id, META.BLOCK_V):
-        dz = tl.where(vocab_ids[None, :] == target[:, None], dz + load_column(d_logp, token, n), dz)
+    target = tl.load(per_token.targets + token, mask=token < n, other=-1)
+    if any_target(target, tile_first_id, META.BLOCK_V):
+        dz = tl.where(vocab_ids[None, :] == target[:, None], dz + load_column(per_token.d_logp, token, n), dz)
     dz = transform_backward(dz, z, transform.softcap, temperature)
-    store_logit_grad(out, out_stride, dz, token, column, n, sizes.chunk, META.DIVISIBLE_V)
+    store_logit_grad(out, out_stride, dz, token, column, n, chunk, META.DIVISIBLE_V)

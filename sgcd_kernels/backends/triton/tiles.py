@@ -1,8 +1,10 @@
 """What the kernels share: making the logits of one tile, and the functions that Triton's language lacks.
 
 A tile is BLOCK_N tokens by BLOCK_V vocab ids, made in steps of BLOCK_H columns. Kernels take the tuples of arguments
-that `launch` defines: `HeadArguments`, `Transform`, sizes, and the compile-time constants `Meta`.
+that `launch` defines: `Transform` and `Meta`, the compile-time constants.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,6 +13,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 MIN_EXPONENT = tl.constexpr(-1e4)  # e^MIN_EXPONENT is 0, and 0 times it is 0 where 0 times -inf would be NaN
+
+
+class HeadPlaces(NamedTuple):
+    """Where the rows of a head's operands lie; `launch.variant` decides whether kernels know what divides this."""
+
+    hidden: Any  # pointer to [N, H]
+    hidden_stride: Any
+    weight: Any  # pointer to [V, H]
+    weight_stride: Any
+    width: Any  # H
 
 
 @triton.jit

@@ -11,7 +11,6 @@ the rest would leave only rounding beside an id of probability 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from sgcd_kernels.backends.triton import launch
 from sgcd_kernels.backends.triton.configs import Config
-from sgcd_kernels.backends.triton.launch import Head, ceil_div
-from sgcd_kernels.backends.triton.tiles import hidden_rows, pair_logits
+from sgcd_kernels.backends.triton.launch import EntrySizes, Head, ceil_div
+from sgcd_kernels.backends.triton.tiles import HeadPlaces, hidden_rows, pair_logits
 from sgcd_kernels.core.lm_head import Projection, max_over, shard_range, sum_over
 from sgcd_kernels.core.statistics import HeadStats, PairStats, TeacherTopK
 
@@ -121,8 +120,7 @@ def _absent(mine: Tensor, chosen: Tensor) -> Tensor:  # [n, k], [n, K] -> [n, k]
     return chosen.gather(1, at) != mine
 
 
-@dataclass(frozen=True)
-class _Blocks:
+class Blocks(NamedTuple):
     """Entries (token, slot) sorted by tile and cut into blocks that are all of one tile; nothing waits for the GPU."""
 
     order: Tensor  # [entries]
@@ -131,23 +129,14 @@ class _Blocks:
     stop: Tensor  # [tiles]
 
 
-def _blocks(tiles: Tensor, size: int, num_tiles: int) -> _Blocks:  # [entries]
+def _blocks(tiles: Tensor, size: int, num_tiles: int) -> Blocks:  # [entries]
     by_tile, order = tiles.sort(stable=True)
     edges = torch.searchsorted(by_tile, torch.arange(num_tiles + 1, device=tiles.device))
     upto = ((edges.diff() + size - 1) // size).cumsum(0)
     block = torch.arange(num_tiles + tiles.numel() // size, device=tiles.device)  # as many as there can be
     tile = torch.searchsorted(upto, block, right=True)
     before = torch.cat([upto.new_zeros(1), upto])[tile]
-    return _Blocks(order, tile, edges[tile] + (block - before) * size, edges[1:].contiguous())
-
-
-class EntrySizes(NamedTuple):
-    """Of `chosen_logits_kernel`, whose programs are blocks of entries."""
-
-    n: int
-    vocab: int
-    entries: int
-    slots: int  # entries per token
+    return Blocks(order, tile, edges[tile] + (block - before) * size, edges[1:].contiguous())
 
 
 def _tile_logits(
@@ -164,30 +153,33 @@ def _tile_logits(
     blocks = _blocks(torch.where(present, tiles, num_tiles).flatten(), config.block_n, num_tiles)
     out = student.hidden.new_empty((2, sizes.entries, config.block_v), dtype=torch.float32)
     launch.variant(chosen_logits_kernel, head, other)[(blocks.tile.numel(),)](
-        head.arguments, other.arguments, student.rows, launch.transform(student, head, other),
-        blocks.order, blocks.tile, blocks.start, blocks.stop, out, sizes,
+        **launch.pair_places(head, other), rows=student.rows, transform=launch.transform(student, head, other),
+        blocks=blocks, out=out, **sizes._asdict(),
         META=launch.meta(config, sizes.vocab, head, other)._replace(STACKED=False), **launch.options(config),
     )  # fmt: skip
     z_p, z_q = out.view(2, sizes.n, -1).unbind(0)
     return z_p, z_q
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=launch.SIZES)
 def chosen_logits_kernel(
-    student, teacher, rows, transform, order, block_tile, block_start, tile_stop, out, sizes, META: tl.constexpr
+    hidden, hidden_stride, weight, weight_stride, width,
+    teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width,
+    rows, transform, blocks, out, n, vocab, entries, slots, META: tl.constexpr,
 ):  # fmt: skip
-    """out[2, entries, BLOCK_V] of student and teacher; entry = token * slots + slot, sorted by their tiles in `order`.
+    """out[2, entries, BLOCK_V] of student and teacher; entry = token * slots + slot, sorted by tiles in `blocks.order`.
 
-    A program takes BLOCK_N entries of tile block_tile, from block_start on; those from tile_stop on are another tile's.
+    A program takes BLOCK_N entries of one tile, from its block's start on; those from the tile's stop on are another's.
     """
-    n, vocab = sizes.n, sizes.vocab
+    student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
     block = tl.program_id(0)
-    tile = tl.load(block_tile + block)
+    tile = tl.load(blocks.tile + block)
     if tile * META.BLOCK_V < vocab:  # else there are fewer blocks than programs
-        place = tl.load(block_start + block) + tl.arange(0, META.BLOCK_N)
-        mine = place < tl.load(tile_stop + tile)
-        entry = tl.load(order + place, mask=mine, other=0)
-        token = entry // sizes.slots
+        place = tl.load(blocks.start + block) + tl.arange(0, META.BLOCK_N)
+        mine = place < tl.load(blocks.stop + tile)
+        entry = tl.load(blocks.order + place, mask=mine, other=0)
+        token = entry // slots
         temperature = None
         if transform.temperature is not None:
             temperature = tl.load(transform.temperature + token)
@@ -196,4 +188,4 @@ def chosen_logits_kernel(
         z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)
         at = out + entry[:, None] * META.BLOCK_V + tl.arange(0, META.BLOCK_V)[None, :]
         tl.store(at, z_p, mask=mine[:, None])
-        tl.store(at + sizes.entries * META.BLOCK_V, z_q, mask=mine[:, None])
+        tl.store(at + entries * META.BLOCK_V, z_q, mask=mine[:, None])

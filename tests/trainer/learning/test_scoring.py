@@ -15,13 +15,12 @@ from trainer.config import EnvConfig
 from trainer.data import Group, Sampling, Scored
 from trainer.engines.hf import HFEngine
 from trainer.learning.model import head, hidden_states
-from trainer.learning.packing import LossTokens, forward, microbatches
-from trainer.learning.scoring import Scorer, prepare_samples
+from trainer.learning.packing import forward, microbatches
+from trainer.learning.scoring import Sample, Scorer, prepare_samples
 from trainer.learning.update import group_advantages
 from trainer.references.teacher_context import teacher_prompt
 from trainer.rollout.episode import RolloutSetup
 from trainer.rollout.siblings import run_group
-from trainer.stage_clock import Clock
 
 RENDERER = toy.renderer()
 REFERENCE = "say w7 even w3 at poke"
@@ -42,10 +41,12 @@ def groups(model: Any, n: int = 4, tasks: int = 2) -> list[Group]:
 
 def score(model: Any, made: list[Group], config: CreditConfig = SHARP, temperature: float = 1.0) -> list[Scored]:
     samples = prepare_samples(made, group_advantages(made, scale=True), toy.ParitySuite(), RENDERER)
-    rollouts = [p.rollout for p in samples]
-    student = forward(model, [r.prompt_ids for r in rollouts], rollouts, RENDERER.pad_id)
-    tokens = LossTokens.of(rollouts, torch.device("cpu"))
-    return Scorer(model, RENDERER.pad_id, temperature, config, Clock()).score(samples, tokens, student).scored
+    return score_samples(Scorer(model, RENDERER.pad_id, temperature, config), samples)
+
+
+def score_samples(scorer: Scorer, samples: list[Sample]) -> list[Scored]:
+    batch = scorer.forward(samples)
+    return batch.unpack(scorer.without_loss(batch, scorer.score(batch)))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -133,12 +134,8 @@ def test_identical_prompts_would_diverge_by_exactly_nothing(model: Any, made: li
     made[0].reference = REFERENCE
     samples = prepare_samples(made[:1], group_advantages(made[:1], True), toy.ParitySuite(), RENDERER)
     samples = [replace(p, teacher_prompt=p.rollout.prompt_ids) for p in samples]
-    rollouts = [p.rollout for p in samples]
-    student = forward(model, [r.prompt_ids for r in rollouts], rollouts, RENDERER.pad_id)
-    tokens = LossTokens.of(rollouts, torch.device("cpu"))
-    scores = Scorer(model, RENDERER.pad_id, 1.0, SHARP, Clock()).score(samples, tokens, student)
-    assert all(bool((s.divergence == 0).all()) for s in scores.scored)
-    assert bool((scores.weights == 1).all())
+    scored = score_samples(Scorer(model, RENDERER.pad_id, 1.0, SHARP), samples)
+    assert all(bool((s.divergence == 0).all() and (s.weights == 1).all()) for s in scored)
 
 
 def test_the_reference_never_reaches_the_student(made: list[Group]) -> None:
