@@ -78,7 +78,7 @@ TEACHERS = (  # with a weight that is not the student's
     Mix("bf16", "bf16", "bf16", "fp16", "fp16", "fp16"),
 )
 PLAIN, UNEVEN, OPTIONS, OTHER = "plain", "uneven", "options", "options, not JSD"
-# (dtypes, kind of call, whether rows are unaligned). An uneven call has masked tokens, a gradient of the entropy, and a V
+# (dtypes, kind of call, whether rows are unaligned). An uneven call has masked tokens, a gradient of the entropy, and V
 # and H that no tile size divides. A call with options has all that and bias, softcap, temperature, the top K, and a JSD
 # or its gradient; with OTHER, TV or the gradient of a KL instead. Calls with a subset of these are not compiled.
 WAYS: tuple[tuple[Mix, str, bool], ...] = (
