@@ -1,7 +1,7 @@
 """The commands train, eval, view and check.
 
-An error that is no bug is one line on stderr and exit code 2; Ctrl-C is one line and 130; a bug shows its traceback.
-torch and transformers are imported only when the arguments have been read, so that a slip is reported at once.
+A reported error is one line on stderr and exit code 2; Ctrl-C is one line and 130; a bug shows its traceback. torch and
+transformers are imported only after the arguments are parsed, so that a usage error is reported at once.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def is_checkpoint(source: Path) -> bool:
 def view(source: Path, overrides: Sequence[str]) -> int:
     from trainer.preflight import config_file
 
-    # A run's folder is enough: it is shown even if this version would refuse its config.
+    # The run's folder is enough: a run is shown even if this version would refuse its config.
     run_dir = source if source.is_dir() and not overrides else config_file.load(source, overrides).output_dir
     from trainer.records import view_page
 

@@ -1,4 +1,4 @@
-"""Running coroutines side by side."""
+"""Running coroutines concurrently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of, as typed fields. Names follow TRL where it has one; *R* marks what the paper leaves open."""
+"""The config of a run, as typed fields. Names follow TRL where possible; *R* marks choices that the paper leaves open."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
     attn_implementation: str = "sdpa"  # flash_attention_2: GPU only, with autocast
     use_liger_kernel: bool = False  # Liger's RMSNorm, SwiGLU and rotary kernels; GPU only
-    gradient_checkpointing: bool = False  # recompute each layer in the backward instead of keeping what it made
+    gradient_checkpointing: bool = False  # recompute each layer's activations in the backward pass
     lora: LoraConfig | None = None
     max_length: int = Field(1024, gt=0, le=2**20)  # prompt + response, tokens
     cpu_threads: int = Field(0, ge=0, le=1024)  # of torch; 0 leaves it to torch, 1 is fastest for a model of a few MB
@@ -83,7 +83,7 @@ class EngineConfig(Section):
 
 
 class WriterConfig(Section):
-    """Who writes the credit reference. An API key is read from the environment variable named here, never stored."""
+    """The writer of references. Its API key is read from the environment variable named here, and never stored."""
 
     name: Literal["contrast", "openai", "none", "wrong_task", "empty_shell"] = "contrast"
     base_url: str = "https://api.openai.com/v1"
@@ -120,7 +120,7 @@ Arm = Literal["grpo", "sgcd", "direct_sd"]
 
 
 class Config(Section):
-    """One run. `arm` chooses the credit signal and nothing else."""
+    """One run. `arm` selects the credit signal and nothing else."""
 
     arm: Arm = "sgcd"
     output_dir: Path = Path("runs/sgcd")
@@ -140,7 +140,7 @@ class Config(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_completion_length: int = Field(64, gt=0)  # tokens of one assistant turn
     dynamic_sample: bool = True  # keep sampling until groups_per_step groups are mixed
-    max_resample_times: int = Field(3, ge=0)  # R: then train on what is there
+    max_resample_times: int = Field(3, ge=0)  # R: then train on the mixed groups found
 
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"
@@ -149,7 +149,7 @@ class Config(Section):
     scale_rewards: bool = True  # divide the advantage by the group's standard deviation
     distill_kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # the direct_sd arm
     distill_beta: float = Field(0.5, gt=0, lt=1)
-    vllm_importance_sampling_correction: bool = True  # weigh a token by min(p_trainer / p_engine, clip_max)
+    vllm_importance_sampling_correction: bool = True  # weight a token by min(p_trainer / p_engine, clip_max)
     vllm_importance_sampling_clip_max: float = Field(2.0, gt=0)
 
     # optimiser

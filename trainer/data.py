@@ -1,7 +1,7 @@
 """The data that flows through one training step.
 
-Messages and tools are plain dicts in the OpenAI chat format. Tokens are what the engine sampled: text is never
-tokenised again, so `Rollout.ids` is exactly what is trained on.
+Messages and tools are plain dicts in the OpenAI chat format. Tokens are those that the engine sampled: text is never
+tokenised again, so that training uses exactly `Rollout.ids`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TaskClass = Literal["state_changing", "information", "transfer", "no_action"]
 
 
 class TokenClass(enum.IntEnum):
-    """What a generated token is for; a slice for metrics and the viewer, never a rule of the credit."""
+    """The role of a generated token. Only metrics and the viewer use it, never a credit rule."""
 
     FORMAT = 0  # turn and call markers, JSON punctuation
     REASONING = 1
@@ -107,7 +107,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout and what the scoring pass found for its tokens; names as in `sgcd_kernels`.
+    """A rollout and the statistics of its tokens from the scoring pass; names as in `sgcd_kernels`.
 
     Tensors are [T], aligned with `rollout.ids`; at observed tokens they hold anything and are not read.
     """

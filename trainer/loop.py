@@ -1,8 +1,8 @@
-"""A training run: one step is one straight line from tasks to new weights.
+"""A training run: `Run.take_step` goes in one straight line from tasks to new weights.
 
-A step that was interrupted never happened: what a step leaves behind (metrics, rollouts, weights) is written at its
-end, and a resumed run starts from the newest checkpoint with the records cut back to it. The checkpoint is written
-before the evaluation, which is long and may fail, and holds the step's metrics: a resumed run evaluates and logs them.
+An interrupted step leaves nothing behind: its results (metrics, rollouts, weights) are written at its end, and a
+resumed run starts from the newest checkpoint with the records cut back to it. The checkpoint is written before the
+evaluation, which is long and may fail, and holds the step's metrics: a resumed run evaluates and logs them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stop
 
 
 def train(config: Config) -> None:
-    """Train as `config` says, from the newest checkpoint of `output_dir` if there is one."""
+    """Train by `config`, from the newest checkpoint of `output_dir` if there is one."""
     asyncio.run(Run.open(config).train())
 
 
@@ -65,7 +65,7 @@ class Run:
 
     @staticmethod
     def open(config: Config) -> Run:
-        """Load what the config names, and the state of the newest checkpoint."""
+        """Load the model, environment and engine of the config, and the newest checkpoint's state."""
         torch.manual_seed(config.seed)
         if config.top_p < 1:
             raise UserError(f"top_p: got {config.top_p:g}, training needs 1: a cut distribution biases the gradient")
@@ -116,7 +116,7 @@ class Run:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # from now on, records without it are an accident
 
     async def train(self) -> None:
-        """Take the steps that are left."""
+        """Run the remaining steps."""
         config = self.config
         with MetricLogger(
             config.output_dir,
@@ -144,7 +144,7 @@ class Run:
     async def take_step(self, logger: MetricLogger) -> dict[str, float]:
         """Tasks, siblings, reference, credit, update, new weights, reports.
 
-        What stops it before the update leaves a checkpoint of the state that the step started from.
+        If it is stopped before the update, a checkpoint of the state at its start is left.
         """
         clock = Clock()
         guard = StepGuard(self.order, self.engine.generator, lambda: self.keep_checkpoint({}, logger))
@@ -187,14 +187,14 @@ class Run:
         return replace(batch, too_long=len(sample.too_long))
 
     async def write_references(self, groups: list[Group], clock: Clock) -> None:
-        """Let the writer fill in the references, where the arm uses them."""
+        """Let the writer fill in the references, if the arm uses them."""
         if self.config.arm != "grpo":
             with clock("reference"):
                 await self.writer.write(groups)
 
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:
-        """Let the engine give its memory to the update, where the config says so."""
+        """Free the engine's memory for the update, if configured."""
         if not self.config.engine.vllm_enable_sleep_mode:
             yield
             return
@@ -212,7 +212,7 @@ class Run:
             )
 
     def write_rollouts(self, groups: list[Group], scored: list[list[Scored]], clock: Clock) -> None:
-        """Write the step's siblings, token by token, where the config says so."""
+        """Write the step's siblings, token by token, if the config asks for it."""
         config, step = self.config, self.step
         with clock("report"):
             if config.trace_steps and (step == 1 or _due(step, config.trace_steps, config.max_steps)):
@@ -227,7 +227,7 @@ class Run:
         logger.log(self.step, metrics)
 
     async def evaluate(self, logger: MetricLogger, clock: Clock) -> dict[str, float]:
-        """Success on the evaluation split. Caches are dropped afterwards: a step must not depend on it."""
+        """Evaluate on the evaluation split. Caches are dropped afterwards: steps must not depend on it."""
         split = self.config.env.eval_split
         with clock("eval"), logger.track(f"evaluate {split}", self.suite.splits[split]) as advance:
             result = await evaluate.evaluate(self.engine, self.suite, self.renderer, self.config, advance=advance)
@@ -235,7 +235,7 @@ class Run:
         return result.metrics
 
     def keep_checkpoint(self, metrics: dict[str, float], logger: MetricLogger) -> None:
-        """Write a checkpoint of the finished steps and of what the writer has spent, unless there is one."""
+        """Write a checkpoint of the finished steps and of the tokens that the writer spent, unless there is one."""
         state = self.step, self.writer.state_dict()
         if self.step and state != self.saved:
             logger.note(f"checkpoint: {self.save(metrics)}")

@@ -1,4 +1,4 @@
-"""Where the time of a step goes. Stages may nest; each is charged only for what no inner stage took."""
+"""Time per stage of a step. Stages may nest; each is charged without its inner stages."""
 
 from __future__ import annotations
 

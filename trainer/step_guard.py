@@ -1,4 +1,4 @@
-"""What makes a step that was stopped before its update one that never happened."""
+"""Undoes a step that was stopped before its update."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ STOPS = (ReportedError, asyncio.CancelledError, KeyboardInterrupt)  # what stops
 
 
 class StepGuard:
-    """Remembers where a step starts. If what runs inside is stopped, goes back there and leaves a checkpoint of it.
+    """Restores the state at the start of a step, and writes a checkpoint of it, if the step is stopped inside.
 
-    Enter it only while the weights are those that the step started from; it may be entered several times.
+    Enter it only before the step's update; it may be entered several times.
     """
 
     def __init__(self, order: TaskOrder, generator: torch.Generator, keep_checkpoint: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Renderers: how messages become tokens for a family of models."""
+"""Renderers: from messages to tokens, for each family of models."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The tiny policy's language: one word, one token, no JSON.
+"""The tiny policy's format: every word is one token, and there is no JSON.
 
     <ref> steps mail_find ... <end> <user> pay the invoice of dana <end> <assistant>
     ok <call> mail_find sender dana <end> <tool> subject invoice amount 42 <end> <assistant> done <end>
 
-Tool schemas are not shown: the tiny policy knows its tools from the warm start. A reference comes before the user's
-words, so every later token is the same for teacher and student.
+Tool schemas are not shown: the tiny policy knows its tools from the warm start. A reference comes before the user
+message, so every later token is the same for teacher and student.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class CompactRenderer:
 
 
 def _malformed(segment: list[str]) -> str:
-    """Say what is wrong with a call's words, or nothing."""
+    """The error of a malformed call, or "" for a well-formed one."""
     if not segment:
         return "call without a tool name"
     if len(segment) % 2 == 0:

@@ -23,7 +23,7 @@ from trainer.chat.syntax import TAGGED, Found
 
 FUNCTION = re.compile(r"<function=([^>\n]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\n]*)>\n?(.*?)\n?</parameter>", re.DOTALL)
-CONSTANTS = {"True": True, "False": False, "None": None}  # what the template makes of JSON's own
+CONSTANTS = {"True": True, "False": False, "None": None}  # the template's spelling of JSON constants
 
 
 class Functions:
@@ -70,7 +70,7 @@ class Functions:
             value = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return text
-        return text if isinstance(value, str) else value  # a text in quotes is a text with quotes
+        return text if isinstance(value, str) else value  # quotes around a text are part of it
 
 
 def _types(schema: Any) -> set[str]:

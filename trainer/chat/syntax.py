@@ -31,7 +31,7 @@ _PYTHON_NAME = re.compile(r"(?<![\w.\"'])([A-Za-z_]\w*)[ \t]*\(")
 
 @dataclass
 class Found:
-    """What a text holds: the words outside the calls, the calls, what is wrong, and where everything is."""
+    """The parsed parts of a text: the text outside the calls, the calls, the first error, and all their spans."""
 
     words: str
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -137,7 +137,7 @@ def _python_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if None in names or len(set(names)) != len(names):
         raise ValueError(f"{node.func.id} needs each argument once, by name")
     arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    _json(arguments)  # what JSON cannot hold (bytes, sets, complex numbers) is no argument
+    _json(arguments)  # arguments must be JSON values: no bytes, sets or complex numbers
     return node.func.id, arguments
 
 

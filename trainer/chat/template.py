@@ -1,8 +1,8 @@
 """The tokenizer's own chat template, for models of the ChatML family that were trained with one (Qwen2.5 to Qwen3.6).
 
-The first prompt is what `apply_chat_template` gives, token by token. After it nothing is rendered again: such templates
-drop the thoughts of earlier turns, and what was sampled would no longer be what is read. A turn stays as it was
-sampled, and an observation is the text that the template puts after a turn, cut out of a short conversation.
+The first prompt equals the output of `apply_chat_template`, token by token. After it nothing is rendered again: such
+templates drop the thoughts of earlier turns, so the policy would not read what it sampled. Turns keep their sampled
+tokens, and an observation is the text that the template puts after a turn, cut out of a short conversation.
 
 Text from outside is distinguished from the template's: a file that contains `<|im_end|>` ends no turn.
 """
@@ -20,8 +20,8 @@ from trainer.chat.syntax import Hermes
 from trainer.data import Message, Tool
 from trainer.errors import UserError
 
-MARK = "\U0010fffd"  # a character of no meaning, where a turn's words are
-STAND_INS = 0x100000  # and these stand for special tokens that a text from outside spells
+MARK = "\U0010fffd"  # an unassigned character in the place of a turn's text
+STAND_INS = 0x100000  # the first of those that replace special tokens spelled in text from outside
 USER: Message = {"role": "user", "content": "x"}
 PROBE: Tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 
@@ -46,10 +46,10 @@ class TemplateRenderer(ChatReader):
         self._stand_ins = {text: chr(STAND_INS + n) for n, text in enumerate(special)}
         self._learn_template()
 
-    # What kind of template it is
+    # Detecting the kind of template
 
     def _learn_template(self) -> None:
-        """Take the template's habits from short conversations."""
+        """Learn the template's format from short conversations."""
         if not self.tokenizer.chat_template:
             raise _unknown("there is none")
         call = {"type": "function", "function": {"name": "probe", "arguments": {"a": MARK}}}
@@ -83,7 +83,7 @@ class TemplateRenderer(ChatReader):
     def turn(self, message: Message) -> list[int]:
         """An assistant message as the policy would sample it, stop token included: for demonstrations."""
         before, whole = self._text_of([USER]), self._text_of([USER, message], opened=False)
-        assert whole.startswith(before), "the template opens a turn as it writes one"
+        assert whole.startswith(before), "the template does not open a turn as it writes one"
         return self._encode(whole[len(before) :].partition(END)[0] + END)
 
     def _after_turn(self, messages: list[Message]) -> str:

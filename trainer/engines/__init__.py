@@ -1,4 +1,4 @@
-"""Engines give token ids that they sample from the policy. Each is imported only when it is asked for."""
+"""Engines sample token ids from the policy. Each is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def make(config: Config, model: Any, renderer: Renderer) -> Engine:
-    """The engine that samples from `model`: `hf` where a plain cache of keys and values is all the state there is."""
+    """The engine that samples from `model`; for `hf`, `padded` if layers keep more state than a key-value cache."""
     if config.engine.name == "vllm":
         from trainer.engines import vllm_launch
 

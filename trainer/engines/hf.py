@@ -1,17 +1,17 @@
 """The `hf` engine: continuous batching over a transformers causal LM, inside the trainer's process.
 
-Episodes are plain coroutines that await `generate`. One background task runs a *tick* after another while anybody
-waits; a tick is one forward of one token for every active row. Rows differ in length and start and stop on their own,
-so nobody waits for a batch to end. What makes multi-turn episodes cheap:
+Episodes are coroutines that await `generate`. One background task runs a *tick* after another while requests wait; a
+tick is one forward of one token for every active row. Rows differ in length and start and stop independently, so no
+request waits for a batch to end. Multi-turn episodes are cheap because:
 
-- A row keeps its cache after a turn. The next turn's prompt extends it, so only the observation is new.
-- Siblings ask for one prompt; it is prefilled once and its cache copied. Other tasks share at least the tools' text:
+- A row keeps its cache after a turn. The next turn's prompt extends it, so only the observation is prefilled.
+- Siblings have the same prompt; it is prefilled once and its cache copied. Other tasks share at least the tools' text:
   the longest prefix that any row holds is copied too.
-- A long stretch of unread tokens is prefilled in one padded forward; a short one rides along with the decoding rows,
-  one token a tick, which costs no padding and no extra forward.
+- Many unread tokens are prefilled in one padded forward; a few are read along with the decoding rows, one token per
+  tick, which needs neither padding nor another forward.
 
-The engine shares the trainer's module, so new weights need no transfer: `load_weights` forgets what was cached under
-the old ones. With environments that answer in the same order each time, one seed gives the same bits each time.
+The engine shares the trainer's module, so new weights need no transfer: `load_weights` drops the caches of the old
+ones. If environments answer in the same order each time, the same seed gives the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.engines.kv_cache import SlotCache
 from trainer.engines.token_sampling import sample
 from trainer.learning.model import head, layer_kinds
 
-PREFILL_FROM = 16  # unread tokens from which a forward of their own is made (measured: 4 costs 4 % more, 64 17 %)
+PREFILL_FROM = 16  # least unread tokens for a separate prefill (measured: 4 takes 4 % more time, 64 takes 17 %)
 SHARE_FROM = 16  # a shared prefix shorter than this is not worth a copy
 PREFILL_CELLS = 8_000_000  # bound on rows * tokens * width of one prefill: its attention mask has that many cells
 
@@ -44,7 +44,7 @@ class _Request:
 
 @dataclass
 class _Row:
-    """What the host knows of a slot; lengths and tokens are in tensors."""
+    """The host's record of a slot; its lengths and tokens are in tensors."""
 
     request: _Request | None = None
     history: list[int] = field(default_factory=list)  # an idle row's tokens; all but the last are cached
@@ -59,7 +59,7 @@ class HFEngine:
         slots: rows of the cache.
         stop_ids: tokens that end a turn.
         max_length: the most tokens a row may hold; a completion that reaches it finishes with "length".
-        seed: of `generator`, which samples; its state is all that a checkpoint needs, for caches are only a saving.
+        seed: of `generator`, which samples. A checkpoint needs only its state: caches affect speed alone.
 
     Raises:
         ValueError: the model keeps state that is not a plain key-value cache; the `padded` engine is for it.
@@ -78,7 +78,7 @@ class HFEngine:
         self.fed_tokens = self.sampled_tokens = self.prefilled_tokens = self.ticks = 0
         self._waiting: deque[_Request] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._returning = 0  # callers who got a turn and may come back with the next
+        self._returning = 0  # callers that got a turn and may ask for the next one
         self._reset()
 
     # -- the engine protocol ------------------------------------------------------------------------------------------
@@ -101,24 +101,24 @@ class HFEngine:
             raise
 
     def load_weights(self, model: Any) -> None:
-        """Use `model` from now on. The keys and values of the old weights are forgotten: they would be wrong."""
+        """Use `model` from now on, and drop the keys and values of the old weights."""
         if any(row.request for row in self._rows):
             raise RuntimeError("load_weights while rollouts are running: their caches would mix two policies")
         self.model = model
         self._reset()
 
     def sleep(self) -> None:
-        """Give the cache's memory back until the next request."""
+        """Free the cache's memory until the next request."""
         self._reset()
         self.cache.drop()
 
     def wake(self) -> None:
-        """Nothing to do: memory is taken when it is first needed."""
+        """Nothing to do: memory is allocated on use."""
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        """Tick while anybody waits. Whatever goes wrong reaches every caller: none may hang."""
+        """Tick while requests wait. Any error is raised in every caller, so that none hangs."""
         try:
             while True:
                 await self._settle()
@@ -137,7 +137,7 @@ class HFEngine:
                 raise
 
     async def _settle(self) -> None:
-        """Let callers run: those whose turn just ended should be back with their next one before the tick starts."""
+        """Let callers run, so that those whose turn just ended can request the next one before the tick."""
         await asyncio.sleep(0)
         for _ in range(8):
             if self._returning <= 0:
@@ -171,10 +171,10 @@ class HFEngine:
                 self.length[index] = 0
                 self.active[index] = False
 
-    # -- who gets which row -------------------------------------------------------------------------------------------
+    # -- assigning rows -----------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Give waiting requests rows: first the row that holds their past, else the one idle for longest."""
+        """Give waiting requests rows: the row that holds their earlier turns, else the one idle for longest."""
         if not self._waiting:
             return
         fresh, started = [], []
@@ -193,7 +193,7 @@ class HFEngine:
         self._compact()
 
     def _retained(self, prompt: list[int]) -> int | None:
-        """The idle row whose whole history begins `prompt`."""
+        """The idle row whose whole history is a prefix of `prompt`."""
         for index, row in enumerate(self._rows):
             size = len(row.history)
             if 0 < size < len(prompt) and prompt[size - 1] == row.history[-1] and prompt[:size] == row.history:
@@ -201,7 +201,7 @@ class HFEngine:
         return None
 
     def _place(self, requests: list[_Request], idle: list[int]) -> list[int]:
-        """Start new sequences. The first of identical prompts reads it; its siblings copy its cache."""
+        """Start new sequences. The first of identical prompts is prefilled; the others copy its cache."""
         siblings: dict[tuple[int, ...], list[tuple[int, _Request]]] = {}
         for index, request in zip(idle, requests):
             siblings.setdefault(tuple(request.prompt), []).append((index, request))
@@ -213,7 +213,7 @@ class HFEngine:
             self._start(index, request, cached)
             leaders.append(index)
             if len(leaders) == 1 < len(prompts) and _shared(*prompts[:2]) - cached >= SHARE_FROM:
-                self._prefill(leaders)  # at once, so that the others find the shared beginning
+                self._prefill(leaders)  # now, so that the others find the shared prefix
         self._prefill(leaders)
         for (leader, _), *others in siblings.values():
             if others:
@@ -224,7 +224,7 @@ class HFEngine:
         return leaders
 
     def _borrow(self, index: int, prompt: list[int]) -> int:
-        """Copy the longest beginning of `prompt` that any row holds into row `index`; give its length."""
+        """Copy the longest prefix of `prompt` that any row holds into row `index`; return its length."""
         wanted = torch.tensor(prompt[:-1], device=self.device)
         same = (self.tokens[:, : len(wanted)] == wanted).long().cumprod(1).sum(1)
         shared, source = torch.minimum(same, self.length).max(0)
@@ -235,7 +235,7 @@ class HFEngine:
         return int(shared)
 
     def _start(self, index: int, request: _Request, cached: int) -> None:
-        """Put `request` into a row whose first `cached` tokens are in the cache already."""
+        """Put `request` into a row whose first `cached` tokens are already in the cache."""
         size = len(request.prompt)
         self._rows[index] = _Row(request, used=self.ticks)
         self.tokens[index, cached:size] = torch.tensor(request.prompt[cached:], device=self.device)
@@ -247,7 +247,7 @@ class HFEngine:
         self.active[index] = True
 
     def _compact(self) -> None:
-        """Keep active rows in front, so that a tick works on a view of the cache and few idle rows are in it."""
+        """Move active rows to the front, so that a tick works on a view of the cache with few idle rows."""
         active = [i for i, row in enumerate(self._rows) if row.request]
         holes = (i for i, row in enumerate(self._rows) if not row.request)
         while active and len(active) < 0.75 * (active[-1] + 1):
@@ -332,7 +332,7 @@ class HFEngine:
             self._finish(int(ready[which]), bool(stopped[which]))
 
     def _finish(self, index: int, stopped: bool) -> None:
-        """Hand the turn to its caller; the row keeps its cache in case the caller comes back."""
+        """Return the turn to its caller; the row keeps its cache for a next turn."""
         row = self._rows[index]
         assert row.request is not None
         start, end = len(row.request.prompt), int(self.known[index])
@@ -346,5 +346,5 @@ class HFEngine:
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common beginning."""
+    """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,8 +1,8 @@
 """The key-value cache of the `hf` engine: one row per slot, each row at its own length.
 
-transformers' own caches advance every row by the same step, so rows of unequal length need left padding and a row that
-waits for its environment is dragged along. Here the engine says, before each forward, which rows take part and where
-each token goes; the cache writes there and hands back a view. No tensor is concatenated and no row is recomputed.
+transformers' caches advance every row by the same step, so rows of unequal length need left padding, and a row that
+waits for its environment takes part in every step. Here the engine states, before each forward, which rows take part
+and where each token goes; the cache writes there and returns a view. Nothing is concatenated or recomputed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Keys and values as [slots, kv_heads, capacity, head_dim] tensors, one pair a layer; capacity grows by doubling.
+    """Keys and values as [slots, kv_heads, capacity, head_dim] tensors, one pair per layer; capacity doubles to grow.
 
     A column at or beyond a row's length may hold anything (padding and idle rows write there too): no mask lets a query
     see it before the token that belongs there has been written.
     """
 
     def __init__(self, slots: int, max_length: int) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)  # no layer of theirs is ever made
+        super().__init__(layer_class_to_replicate=DynamicLayer)  # required, but never used
         self.slots = slots
         self.max_length = max_length
         self.capacity = min(max_length + 1, 256)
@@ -32,7 +32,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.width = 0
 
     def reserve(self, width: int) -> None:
-        """Make room for rows of `width` tokens, and one column more that takes the padding's overflow."""
+        """Make room for rows of `width` tokens, plus one column that padding is written to."""
         if width < self.capacity:
             return
         self.capacity = min(self.max_length + 1, max(2 * self.capacity, width + 1))
@@ -78,6 +78,6 @@ class SlotCache(Cache):  # type: ignore[misc]
             store[b, :, :width] = kept
 
     def drop(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.stores = []
         self.capacity = min(self.max_length + 1, 256)

@@ -1,10 +1,10 @@
 """The `padded` engine: whole turns in left-padded batches, with the cache that transformers makes for the model.
 
 For models that the slots of `hf` cannot hold: layers with a recurrent state (the gated delta net of Qwen3.5) or a
-sliding window, and attention kernels that take no mask of ours (flash-attn). A recurrent state is the sum of all that
-was read, so it can neither be cut back to a shared beginning nor step over another row's tokens: every turn starts from
-an empty cache, and padding is on the left, where the model's own mask keeps it out of every state. Correct and plain:
-the context is read again each turn, once for all siblings that share it, and a batch lasts as long as its longest turn.
+sliding window, and attention kernels that take no custom mask (flash-attn). A recurrent state sums up all tokens read,
+so it can neither be cut back to a shared prefix nor skip another row's tokens: every turn starts from an empty cache,
+and padding is on the left, where the model's mask keeps it out of every state. This is correct but simple: the context
+is prefilled again each turn, once for all siblings that share it, and a batch lasts as long as its longest turn.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class PaddedEngine:
         self.model = model
 
     def sleep(self) -> None:
-        """Nothing to give back: caches live as long as their batch."""
+        """Nothing to free: caches live as long as their batch."""
 
     def wake(self) -> None:
         """Nothing to do."""
 
     async def _run(self) -> None:
-        """Batch after batch while anybody waits. Whatever goes wrong reaches every caller: none may hang."""
+        """Run batch after batch while requests wait. Any error is raised in every caller, so that none hangs."""
         batch: list[_Turn] = []
         try:
             while True:
@@ -107,7 +107,7 @@ class PaddedEngine:
                 raise
 
     async def _settle(self) -> None:
-        """Let callers run until no more come: those whose turn just ended should be in the next batch."""
+        """Let callers run until no new requests come, so that those whose turn just ended join the next batch."""
         quiet, before = 0, -1
         while quiet < 8:
             await asyncio.sleep(0)

@@ -1,11 +1,11 @@
-"""Runs a command that must not outlive the process that started it, however that one ends.
+"""Runs a command that must not outlive its starting process, even if that is killed.
 
     python guard.py PARENT_PID COMMAND...
 
-SIGKILL leaves no time to stop a server, and the kernel's own remedy (PR_SET_PDEATHSIG) follows the *thread* that
-forked, and spares the command's children. So this small process stands between: it leads a process group of its own,
-looks whether PARENT_PID is still its parent, and in the end takes the whole group with it. It needs nothing but the
-standard library, and starts in milliseconds.
+A process killed by SIGKILL cannot stop its server, and the kernel's remedy (PR_SET_PDEATHSIG) follows the *thread* that
+forked, and spares the command's children. This small process in between leads a new process group, polls whether
+PARENT_PID is still its parent, and finally kills the whole group. It needs only the standard library, and starts in
+milliseconds.
 """
 
 from __future__ import annotations

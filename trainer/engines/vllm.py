@@ -1,14 +1,14 @@
 """The `vllm` engine: token ids to one or more vLLM servers over HTTP, and the policy's weights after each step.
 
-vLLM batches continuously, so every episode just awaits its own turn; servers are taken in turn. New weights are written
-as a Hugging Face folder that the servers can read, and each server reloads them, drops its prefix cache and says which
-weights it has; only then is it asked for tokens. Every completion names the weights that sampled it.
+vLLM batches continuously, so every episode simply awaits its turn; servers are used round robin. New weights are
+written as a Hugging Face folder that the servers can read. Each server reloads them, drops its prefix cache and reports
+which weights it has; only then does it get requests. Every completion names the weights that sampled it.
 
-What fails is never the policy's fault. A server that dies, errs, or hangs is left out, or started again if it is our
-own, and the request goes to the next one, with the same seed: it is the same draw, so trying again does not favour
-short answers. Where no server is there, the engine waits for one. Once that or the retries are spent the run stops
-(`EngineLost`), with a checkpoint. A request that is merely slow, while its server still gives tokens, drops its rollout
-after `timeout`, as a broken environment does.
+No failure counts against the policy. A server that dies, errs, or hangs is left out, or restarted if the run started
+it, and the request goes to the next one with the same seed: the draw is the same, so a retry does not favour short
+answers. If no server is reachable, the engine waits for one. When waiting or the retries run out, the run stops
+(`EngineLost`), with a checkpoint. A request that is only slow, while its server still produces tokens, drops its
+rollout after `timeout`, like a broken environment.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class VLLMEngine:
     Args:
         model: what is served: it is written to `folder` before the first request and after each `load_weights`.
         urls: servers, each started as `trainer.engines.vllm_launch.command` says.
-        launched: a server of our own, which is started again when it dies or hangs.
-        folder: where the weights go: a path at which the servers see the same files.
+        launched: a server started by the run, which is restarted when it dies or hangs.
+        folder: where the weights are written; the servers see the same files at this path.
         stop_ids: tokens that end a turn.
         max_length: the most tokens of prompt and completion; a completion that reaches it finishes with "length".
-        timeout: seconds of one request, of loading the weights, or of waiting while no server is there.
+        timeout: seconds of one request, of loading the weights, or of waiting while no server is reachable.
         max_retries: further tries of one request, each at the next server.
         pause: seconds before the first of them; it doubles from try to try.
         seed: of `generator`, which draws the seed of every request.
@@ -77,7 +77,7 @@ class VLLMEngine:
         self._run = uuid.uuid4().hex[:12]  # a label that no other run gives
         self._saves = self._running = self._turn = 0
         self._stale = True
-        self._alone = False  # no server was there when last looked for
+        self._alone = False  # no server was reachable at the last attempt
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- the engine protocol ------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class VLLMEngine:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     async def _publish(self) -> None:
-        """Give new weights to every server. One that does not acknowledge them is left out until the next time."""
+        """Load new weights into every server. One that does not acknowledge them is left out until the next update."""
         async with self._state():
             if not self._stale:
                 return
@@ -200,7 +200,7 @@ class VLLMEngine:
                 await asyncio.to_thread(server.process.stop)
 
     def _next(self) -> Server:
-        """The servers in turn, those that have the weights; any, if none has."""
+        """The next server, round robin, of those that have the weights; any server if none has."""
         ready = [s for s in self.servers if s.version == self.version] or self.servers
         self._turn += 1
         return ready[self._turn % len(ready)]
@@ -209,7 +209,7 @@ class VLLMEngine:
         return EngineLost(f"engine: {what}; {self.max_retries + 1} tries. {self.remedy}".strip())
 
     async def _wait(self, attempt: int) -> None:
-        """Pause before the next try, and on while no server is there: one that is restarted needs up to minutes."""
+        """Pause before the next try, and as long as no server is reachable: a restart takes up to minutes."""
         end, pause = time.monotonic() + self.timeout, self.pause * 2**attempt
         await asyncio.sleep(min(LONGEST_PAUSE, pause))
         while not any(await asyncio.gather(*(server.there(self._http) for server in self.servers))):
@@ -223,11 +223,11 @@ class VLLMEngine:
         self._alone = False
 
     def _state(self) -> asyncio.Lock:
-        """The lock of the event loop that is running; connections and locks do not outlive theirs."""
+        """The lock of the running event loop; connections and locks do not outlive their loop."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._lock = loop, asyncio.Lock()
-            # No proxy: the servers are the run's own. No limit: vLLM queues better than a client can.
+            # No proxy: the servers belong to the run. No connection limit: vLLM queues better than a client can.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits, timeout=None)
             for server in self.servers:

@@ -1,10 +1,10 @@
-"""The colocated `vllm` engine: vLLM inside the trainer's process, for a trainer that lives in vLLM's own environment.
+"""The colocated `vllm` engine: vLLM inside the trainer's process, which then runs in vLLM's Python environment.
 
-No HTTP, no second process, no file: prompts are token lists, and new weights are handed over as the tensors they are.
-vLLM's loop is ours: a background task takes one step after another while anybody waits, and lets the episodes run in
-between, so that those whose turn has ended are back with the next one before the following step.
+No HTTP, no second process, no files: prompts are token lists, and new weights are passed as tensors. A background task
+runs vLLM's steps one after another while requests wait, and lets the episodes run in between, so that those whose turn
+has ended can request the next one before the following step.
 
-What fails here fails in our own process, so there is nothing to try again: the run stops (`EngineLost`), with a
+A failure of vLLM is a failure of this process, so there are no retries: the run stops (`EngineLost`), with a
 checkpoint.
 """
 
@@ -122,7 +122,7 @@ class ColocatedEngine:
         )
 
     async def _run(self) -> None:
-        """Step while anybody waits. Whatever goes wrong reaches every caller: none may hang."""
+        """Step while requests wait. Any error is raised in every caller, so that none hangs."""
         try:
             while self._waiting:
                 finished = [output for output in self._vllm.step() if output.finished]

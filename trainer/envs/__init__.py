@@ -1,4 +1,4 @@
-"""Environments by name. Each is imported only when it is asked for."""
+"""Environments by name. Each is imported only when it is used."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How good a policy is: playing a split, unbiased estimates with intervals, the `eval` command."""
+"""Evaluation of a policy: playing a split, unbiased estimates with intervals, the `eval` command."""

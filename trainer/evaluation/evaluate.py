@@ -1,4 +1,4 @@
-"""How good a policy is on a split: tasks and scenarios solved, beside the score of doing nothing.
+"""Evaluates a policy on a split: tasks and scenarios solved, compared with the score of doing nothing.
 
 Names are `eval/<env>/<what>`; `trainer.evaluation.estimates` defines the figures.
 """

@@ -1,7 +1,7 @@
-"""From rollouts to the rectangles a model reads, and back to the tokens that carry a loss.
+"""From rollouts to padded model inputs, and from hidden states back to the tokens with a loss.
 
-A model's row is prompt + rollout, padded on the right. Student and teacher rows differ in the prompt only, so both give
-one hidden state for each generated token, in the same order: they are aligned by that order, never by position.
+An input row is prompt + rollout, padded on the right. Rows of student and teacher differ only in the prompt, so both
+give one hidden state per generated token, in the same order: they are aligned by that order, not by position.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trainer.learning.model import hidden_states
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The generated tokens of some rollouts, packed: what losses and credit are computed on."""
+    """The generated tokens of some rollouts, packed: the inputs of loss and credit."""
 
     rollouts: list[Rollout]
     targets: Tensor  # [N]
-    logprobs: Tensor  # [N] under the policy that sampled: the engine's
+    logprobs: Tensor  # [N] the engine's, under the policy that sampled
     turns: Tensor  # [N]
     cu_seqlens: Tensor  # [B + 1]
 

@@ -1,8 +1,8 @@
-"""The statistics of every generated token under student and teacher, and the weights that follow from them.
+"""The statistics of every generated token under student and teacher, and the weights computed from them.
 
 The teacher is the policy itself, reading the reference in its prompt; forward only. The student's hidden states come
-from the training forward, which runs in any case, so that scoring costs one teacher forward and two products with the
-head. Divergences are exact over the whole vocabulary and computed from hidden states, without materialised logits.
+from the training forward, which is needed anyway, so that scoring costs one teacher forward and two products with the
+head. Divergences are exact over the full vocabulary and computed from hidden states, without materialised logits.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from trainer.protocols import Renderer, Suite
 from trainer.references.teacher_context import literal_mask, teacher_prompt
 
 IGNORE_INDEX = -100  # no token of ours is ignored
-AT_OBSERVATIONS = {"weights": 1.0, "span_ids": -1}  # what observed tokens show; other fields are 0
+AT_OBSERVATIONS = {"weights": 1.0, "span_ids": -1}  # values at observed tokens; other fields are 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout with its advantage and what its teacher reads."""
+    """One rollout with its advantage and its teacher's prompt."""
 
     rollout: Rollout
     advantage: float
@@ -40,7 +40,7 @@ class Sample:
     masked_literals: list[bool]  # tokens that spell an answer: W = 1
 
     def generated_literals(self) -> list[bool]:
-        """Of each generated token, whether it spells an answer."""
+        """Per generated token, whether it spells an answer."""
         generated = self.rollout.generated
         return [masked for masked, own in zip(self.masked_literals or [False] * len(generated), generated) if own]
 
@@ -48,7 +48,7 @@ class Sample:
 def prepare_samples(
     groups: Sequence[Group], advantages: Sequence[float], suite: Suite, renderer: Renderer
 ) -> list[Sample]:
-    """Give every rollout of `groups` what its teacher reads. Groups without a reference get no teacher."""
+    """Give every rollout of `groups` its teacher's prompt. Groups without a reference get no teacher."""
     samples: list[Sample] = []
     for group in groups:
         literals = [*suite.answer_literals(group.task), *group.reference_info.get("literals", [])]
@@ -64,7 +64,7 @@ def prepare_samples(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rollouts of a step after the training forward, and their teacher's side of it."""
+    """Some rollouts of a step, with the hidden states of student and teacher."""
 
     samples: list[Sample]
     tokens: LossTokens
@@ -133,14 +133,14 @@ class Scorer:
             credit_mask=~torch.tensor(masked, dtype=torch.bool, device=batch.student.device),
             turn_ids=tokens.turns,
             config=replace(self.config, seed=self.config.seed + salt),
-            warn=False,  # a micro-batch may well have no spike; the step is judged as a whole
+            warn=False,  # one micro-batch may have no spikes; the step is checked as a whole
         )
         given = PolicyTokens(tokens.targets, batch.advantages(), cu_seqlens=tokens.cu_seqlens)
         return sgcd.score_and_weigh(batch.student, settings, given, inputs)
 
     @torch.no_grad()
     def without_loss(self, batch: MicroBatch, scored: sgcd.Scored | None) -> sgcd.SGCDTokens:
-        """The statistics of every token where no policy loss computes those of tokens without a teacher."""
+        """The statistics of every token if no policy loss computes those of tokens without a teacher."""
         targets, settings = batch.tokens.targets, self.settings()
         if scored is not None:
             targets = targets.masked_fill(scored.has_teacher, IGNORE_INDEX)

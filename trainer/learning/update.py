@@ -1,8 +1,8 @@
-"""One optimiser step: advantages, and for each micro-batch a training forward, its credit, and its share of the loss.
+"""One optimiser step: advantages, and for each micro-batch a training forward, its credit, and its part of the loss.
 
-The head is applied by `sgcd_kernels` to the hidden states of loss tokens only. Micro-batches are cut by the student's
-length alone and divided by the whole batch's token count, so that every arm sums the same terms in the same order: with
-W = 1 throughout, SGCD is GRPO bit by bit.
+`sgcd_kernels` applies the head to the hidden states of loss tokens only. Micro-batches are formed by the student's
+lengths only, and losses are divided by the whole batch's token count, so that every arm sums the same terms in the same
+order: if every W is 1, SGCD equals GRPO bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STD_EPSILON = 1e-4  # as in TRL
 
 
 def group_advantages(groups: Sequence[Group], scale: bool) -> list[float]:
-    """(r - mean) / (std + eps) within each group, rollout after rollout; without `scale` just r - mean."""
+    """(r - mean) / (std + eps) within each group, one per rollout; without `scale`, r - mean."""
     out = []
     for group in groups:
         rewards = [r.reward for r in group.rollouts]
@@ -82,9 +82,9 @@ class Learner:
         return Learner(config, model, renderer, suite, optimiser)
 
     def update(self, groups: Sequence[Group], step: int, clock: Clock) -> tuple[dict[str, float], list[list[Scored]]]:
-        """Take one step on `groups`; give metrics, and the scores of each rollout (nested as the groups are).
+        """Take one step on `groups`; return metrics, and the scores of each rollout (nested like the groups).
 
-        Without groups nothing moves, and both are empty.
+        Without groups the weights do not change, and both are empty.
 
         Raises:
             RuntimeError: a loss mask covers observed tokens.
@@ -137,7 +137,7 @@ class Learner:
     def _loss(
         self, scorer: Scorer, batch: MicroBatch, scored: sgcd.Scored | None, items: float
     ) -> tuple[Tensor, dict[str, Tensor], sgcd.SGCDTokens]:
-        """The micro-batch's part of the loss: the weighted policy loss, or distillation in its place.
+        """The micro-batch's part of the loss: the weighted policy loss, or distillation instead.
 
         The ratio is relative to the engine's log-probs, those of the policy that sampled: engine and trainer differ a
         little, and epsilon bounds the ratio. With the correction it is relative to the trainer's own log-probs, hence
@@ -173,7 +173,7 @@ class Learner:
         return distance / items
 
     def _importance(self, own: Tensor, sampled: Tensor) -> Tensor:  # [N]
-        """min(p_trainer / p_engine, C) of each token: what TRL calls token_truncate."""
+        """min(p_trainer / p_engine, C) per token: TRL's token_truncate."""
         return (own - sampled).exp().clamp(max=self.config.vllm_importance_sampling_clip_max)
 
     def _items(self, rollouts: Sequence[Rollout]) -> float:
@@ -186,7 +186,7 @@ class Learner:
         return float(sum(sum(r.generated) for r in rollouts))
 
     def _apply(self, rate: float) -> float:
-        """Clip, step, clear; give the gradient's norm before clipping. A norm that is not finite moves nothing."""
+        """Clip, step, clear; return the gradient's norm before clipping. If it is not finite, no step is taken."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))

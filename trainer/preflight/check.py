@@ -1,6 +1,7 @@
-"""The `check` command: tries the installation and a config before hours are spent on them, and says what the run needs.
+"""The `check` command: tests the installation and a config before hours are spent, and estimates what the run needs.
 
-Checks continue after a failure, so that all mistakes are reported at once; one that needs what failed is skipped.
+Checks continue after a failure, so that all mistakes are reported at once; a check that depends on a failed one is
+skipped.
 """
 
 from __future__ import annotations

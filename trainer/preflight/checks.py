@@ -1,6 +1,6 @@
-"""The checks: each tries one real thing, small, and returns a line that says what it found.
+"""The checks: each runs one small part of the real thing, and returns a line about what it found.
 
-A check raises a `UserError` that says what to do, or `Skipped` when it needs what an earlier one did not find.
+A check raises a `UserError` with the remedy, or `Skipped` if it depends on an earlier check that failed.
 """
 
 from __future__ import annotations

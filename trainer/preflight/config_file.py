@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a `Config`, and what a run directory remembers of it.
+"""From a YAML file and the command line to a `Config`, and the config kept in a run directory.
 
 Every mistake ends as one `UserError` that names the key and the remedy. What needs no model of the config (a missing
 file, broken YAML, a dangling override) is found before `trainer.config`, and with it torch, is imported.
@@ -60,10 +60,10 @@ def load(source: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """The same with defaults in the place of what is wrong, and a line for each mistake: for who wants to know more.
+    """The same with defaults in the place of invalid values, and a line for each mistake: for `check`.
 
     Raises:
-        UserError: what is wrong is not a single key, so that there is no config without it.
+        UserError: the mistake cannot be removed with single keys, so that there is no config without it.
     """
     from trainer.config import Config
 

@@ -1,8 +1,8 @@
-"""How much memory a run takes, by part, from its config and the model's config.json; docs/paper.md derives the parts.
+"""Estimates a run's memory, by part, from its config and the model's config.json; docs/paper.md derives the parts.
 
-No weights are read. Parameters are counted on the model itself, made without memory (PyTorch's meta device), and what
-autograd keeps of a forward is counted on the model's own layers, run on tensors that have a shape and no data, so
-that there is no table of architectures to keep up to date.
+No weights are read. Parameters are counted on the model, constructed on PyTorch's meta device, and the activations that
+autograd saves are counted by running the model's layers on tensors with a shape but no data. So there is no table of
+architectures to keep up to date.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LENGTHS = (128, 192, 256)  # tokens: a parabola through three points; several ch
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that autograd keeps of one part's forward over a row of t tokens: fixed + linear t + square t^2.
+    """Bytes that autograd saves in one part's forward over a row of t tokens: fixed + linear t + square t^2.
 
-    `fixed` are copies of weights in 16 bits (autocast); `square` is 0 unless the attention writes its matrix down.
+    `fixed` are copies of weights in 16 bits (autocast); `square` is 0 unless attention materialises its matrix.
     """
 
     fixed: float = 0.0
@@ -59,7 +59,7 @@ class Facts:
 
 
 def facts(config: Config) -> Facts:
-    """Read config.json in `model.path` and count what the model that it describes keeps.
+    """Read config.json in `model.path` and count the memory of the model that it describes.
 
     Raises:
         UserError: there is none, or transformers knows no such model.
@@ -234,7 +234,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the trainer's device holds, in bytes; `total` is the most at one moment, not the sum of all."""
+    """Memory of the trainer's device, in bytes; `total` is the peak, not the sum of all parts."""
 
     lasting: list[Part]  # through the whole run
     passing: list[Part]  # in a training forward and backward
@@ -244,7 +244,7 @@ class Memory:
 
 
 def memory(config: Config, model: Facts) -> Memory:
-    """The trainer's memory at its worst moment: a micro-batch of rows as long as they may be."""
+    """The trainer's peak memory: a micro-batch of rows of maximum length."""
     row = config.model.max_length
     rows = max(1, config.tokens_per_microbatch // row)
     tokens, count = rows * row, sum(model.layers.values())

@@ -1,4 +1,4 @@
-"""What the checks of `check` have found so far, for those that come later."""
+"""The results of the checks so far, for later checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Skipped(Exception):
 
 @dataclass
 class Probe:
-    """The config, and what has been found: None, or False, until a check has found it."""
+    """The config, and the results of checks: None or False until their check has passed."""
 
     config: Config
     facts: Facts | None = None  # of the model, from its config.json
@@ -31,7 +31,7 @@ class Probe:
     user_simulator: bool = False  # its endpoint answers, or the environment needs none
     suite: Suite | None = None
     engine: bool = False
-    warnings: list[str] = field(default_factory=list)  # of the check that runs: what is slow or odd, but no mistake
+    warnings: list[str] = field(default_factory=list)  # of the running check: slow or unusual, but not wrong
 
 
 def require(found: T | None, check: str) -> T:

@@ -1,7 +1,7 @@
-"""What a run needs: memory, disk, tokens of other language models, hours. docs/paper.md derives it.
+"""The costs of a run: memory, disk, tokens of other language models, hours. docs/paper.md derives them.
 
-The figures are upper bounds: every row is as long as it may be, and every step resamples as often as it may. Hours come
-only from steps that were measured.
+The figures are upper bounds: every row has the maximum length, and every step resamples the maximum number of times.
+Hours come only from measured steps.
 """
 
 from __future__ import annotations

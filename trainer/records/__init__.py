@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, metrics, rollouts, and the page that shows them."""
+"""Outputs of a run: checkpoints, metrics, rollouts, and the page that shows them."""

@@ -1,11 +1,11 @@
-"""Checkpoints: a Hugging Face folder plus the state of the run, such that an interrupted step never happened.
+"""Checkpoints: a Hugging Face folder plus the state of the run, from which an interrupted step is repeated exactly.
 
     output_dir/checkpoints/step_20/            config.json model.safetensors ... loads with `from_pretrained`
     output_dir/checkpoints/step_20/state/      state.pt (optimiser, generators, the loop's own data), manifest.json
 
-Everything is written into a folder beside, flushed to disk, and renamed; a folder named `step_N` is therefore complete
-or damaged from outside, and a kill at any moment leaves the newest complete one in place. A folder is removed the
-same way: renamed first, deleted after.
+Everything is written into a temporary folder, flushed to disk, and renamed. A folder named `step_N` is therefore
+complete unless something else damaged it, and a kill at any moment leaves the newest complete one in place. A folder is
+removed in the same way: renamed first, then deleted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the credit of a step falls. Pure functions from scored rollouts to flat dicts of floats; names are `area/what`.
+"""How a step's credit is distributed: pure functions from scored rollouts to flat dicts of floats, `area/what`.
 
-They answer the table of pitfalls in the documentation: does the credit sit on style tokens or at one position, is it
-inert or saturated. What `sgcd_loss` reports too has the same name here.
+They detect the pitfalls listed in the documentation: credit on style tokens, or at one position, or inert, or
+saturated. Metrics that `sgcd_loss` reports too have the same name here.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The references: who writes them, what a writer may read, and what the teacher reads."""
+"""References: their writers, the sanitiser of what a writer may read, and the teacher's prompts."""

@@ -1,4 +1,4 @@
-"""What the teacher reads, and which tokens are masked from credit.
+"""The teacher's prompt, and the mask of answer-bearing literals.
 
 The reference enters the first prompt only; every later token is appended as it was sampled, so student and teacher
 align by the index into `rollout.ids` and never by absolute position.

@@ -1,8 +1,8 @@
 """Sampling until enough groups are mixed.
 
-A group whose siblings all succeed or all fail has no advantage and teaches nothing. Dynamic sampling asks for more
-tasks until `groups_per_step` groups are mixed, at most `max_resample_times` times; then the step trains on what is
-there, and the metrics say so. Rounds are whole: a slow group counts as much as a quick one.
+A group whose siblings all succeed or all fail has advantage 0 and no gradient. Dynamic sampling takes more tasks until
+`groups_per_step` groups are mixed, for at most `max_resample_times` rounds; then the step trains on the mixed groups it
+has, and the metrics show it. A round is always completed, so that slow groups count as much as quick ones.
 """
 
 from __future__ import annotations

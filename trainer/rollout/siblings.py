@@ -1,4 +1,4 @@
-"""The siblings of a task, and how a run tells a broken episode from an environment that is gone."""
+"""Samples the siblings of a task, and distinguishes a broken episode from a lost environment."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GroupSampler:
 
 
 class EnvironmentMonitor:
-    """Notices when no rollout comes through, whatever the task: the environment is gone, not one episode broken."""
+    """Detects that every rollout breaks, whatever the task: then the environment is lost, not one episode broken."""
 
     def __init__(self, tasks: int) -> None:
         self._enough = min(2, tasks)  # one task alone may be what is broken

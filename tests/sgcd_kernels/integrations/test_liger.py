@@ -87,7 +87,7 @@ def test_a_ratio_a_sequence_where_there_are_as_many_tokens() -> None:
 
 
 def test_a_ratio_of_another_shape_is_refused() -> None:
-    message = r"vllm_is_ratio has shape \[7\], needs \[3\] or \[3, 1\] \(a sequence\) or \[3, 7\] \(a token\)"
+    message = r"vllm_is_ratio has shape \[7\], needs \[3\] or \[3, 1\] \(per sequence\) or \[3, 7\] \(per token\)"
     with pytest.raises(ValueError, match=message):
         LigerFusedLinearGRPOLoss(**NO_REFERENCE)(**inputs(), vllm_is_ratio=torch.ones(T))
 
