@@ -1,4 +1,4 @@
-"""The config of a run, as typed fields. Names follow TRL where possible; *R* marks choices that the paper leaves open."""
+"""The config of a run, as typed fields. Names follow TRL where possible; *R* marks choices the paper leaves open."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_the_short_table_shows_the_largest_case_of_each_op_and_the_worst_loss(tm
     assert text.count("| sgcd full |") == 1 and report.case_table(tmp_path).count("| sgcd full |") == 2
 
 
-def test_no_results_are_said() -> None:
+def test_missing_results_are_reported() -> None:
     empty = Path("/nowhere")
     tables = (report.short_table, report.case_table, report.full_table, report.cpp_table, report.training_table)
     assert [table(empty) for table in tables] == ["No results yet."] * len(tables)

@@ -20,7 +20,7 @@ def test_a_run_too_short_for_the_timer_is_repeated() -> None:
     assert timing.repeats_for(0.0, "cpu") == 10_000
 
 
-def test_slow_runs_get_fewer_samples_but_three_unless_one_alone_takes_long() -> None:
+def test_slow_runs_get_fewer_samples_but_at_least_three_unless_very_slow() -> None:
     assert timing.samples_for(0.01, 5) == 5
     assert timing.samples_for(2.0, 5) == 3
     assert timing.samples_for(timing.SLOW + 1, 5) == 1

@@ -61,7 +61,7 @@ def forward_and_backward(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_looks(masked: bool) -> None:
+def test_device_waits(masked: bool) -> None:
     c, device = case(20, 8, 70, torch.float32), DEVICES["triton"]
     y = c.y.clone()
     if masked:
@@ -84,7 +84,7 @@ def test_looks(masked: bool) -> None:
         assert forward_and_backward(call) == (2 + 4, 2), loss_type
 
 
-def test_looks_of_the_whole_step() -> None:
+def test_device_waits_of_the_whole_step() -> None:
     """As the scoring pass and the loss by themselves, at the targets once more, and for the warning of inert credit.
 
     With `reuse_lse` also for the number of tokens whose lse is not known. Where credit cannot act, only the loss runs.

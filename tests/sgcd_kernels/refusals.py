@@ -1,6 +1,6 @@
-"""Wrong calls of every public function, each in one argument or a pair, and what the library says to them.
+"""Wrong calls of every public function, each in one argument or a pair, and the errors that the library raises.
 
-    python -m tests.sgcd_kernels.refusals record   # writes refusals.json again, with what is said today
+    python -m tests.sgcd_kernels.refusals record   # writes refusals.json again, with the current messages
     python -m tests.sgcd_kernels.refusals list     # prints it, and the calls that are accepted
 
 A call is a public function's name and plain keyword arguments. `refusals.json` holds the type and message of the error
@@ -231,7 +231,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Arguments, list[str]]] = {
 def wrong_values(name: str, *, required: bool, brief: bool = False) -> Arguments:
     """Of the argument of that name; `brief` for functions that pass it on to another."""
     values = _wrong_values(name, required)
-    # On meta these two are not refused: an op's fake then runs, and what it gives is uninitialised memory.
+    # On meta these two are not refused: the op's fake runs, and returns uninitialised memory.
     undefined = ("on meta",) if name in ("advantages", "cu_seqlens") else ()
     return {what: value for what, value in values.items() if what not in undefined and (not brief or what in BRIEF)}
 
@@ -500,7 +500,7 @@ def refusal(call: Callable[[], Any]) -> str | None:
             warnings.simplefilter("ignore")
             call()
     except (ValueError, TypeError) as error:
-        # Addresses vary, and which private function an unknown or missing argument was missed by is nobody's matter.
+        # Addresses vary, and the name of the private function that misses an argument does not matter.
         message = re.sub(r"^[\w.]+\(\) ", "", re.sub(r"\b0x[0-9a-f]+", "0x...", str(error)))
         clear = "needs" in message or "argument" in message
         return f"{type(error).__name__}: {message}" if clear else UNCLEAR
@@ -510,7 +510,7 @@ def refusal(call: Callable[[], Any]) -> str | None:
 
 
 def cannot_run_here(name: str) -> str | None:
-    """Why a call would say something else on this machine: a backend is not there, or Triton is not interpreted."""
+    """Why the message of a call differs on this machine: a backend is missing, or Triton is not interpreted."""
     for backend in ("cpp", "triton"):
         if name.endswith(f"on {backend}"):
             if not (status := backend_status()[backend]).usable:

@@ -156,7 +156,7 @@ def test_importing_is_fast() -> None:
 
 
 def test_torch_alone_is_enough() -> None:
-    """With every other package hidden the library imports, scores and trains, and says what it lacks."""
+    """With every other package hidden the library imports, scores and trains, and reports what is missing."""
     code = (
         "import sys\n"
         "for name in ('transformers', 'numpy', 'triton', 'peft', 'pydantic', 'trl', 'verl'):\n"

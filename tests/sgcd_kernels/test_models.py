@@ -90,7 +90,7 @@ def test_a_softcap_passes() -> None:
 
 
 class Int8Params(nn.Parameter):
-    """How bitsandbytes keeps a weight: a Parameter class of its own."""
+    """A weight as in bitsandbytes: a subclass of Parameter."""
 
 
 @pytest.mark.parametrize(

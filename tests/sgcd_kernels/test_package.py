@@ -1,4 +1,4 @@
-"""What importing brings along, what `__all__` promises, and what the backends say of themselves."""
+"""Import cost, the names of `__all__`, and the status of the backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed: the source distribution builds by itself, with the extension or without, and says which it was."""
+"""The source distribution builds in isolation, with or without the extension, and reports which."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def wheel(sdist: Path, folder: Path, *options: str, **environment: str) -> Path:
 
 
 def installed(wheel: Path, program: str) -> str:
-    """What a program says that finds the package nowhere else but where the wheel was unpacked."""
+    """The output of a program that finds the package only where the wheel was unpacked."""
     there = wheel.parent / "installed"
     zipfile.ZipFile(wheel).extractall(there)
     done = run(sys.executable, "-c", program, cwd=there, PYTHONPATH=str(there))

@@ -1,7 +1,6 @@
-"""Every wrong call of `refusals.py` is refused with the words of `refusals.json`.
+"""Every wrong call of `refusals.py` raises the error message recorded in `refusals.json`.
 
-Where the words change on purpose ("one value a token" becomes "one value per token", say), record the table again and
-read what changed in it before it is committed:
+After a deliberate change of a message, record the table again, and review its diff before committing:
 
     python -m tests.sgcd_kernels.refusals record
     git diff tests/sgcd_kernels/refusals.json

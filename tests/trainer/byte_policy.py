@@ -42,7 +42,7 @@ def tiny_model() -> Any:
 
 
 class ScriptedEngine:
-    """Says given messages, one a turn: gold for the first siblings, nothing of use for the others."""
+    """Plays given messages, one per turn: gold for the first siblings, useless ones for the others."""
 
     def __init__(self, renderer: ChatMLRenderer, scripts: list[list[Message]]) -> None:
         self.renderer = renderer

@@ -56,7 +56,7 @@ def with_messages(*traces: tuple[list[Message], float], of: Task | None = None) 
 
 
 class ToySuite:
-    """A suite that only knows what gives an answer away."""
+    """A suite that only has answer literals."""
 
     name = "toy"
     splits = {"train": 1}

@@ -1,4 +1,4 @@
-"""The commands as a person meets them: a process, its exit code, and what it says."""
+"""The commands as a user runs them: a process, its exit code, and its output."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_help_says_what_there_is() -> None:
     ],
     ids=["command", "no-config", "no-file", "no-value", "no-dashes"],
 )
-def test_a_slip_is_answered_in_one_line_and_at_once(
+def test_a_usage_error_is_one_line_and_immediate(
     arguments: list[str], parts: list[str], as_file: bool, tmp_path: Path
 ) -> None:
     """Before anything imports torch, which takes seconds."""
@@ -78,7 +78,7 @@ def test_a_slip_is_answered_in_one_line_and_at_once(
 @pytest.mark.parametrize("command", ["train", "eval", "check"])
 def test_a_model_path_that_leads_nowhere(tmp_path: Path, command: str) -> None:
     done = run(command, CONFIG, "--model.path", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run"))
-    if command == "check":  # it goes on with the other checks and shows a table
+    if command == "check":  # it runs the other checks and shows a table
         assert done.returncode == 2 and "model.path" in done.stdout and "Traceback" not in done.stderr
     else:
         assert_one_line(done, "model.path", "gone")

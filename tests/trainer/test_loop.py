@@ -73,7 +73,7 @@ def test_arms_without_credit_are_grpo_bit_by_bit(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arm", ["grpo", "sgcd"])
-def test_overhead_is_told_only_where_there_is_credit(folder: Path, tmp_path: Path, arm: str) -> None:
+def test_overhead_is_reported_only_with_credit(folder: Path, tmp_path: Path, arm: str) -> None:
     loop.train(config(folder, tmp_path, arm=arm, max_steps=1))
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     assert ("time/sgcd_overhead" in line) == (arm == "sgcd")
@@ -133,7 +133,7 @@ def test_what_a_writer_remembers_is_resumed(folder: Path, tmp_path: Path, monkey
     assert [writer.calls for writer in made] == [1, 3]
 
 
-def test_a_step_without_mixed_groups_is_taken_and_told(
+def test_a_step_without_mixed_groups_is_taken_and_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(toy.ParityEnvironment, "outcome", all_fail)
@@ -149,7 +149,7 @@ async def all_fail(self: Any) -> Any:
     return Outcome(0.0)
 
 
-def test_an_inert_reference_is_shouted_about(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_inert_reference_warns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop.train(config(folder, tmp_path / "run", max_steps=1, credit=CreditConfig(d_floor=1e6)))
     assert records(tmp_path / "run")[1]["credit/invalid"] == 1
     assert "every weight is 1" in capsys.readouterr().out

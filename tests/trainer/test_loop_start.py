@@ -65,7 +65,7 @@ def test_a_tied_head_need_not_be_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpaa", "flex"])
-def test_an_attention_that_cannot_be_had_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+def test_an_unavailable_attention_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     given = ModelConfig(path=str(folder), max_length=200, attn_implementation=name)
     with pytest.raises(UserError, match=rf"model\.attn_implementation: .*'{name}'"):
         loop.train(config(folder, tmp_path / "run", model=given))

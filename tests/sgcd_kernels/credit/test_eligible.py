@@ -70,7 +70,7 @@ def test_reductions(batch: Batch) -> None:
 
 @given(batches(), st.integers(-(2**63), 2**63 - 1))
 @settings(max_examples=examples(100))
-def test_a_shuffle_stays_in_its_sequence_and_knows_no_other(batch: Batch, seed: int) -> None:
+def test_a_shuffle_depends_only_on_its_sequence(batch: Batch, seed: int) -> None:
     _, eligible, cu, _ = batch
     to, source = EligibleTokens(cu, eligible).shuffle(seed)
     moved = torch.empty_like(to).index_copy(0, to, source)

@@ -161,7 +161,7 @@ def test_ablations() -> None:
     assert (permuted.weights[~inputs["mask"]] == 1).all()
 
 
-def test_neighbours_by_formula() -> None:
+def test_related_methods_by_formula() -> None:
     n, cu = 40, torch.tensor([0, 40])
     g = torch.Generator().manual_seed(1)
     delta, a = torch.randn(n, generator=g), torch.randn(n, generator=g)
@@ -232,7 +232,7 @@ def test_turn_level_turn_by_turn(case: tuple[dict[str, torch.Tensor], CreditConf
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_advantages_of_sequences_are_spread() -> None:
+def test_advantages_per_sequence_are_repeated_per_token() -> None:
     inputs = signals() | {"log_ratio": torch.randn(90)}
     a = torch.tensor([1.0, 1.0, -1.0, -1.0])
     by_token = a.repeat_interleave(CU.diff())

@@ -1,4 +1,4 @@
-"""The examples run as they are, and credit does something in them."""
+"""The examples run unchanged, and credit has an effect in them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def saved(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A small model with a head that prefers some words, where `from_pretrained` finds it."""
+    """Save a small model, with a head that prefers some vocab ids, for `from_pretrained`."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**SIZES | HEADS | MODELS[name] | changes)

@@ -76,7 +76,7 @@ def test_the_import_may_be_changed(name: str) -> None:
     torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
 
 
-def test_a_ratio_a_sequence_where_there_are_as_many_tokens() -> None:
+def test_a_ratio_per_sequence_when_tokens_equal_sequences() -> None:
     """[B] and [T] look alike."""
     square = {k: v[:, :B] if v.dim() > 1 and v.shape[1] == T else v for k, v in inputs().items()}
     more = square | {"vllm_is_ratio": torch.tensor([0.5, 1.0, 2.0])}
@@ -162,12 +162,12 @@ def test_with_credit_it_is_our_loss(name: str, own_head: bool) -> None:
     assert abs(loss - plain) > 1e-3
 
 
-def test_credit_that_is_no_config_is_refused() -> None:
+def test_credit_of_another_type_than_credit_config_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a CreditConfig"):
         LigerFusedLinearSGCDLoss(config={"gamma": 1.0})  # type: ignore[arg-type]
 
 
-def test_advantages_of_one_a_token() -> None:
+def test_advantages_per_token() -> None:
     advantages = torch.randn(B, T, generator=torch.Generator().manual_seed(1))
     given = inputs() | {"advantages": advantages}
     loss, _ = LigerFusedLinearGRPOLoss(beta=0.0)(**given)

@@ -209,7 +209,7 @@ def test_heads_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
-    """It is no part of the head's own weight: the loss would be of a head without it."""
+    """The head's weight does not contain it: the loss would ignore the adapter."""
     trainer = built("SDFT", tmp_path, peft_config=LoraConfig(target_modules=["lm_head"]))
     adapter = r"output head has an adapter \(LoRA\), needs none"
     with pytest.raises(ValueError, match=adapter), linear_distillation(trainer):

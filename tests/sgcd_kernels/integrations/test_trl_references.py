@@ -182,7 +182,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dropout of attention": (
         {"policy": lambda: world.model(attention_dropout=0.2), "disable_dropout": True},
-        r"layers.0.self_attn drops out with attention_dropout = 0.2.*whose config says 0.0",
+        r"layers.0.self_attn drops out with attention_dropout = 0.2.*needs 0.0 in the model's config",
     ),
     "one ratio a sequence": (
         {"importance_sampling_level": "sequence", "loss_type": "grpo"},

@@ -257,7 +257,7 @@ def test_a_row_without_a_reference_has_no_credit_whatever_the_rule(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:credit is inert:RuntimeWarning")
-def test_a_rule_that_weighs_nothing_says_so(tmp_path: Path) -> None:
+def test_a_rule_without_effect_warns(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="all weights are 1"):
         run(SGCDTrainer, SGCDConfig, tmp_path, start=1.0)
 

@@ -209,7 +209,7 @@ OWN_LOSSES = sorted(set(core_algos.POLICY_LOSS_REGISTRY) - set(register.POLICY_L
 
 
 @pytest.mark.parametrize("mode", OWN_LOSSES)
-def test_every_policy_loss_has_a_weighted_twin(mode: str) -> None:
+def test_every_policy_loss_has_a_weighted_version(mode: str) -> None:
     """W = 1 gives verl's bits; other W what verl gives for weighted advantages."""
     own, twin = (core_algos.get_policy_loss_fn(x) for x in (mode, "sgcd" if mode == "vanilla" else f"sgcd_{mode}"))
     inputs, config = loss_inputs(), host.actor_config(mode)
@@ -244,7 +244,7 @@ def test_it_matters_which_token_has_the_weight(name: str) -> None:
     assert (gradients[0] - gradients[1]).abs().max() > 0.05
 
 
-def test_a_loss_of_the_mean_advantage_has_no_twin() -> None:
+def test_a_loss_of_the_mean_advantage_has_no_weighted_version() -> None:
     assert "geo_mean" in core_algos.POLICY_LOSS_REGISTRY
     with pytest.raises(ValueError, match="Unsupported loss mode: sgcd_geo_mean"):
         core_algos.get_policy_loss_fn("sgcd_geo_mean")

@@ -45,7 +45,7 @@ def render(given: list[dict[str, Any]]) -> list[int]:
 
 
 def rollouts() -> list[dict[str, Any]]:
-    """As verl's agent loop hands them over, and at the end a row that fills up a batch."""
+    """As verl's agent loop passes them, with a padding row at the end."""
     made = []
     for uid, text, reward in ROLLOUTS:
         prompt, response = torch.tensor(render(messages(uid))), torch.tensor(world.tokenizer()(text).input_ids)
@@ -108,7 +108,7 @@ def test_a_reference_is_in_the_prompt_of_its_group_alone(kind: str) -> None:
     assert first.completion_ids == [rows[0]["responses"].tolist(), rows[2]["responses"].tolist()]
 
 
-def test_prompts_that_were_made_otherwise_are_refused() -> None:
+def test_prompts_that_the_template_does_not_give_are_refused() -> None:
     """An agent with tools of its own: the template alone would give the teacher another prompt."""
     rows = rollouts()
     rows[2]["prompts"] = torch.tensor([7, 7, *rows[2]["prompts"].tolist()])

@@ -1,4 +1,4 @@
-"""A real, tiny world for TRL's trainers: a model of random weights, words for tokens, and rewards that differ."""
+"""A tiny but real set-up for TRL's trainers: random weights, a word-level tokenizer, and rewards that differ."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def options(folder: Path, **fields: Any) -> dict[str, Any]:
-    """What all configs here share."""
+    """The common fields of all configs here."""
     return {
         "output_dir": str(folder),
         "max_steps": 3,
@@ -128,7 +128,7 @@ def built(trainer: Any, config: Any, folder: Path, policy: Any = None, data: Any
 
 
 def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-    """A rollout function: four words of the policy, three of a tool, four of the policy; only the policy's are 1."""
+    """A rollout function: four tokens of the policy, three of a tool, four of the policy; the mask is 1 at the policy's."""
     texts = trainer._tokenize_prompts(prompts)[0]
     ids: list[list[int]] = [[] for _ in prompts]
     generator = torch.Generator().manual_seed(trainer._step)
@@ -153,7 +153,7 @@ def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_collection() -> Iterator[None]:
-    """A `train` ends in a full garbage collection, dearer than its three steps: spare it what is loaded."""
+    """`train` ends in a full garbage collection, slower than its three steps: exclude what is loaded."""
     gc.collect()
     gc.freeze()
     yield

@@ -220,7 +220,7 @@ def test_what_only_data_can_show_is_a_value_error_there_too() -> None:
         compiled(i | {"y": i["y"].clamp(min=V)})
 
 
-def test_inert_credit_warns_though_nobody_reads_the_metrics() -> None:
+def test_inert_credit_warns_even_if_metrics_are_unused() -> None:
     def call(i: Tensors) -> torch.Tensor:
         return sgcd_loss(i["x"], i["w"], i["y"], i["x"], i["a"], i["cu"])[0]
 
@@ -254,8 +254,8 @@ def flattened(op: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[Any, 
     return getattr(torch.ops.sgcd_kernels, body.__name__.removesuffix("_op")).default, flat
 
 
-def test_an_op_called_where_the_compiler_gave_up_is_not_traced() -> None:
-    """A generator is run as it is, but what it calls is watched."""
+def test_an_op_called_after_a_graph_break_is_not_traced() -> None:
+    """A generator is run unchanged, but the functions that it calls are traced."""
     i, graphs = {name: x.detach() for name, x in tensors().items()}, []
     op, flat = flattened(logprob_op, i["x"], LMHead(i["w"]), i["y"], -100, "torch")
 

@@ -140,7 +140,7 @@ def test_a_tail_that_underflows_on_one_side_stays_finite() -> None:
     assert got.topk_forward_kl.item() == 0
 
 
-def test_all_words_in_the_top_is_the_full_divergence() -> None:
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence() -> None:
     x, w, y, t = pair(6, 5, 40)
     got = linear_divergence(x, w, y, t, top_k=40)
     torch.testing.assert_close(got.topk_reverse_kl, got.reverse_kl)
@@ -176,7 +176,7 @@ def test_no_gradient_and_no_graph() -> None:
     assert not any(field.requires_grad for field in got)
 
 
-def test_only_what_was_asked_for() -> None:
+def test_only_requested_fields_are_computed() -> None:
     got = linear_divergence(*pair(5, 4, 30))
     assert (got.jsd, got.tv, got.topk_reverse_kl, got.topk_forward_kl) == (None,) * 4
 

@@ -126,7 +126,7 @@ def test_half_gradients_keep_their_dtype_and_sum_in_fp32(small_blocks: None) -> 
 
 
 def test_a_master_weight_is_multiplied_in_bf16_on_cuda() -> None:
-    """fp32 products would cost 15 times as much; elsewhere bf16 is widened."""
+    """fp32 products would cost 15 times as much; elsewhere bf16 is upcast."""
     pairs = {(torch.bfloat16, torch.float32): torch.bfloat16, (torch.bfloat16, torch.bfloat16): torch.bfloat16}
     pairs |= {(torch.float32, torch.bfloat16): torch.float32, (torch.bfloat16, F64): F64}
     for (hidden, weight), want in pairs.items():

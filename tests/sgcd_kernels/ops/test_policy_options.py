@@ -106,7 +106,7 @@ def test_wrong_fields_are_refused_when_it_is_made(name: str, value: Any) -> None
         PolicyLossConfig(**{name: value})
 
 
-def test_it_is_frozen_and_knows_no_other_field() -> None:
+def test_it_is_frozen_and_has_no_other_field() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PolicyLossConfig().beta = 0.1  # type: ignore[misc]
     with pytest.raises(TypeError, match="losstype"):

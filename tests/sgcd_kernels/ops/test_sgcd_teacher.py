@@ -216,7 +216,7 @@ class TestWhereCreditCannotAct:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("reason", REASONS)
-    def test_it_is_the_plain_loss_to_the_bit_and_scores_nothing(
+    def test_it_is_the_plain_loss_bit_for_bit_and_scores_nothing(
         self, impl: str, reason: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = [Calls(monkeypatch, impl, name) for name in ("divergence_forward", "find_spans", "order_statistics")]

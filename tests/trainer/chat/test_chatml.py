@@ -261,7 +261,7 @@ def test_answers_are_no_calls(calls: str, text: str) -> None:
     assert parse(renderer("own", calls), text) == ({"role": "assistant", "content": text}, "")
 
 
-def test_a_call_that_is_only_thought_of_is_none() -> None:
+def test_calls_inside_thoughts_are_ignored() -> None:
     message, problem = parse(renderer("own"), '<think><tool_call>{"name": "cd"}</tool_call></think>Done.')
     assert (message, problem) == ({"role": "assistant", "content": "Done."}, "")
 

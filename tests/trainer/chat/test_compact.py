@@ -103,7 +103,7 @@ def test_a_tokenizer_without_the_markers_is_refused() -> None:
         CompactRenderer(SimpleNamespace(get_vocab=lambda: {"<pad>": 0, "<unk>": 1}))
 
 
-def test_demonstrations_put_loss_on_the_workers_words_only() -> None:
+def test_demonstrations_have_loss_on_the_assistants_tokens_only() -> None:
     for shown in demonstrations(200, RENDERER, Recipe(), 6):
         words = RENDERER.pieces(shown.ids)
         for previous, word, mine in zip(["", *words], words, [*shown.loss_mask]):

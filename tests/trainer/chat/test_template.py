@@ -188,7 +188,7 @@ def test_text_from_outside_ends_no_turn(name: str) -> None:
 
 @pytest.mark.parametrize("name", QWEN)
 @pytest.mark.parametrize("messages", [[SYSTEM, USER], [USER]], ids=["system", "user"])
-def test_a_reference_is_all_that_the_teacher_reads_more(name: str, messages: list[Message]) -> None:
+def test_the_teacher_reads_the_reference_and_nothing_else_more(name: str, messages: list[Message]) -> None:
     r = renderer(name)
     plain, taught = (r.decode(r.prompt(messages, [TOOL], reference)) for reference in ("", "steps cd ."))
     block = "# Reference\nsteps cd ."

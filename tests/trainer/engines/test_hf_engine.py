@@ -171,7 +171,7 @@ def test_a_stop_token_ends_the_turn_and_only_its_own() -> None:
         assert (got.finish == "stop") == (got.ids[-1] == STOP)
         assert len(got.ids) == len(got.logprobs)
         check(model, [3, 4, 5], got)
-    # A row that has finished draws no more numbers: what it would have said is nobody's business.
+    # A finished row draws no more random numbers.
     assert eng.sampled_tokens == sum(len(c.ids) for c in all_of_them)
 
 

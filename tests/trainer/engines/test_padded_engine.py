@@ -104,7 +104,7 @@ def packed(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changed", [0, 1])
-def test_rows_of_a_batch_know_nothing_of_each_other(kind: str, changed: int) -> None:
+def test_rows_of_a_batch_are_independent(kind: str, changed: int) -> None:
     """Other tokens in one row change no bit of the other, in whichever of them the padding is."""
     model = toy.model(kind)
     rows = [FIRST, SECOND]

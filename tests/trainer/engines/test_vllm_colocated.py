@@ -187,7 +187,7 @@ def test_a_failure_reaches_every_caller(only: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_answer_that_is_not_whole_reaches_its_caller(only: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one too, when nobody else waits any more."""
+    """Also the last one, when no other request waits."""
     eng, step = engine(only, make(0)), only.step
     draw(eng, 1)
 

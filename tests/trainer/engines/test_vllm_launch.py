@@ -103,7 +103,7 @@ def eventually(true: Any, seconds: float = 60.0) -> bool:
 def test_a_server_that_is_killed_in_a_step_is_started_again(
     folder: Path, tmp_path: Path, launched: list[vllm_launch.Launched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 while it samples: the step goes on with the draws that it would have had."""
+    """kill -9 while it samples: the resumed step makes the same draws."""
     made = owning(folder, tmp_path / "run", eval_steps=0)
     generate, asked = VLLMEngine.generate, 0
 

@@ -1,4 +1,4 @@
-"""Runs whose rollouts come from servers, and what `check` says of servers."""
+"""Runs whose rollouts come from servers, and the report of `check` about servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A world for tests of the pool: does what it is told, in a real process under the real forker."""
+"""A world for tests of the pool: executes commands, in a real process under the real forker."""
 
 from __future__ import annotations
 

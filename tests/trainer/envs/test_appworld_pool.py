@@ -162,7 +162,7 @@ def test_worlds_die_with_their_forker(pool: Pool) -> None:
     assert wait_until(lambda: not alive(pid))
 
 
-def test_a_fork_that_nobody_waits_for_is_ended(pool: Pool) -> None:
+def test_a_fork_without_a_waiter_is_killed(pool: Pool) -> None:
     async def impatient() -> list[str]:
         await pool.enter()
         with pytest.raises(asyncio.TimeoutError):
@@ -282,13 +282,13 @@ def test_an_episode_that_ends_well_is_judged(tmp_path: Path) -> None:
     assert [(r.reward, r.stop) for r in group.rollouts] == [(1.0, "answer")]
 
 
-def test_a_death_with_the_forker_is_nobodys(tmp_path: Path) -> None:
+def test_a_death_with_the_forker_breaks_the_environment(tmp_path: Path) -> None:
     group = play_out(tmp_path, "kill_forker")
     assert (group.rollouts, group.broken) == ([], 2)
 
 
 @pytest.mark.parametrize("counts", [[0, 1], [None, None]], ids=["it did", "who knows"])
-def test_a_kill_when_the_machine_is_out_of_memory_is_nobodys(
+def test_an_out_of_memory_kill_breaks_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: list[int | None]
 ) -> None:
     said = itertools.chain(counts * 2, itertools.repeat(counts[-1]))
@@ -297,7 +297,7 @@ def test_a_kill_when_the_machine_is_out_of_memory_is_nobodys(
     assert (group.rollouts, group.broken) == ([], 2)
 
 
-def test_a_death_between_two_blocks_is_nobodys(pool: Pool) -> None:
+def test_a_death_between_two_blocks_breaks_the_environment(pool: Pool) -> None:
     async def outlived(world: WorldProcess) -> None:
         seen = await world.call("execute", code="say")
         os.kill(seen["pid"], signal.SIGTERM)

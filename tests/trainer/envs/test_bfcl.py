@@ -88,7 +88,7 @@ def test_nothing_done_passes_where_nothing_can_be_done() -> None:
     assert {task.task_class for task in passed} == {"no_action"}
 
 
-def test_a_stray_write_fails_at_the_turn_in_which_it_happens(whole: BfclSuite) -> None:
+def test_a_stray_write_fails_in_its_turn(whole: BfclSuite) -> None:
     task = find(whole, "multi_turn_base_0")
     turns = gold(task)
     turns[1].append(assistant_call(Call("touch", {"file_name": "stray.txt"})))

@@ -52,7 +52,7 @@ def call(name: str, **arguments: Any) -> Message:
 
 
 def gold(task: Task) -> list[Message]:
-    """The gold calls, and then one message with everything that must be told."""
+    """The gold calls, and then one message with everything the user must be told."""
     criteria = task.data["row"]["evaluation_criteria"]
     told = {"role": "assistant", "content": " ".join(["Done.", *(criteria["communicate_info"] or [])])}
     return [*(call(action["name"], **action["arguments"]) for action in criteria["actions"] or []), told]
@@ -154,13 +154,13 @@ def test_the_policy_reads_what_the_benchmarks_agent_would(airline: Suite) -> Non
     assert task.instruction in seen[2]["content"]
 
 
-def test_an_answer_that_is_not_told_fails(airline: Suite) -> None:
+def test_a_missing_answer_fails(airline: Suite) -> None:
     task = find(airline, "airline_7")
     outcome, _ = play(airline, task, [*gold(task)[:-1], BYE])
     assert (outcome.reward, outcome.details["db"], outcome.details["communicate"]) == (0.0, 1.0, 0.0)
 
 
-def test_a_conversation_that_nobody_ends_fails(airline: Suite) -> None:
+def test_an_unended_conversation_fails(airline: Suite) -> None:
     async def unfinished() -> Outcome:
         environment = airline.make()
         await environment.reset(find(airline, "airline_26"))

@@ -72,7 +72,7 @@ def test_conversations_that_begin_together_share_one_loop(monkeypatch: pytest.Mo
         assert len(set(pool.map(lambda _: id(user_simulators._calls()), range(8)))) == 1
 
 
-def test_a_conversation_that_is_closed_before_it_speaks_waits_for_nobody() -> None:
+def test_closing_a_conversation_before_its_first_message_does_not_wait() -> None:
     from tau2.data_model.message import AssistantMessage
 
     from trainer.envs.tau3_airline import user_simulators

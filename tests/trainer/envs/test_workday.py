@@ -46,7 +46,7 @@ def gold_messages(task: Task) -> list[Message]:
 
 
 @pytest.mark.parametrize("split", list(catalogue.SPLITS))
-def test_every_task_tells_gold_from_nothing_done_and_near_misses(split: str) -> None:
+def test_every_task_distinguishes_gold_from_doing_nothing_and_near_misses(split: str) -> None:
     counts, wrong = check_split(split)
     assert wrong == []
     assert counts["gold: passed"] == catalogue.SPLITS[split]

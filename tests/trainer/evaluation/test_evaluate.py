@@ -1,4 +1,4 @@
-"""Evaluation counts what it says it counts, in a real environment with a real engine."""
+"""The figures of an evaluation are correct, in a real environment with a real engine."""
 
 from __future__ import annotations
 

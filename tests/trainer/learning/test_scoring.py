@@ -90,7 +90,7 @@ def test_scores_are_those_of_a_naive_pass_one_rollout_at_a_time(model: Any, made
         assert bool((s.divergence[at] > 0).any())
 
 
-def test_observed_tokens_have_no_opinion(model: Any, made: list[Group]) -> None:
+def test_observed_tokens_have_no_scores(model: Any, made: list[Group]) -> None:
     made[0].reference = made[1].reference = REFERENCE
     scored = score(model, made)
     assert any(not all(s.rollout.generated) for s in scored)
@@ -189,7 +189,7 @@ def test_batching_changes_nothing(model: Any, made: list[Group]) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_microbatches_keep_the_budget_and_lose_nobody(made: list[Group]) -> None:
+def test_microbatches_keep_the_budget_and_lose_no_rollout(made: list[Group]) -> None:
     rollouts = [r for g in made for r in g.rollouts]
     sizes = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
     batches = microbatches(rollouts, 2 * max(sizes))

@@ -198,7 +198,7 @@ def test_a_probe_that_breaks_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
+def test_everything_missing_is_reported_at_once_one_per_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The paper's config on a machine that has nothing: keys, model, venv, data, servers, endpoint; and exit code 2."""
@@ -232,7 +232,7 @@ def test_everything_that_is_missing_is_said_at_once_each_on_its_line(
         assert re.fullmatch(pattern, line), line
 
 
-def test_a_config_that_is_wrong_as_a_whole_is_told_with_the_rest(
+def test_a_mistake_of_the_whole_config_is_reported_with_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "c.yaml"

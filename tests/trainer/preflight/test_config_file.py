@@ -1,4 +1,4 @@
-"""Configs: what a file and the command line say is what a run gets, and every slip is one line that helps."""
+"""Configs: a run gets the values of file and command line, and every mistake is one helpful line."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_mistake_is_one_line_with_the_remedy(tmp_path: Path, text: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_on_the_command_line_is_said_to_be_there(tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_located_there(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\n")
     with pytest.raises(UserError, match=r"^command line: seed: got 'x'"):
         config_file.load(path, ["--seed", "x"])
@@ -216,7 +216,7 @@ def test_a_key_in_the_config_is_refused_and_never_repeated(tmp_path: Path, field
     assert "verysecret" not in str(caught.value)
 
 
-def test_a_run_may_go_on_longer_and_report_more(tmp_path: Path) -> None:
+def test_a_run_may_resume_with_more_steps_and_reports(tmp_path: Path) -> None:
     config_file.claim(Config(output_dir=tmp_path, max_steps=5))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     config_file.claim(Config(output_dir=tmp_path, max_steps=50, eval_steps=1, trace_steps=1, save_steps=3))

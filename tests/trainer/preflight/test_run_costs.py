@@ -41,7 +41,9 @@ def config(folder: Path, out: Path, **fields: Any) -> Config:
     return Config.model_validate({**base, **fields})
 
 
-def test_a_run_needs_no_more_than_it_was_said_to(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_needs_no_more_memory_than_estimated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checkpoints to within their small files; traces below their bound; hours afterwards from its own steps."""
     monkeypatch.setitem(envs.SUITES, "parity", toy.__name__)
     made = config(folder, tmp_path / "run")

@@ -105,7 +105,7 @@ def test_latest_is_by_number_and_the_limit_removes_the_oldest(tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]
 
 
-def test_a_step_that_is_saved_again_is_there_while_the_old_one_is_removed(
+def test_saving_a_step_again_always_leaves_one_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Removing gigabytes takes seconds, in which a kill must find a checkpoint."""

@@ -1,4 +1,4 @@
-"""Where the credit falls: checked against counting by hand, and against bounds."""
+"""Metrics of the distribution of credit, checked against counts by hand and against bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps whose credit is not what the config asked for are named, with the reason."""
+"""Steps whose credit does not match the config are reported, with the reason."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_no_text_of_the_run_is_markup_and_nothing_is_fetched(tmp_path: Path) -> 
         assert forbidden not in script
 
 
-def test_a_big_run_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_big_run_is_truncated_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_page, "MAX_TOKENS", 80)
     monkeypatch.setattr(view_page, "MAX_STEPS", 2)
     monkeypatch.setattr(view_page, "MAX_POINTS", 2)
@@ -153,7 +153,7 @@ def test_a_big_run_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data["metrics"][0]["eval/toy/tgc"] == 0.25
 
 
-def test_a_run_of_earlier_names_is_shown_under_todays(tmp_path: Path) -> None:
+def test_metrics_under_earlier_names_are_shown_under_current_ones(tmp_path: Path) -> None:
     """And one that was resumed since has one curve; `credit/inert` had another meaning then."""
     earlier = {"step": 1, "credit/w_mean": 1.2, "credit/d_mean": 0.3, "credit/inert": 1.0, "credit/spans": 2.5}
     later = {"step": 2, "credit/mean_weight": 1.3, "credit/mean_divergence": 0.4, "credit/inert": 0.0}

@@ -106,7 +106,7 @@ WORDS_OF_OURS += ["role", "content", "arguments", "masked", "answer", "email", "
 @pytest.mark.parametrize("literal", WORDS_OF_OURS)
 @pytest.mark.parametrize("room", [480_000, 4_000, 3_000])
 def test_an_answer_leaves_no_hole_in_our_own_words(literal: str, room: int) -> None:
-    """Whoever knows the frame would read the hole: SIBLING 1, SIBLING 2, SIBLING [masked answer], SIBLING 4."""
+    """A masked frame would reveal the answer: SIBLING 1, SIBLING 2, SIBLING [masked answer], SIBLING 4."""
     said = [seen(json.dumps({"of": "ann@example.org", "x": "zz " * 400})), {"role": "odd", "content": "ok"}]
     calls = [call("look", {"w": "x"}), call("made_up", {"w": "x"})]
     made = with_messages(*[([*calls, *said] * (3 + i), float(i % 2)) for i in range(6)])
@@ -160,7 +160,7 @@ def test_headers_are_ours_whatever_the_environment_says(tmp_path: Path, monkeypa
     assert endpoint.wire[0].startswith(b"POST /v1/chat/completions HTTP/1.1")
 
 
-def test_only_openai_is_told_an_organisation() -> None:
+def test_only_openai_gets_an_organisation_header() -> None:
     given = {"OpenAI-Organization": "org", "OpenAI-Project": "proj", "X-Other": "x", "Authorization": "y"}
     for url, told in (
         ("https://api.openai.com/v1/x", True),

@@ -1,4 +1,4 @@
-"""What the teacher reads, which tokens are shielded, and what leaks."""
+"""The teacher's prompt, the literal mask, and leaks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_reference_enters_the_first_prompt_only(renderer: CompactRenderer) -
     assert not set(renderer.encode(["steps", "check"])) & set(rollout.prompt_ids)
 
 
-def test_literals_are_shielded_at_word_borders_in_generated_tokens(renderer: CompactRenderer) -> None:
+def test_literals_are_masked_at_word_boundaries_in_generated_tokens(renderer: CompactRenderer) -> None:
     rollout = spoken(renderer, "it is 14 at hour 140", seen="hour 14")
     assert literal_mask(renderer, rollout, ["14"]) == [False, False, False, False, True, False, False, False]
     assert literal_mask(renderer, rollout, ["is 14"]) == [False, False, False, True, True, False, False, False]

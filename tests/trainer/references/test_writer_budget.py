@@ -112,7 +112,7 @@ FATES = {
 def test_the_token_budget_holds_whatever_becomes_of_a_try(
     fates: list[str], limit: int, retries: int, concurrency: int
 ) -> None:
-    """Spent and reserved together never exceed it, and what the endpoint can have charged is within what was spent."""
+    """Spent plus reserved never exceeds it, and what the endpoint may have charged never exceeds what was spent."""
     seen_states: list[tuple[int, int]] = []
 
     class Watched(Budget):

@@ -28,7 +28,7 @@ def groups(*tries: tuple[int, int, int]) -> list[Group]:
     ]
 
 
-def test_an_environment_is_gone_when_two_tasks_in_a_row_have_no_whole_rollout() -> None:
+def test_an_environment_is_lost_when_two_tasks_in_a_row_have_no_complete_rollout() -> None:
     monitor = EnvironmentMonitor(6)
     monitor.observe(groups((0, 0, 4)))
     monitor.observe(groups((0, 0, 4)))  # the same task again: it may be what is broken

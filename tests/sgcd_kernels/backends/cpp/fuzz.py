@@ -36,7 +36,7 @@ INTEGERS = [-1, -100, 2**31 - 1, 2**31, -(2**63), 2**63 - 1]
 
 
 class Draw:
-    """Draws what a call needs; about one call in two is flawless."""
+    """Draws the arguments of a call; about every second call is valid."""
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data

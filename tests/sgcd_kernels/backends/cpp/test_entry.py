@@ -106,4 +106,4 @@ def test_why_it_is_missing(
     monkeypatch.setitem(registry._BACKENDS, "cpp", broken)
     with pytest.raises(ValueError, match=reason):
         linear_logprob(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), impl="cpp")
-    linear_logprob(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]))  # auto goes on with torch
+    linear_logprob(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]))  # auto falls back to torch

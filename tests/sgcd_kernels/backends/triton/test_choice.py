@@ -23,7 +23,7 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None =
     return Projection(hidden, LMHead(weight, **options), rows)
 
 
-CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so without a GPU")
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 
 
 @CPU_ONLY
@@ -78,11 +78,11 @@ def test_every_capability_has_a_configuration(kernel: str, call: tuple[int, bool
 
 
 def heads(
-    mix: Mix, odd: bool = False, bias: bool = False, teacher_bias: bool = False
+    mix: Mix, unaligned: bool = False, bias: bool = False, teacher_bias: bool = False
 ) -> tuple[launch.Head, launch.Head]:
     """On the CPU, with the operands that a GPU would multiply."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    width = 40 if odd else 48
+    width = 40 if unaligned else 48
     x, w, y, v = (torch.zeros(4, width, dtype=types[mix.of(name)]) for name in "xwyv")
     biases = (torch.zeros(4) if bias else None, torch.zeros(4) if teacher_bias else None)
     operands = (types[mix.operand], types[mix.of("teacher_operand")])
@@ -93,16 +93,18 @@ MIXES = sorted({*(mix for mix, _, _ in WAYS), *TEACHERS}, key=str)  # in one ord
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
-@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("unaligned", [False, True])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_what_the_gate_compiles_is_what_runs(mix: Mix, odd: bool, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_gate_compiles_is_what_runs(
+    mix: Mix, unaligned: bool, major: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "major_of", lambda device: major)
     own, plain = mix in TEACHERS, head(torch.zeros(4, 1), torch.zeros(4, 1))
     names = ("own_pair_stats", "distill_grad", "mixture_stats", *(() if own else ("head_stats", "logprob_grad")))
     for name, (how, given) in itertools.product(names, ((UNEVEN, {}), (OPTIONS, {"bias": True}))):
-        both = heads(mix, odd, **given)
+        both = heads(mix, unaligned, **given)
         taken = both if "pair" in name or "distill" in name or "mixture" in name else both[:1]
-        gate = configurations(name, major * 10, mix, how, odd, own=True)
+        gate = configurations(name, major * 10, mix, how, unaligned, own=True)
         assert launch.config_of(name, plain, *taken) == gate[0]
 
 

@@ -58,7 +58,7 @@ class Products(LiveBytes):
 
 @dataclass
 class Written:
-    """In the place of a kernel: notes what it is asked to fill."""
+    """Replaces a kernel: records what it would have to fill."""
 
     starts: list[int] = field(default_factory=list)
     strides: set[int] = field(default_factory=set)
