@@ -128,7 +128,7 @@ def built(trainer: Any, config: Any, folder: Path, policy: Any = None, data: Any
 
 
 def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-    """A rollout function: four tokens of the policy, three of a tool, four of the policy; the mask is 1 at the policy's."""
+    """A rollout function: four tokens of the policy, three of a tool, four of the policy, masked accordingly."""
     texts = trainer._tokenize_prompts(prompts)[0]
     ids: list[list[int]] = [[] for _ in prompts]
     generator = torch.Generator().manual_seed(trainer._step)
