@@ -26,15 +26,16 @@ ARGS ?=
 # OpenMP threads that wait by spinning stall each other by a factor of ten as soon as another process wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
+
 .PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
-.PHONY: train-real warmstart selfcheck view docs clean
+.PHONY: tidy train-real warmstart selfcheck view docs clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, clang-format and clang-tidy"
 	@echo "make docs        the documentation site, links checked   (site/index.html)"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
 	@echo "make bench       measure the ops and the trainer on this CPU, peers beside them; plots and tables from it"
@@ -69,37 +70,52 @@ test-gpu:
 # The trainer beside vLLM's server, then inside vLLM's own environment.
 SMOLLM2_BASE := .cache/models/smollm2-135m-instruct
 test-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_real $(SMOLLM2_BASE) colocate
-	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/test_vllm_colocated.py $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) colocate
+	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/engines/test_vllm_colocated.py $(ARGS)
 
-# vLLM as it comes, which is compiled and so takes minutes to start: ARGS=--eager does not.
+# vLLM out of the box compiles, so it takes minutes to start; ARGS=--eager does not.
 bench-vllm: $(READY_REAL) $(READY_VLLM)
-	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) --vllm $(PY_VLLM) $(ARGS)
-	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.vllm_speed $(SMOLLM2_BASE) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY) -m bench.vllm_rollouts $(SMOLLM2_BASE) --vllm $(PY_VLLM) $(ARGS)
+	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m bench.vllm_rollouts $(SMOLLM2_BASE) $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp
+	@$(MAKE) --no-print-directory -j 2 tidy
 	@$(PY) -m bench table --check
+
+# clang-tidy reads torch's headers for each file, some seconds every time: only files that changed since are checked again.
+TIDY_FLAGS := -std=c++20 -DNDEBUG -Wall -Wextra -Wshadow
+TORCH_INCLUDE = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/include
+tidy: $(patsubst csrc/%.cpp,build/tidy/%.ok,$(wildcard csrc/*.cpp))
+
+build/tidy/%.ok: csrc/%.cpp .clang-tidy $(wildcard csrc/*.h) | $(READY)
+	@mkdir -p $(@D)
+	@include=$(TORCH_INCLUDE); $(VENV)/bin/clang-tidy --quiet $< -- $(TIDY_FLAGS) \
+	  -isystem "$$include" -isystem "$$include/torch/csrc/api/include"
+	@touch $@
 
 # Read from the sources, so neither torch nor the package is installed.
 docs: $(READY_DOCS)
 	@NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --quiet --strict $(ARGS)
 	@echo "site/index.html"
 
-# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one.
+# The extension again, under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual one. No -Werror: with
+# sanitizers on, GCC warns of values that are not uninitialised.
 SANITIZED := build/sanitize
 sanitize: $(READY)
-	@SGCD_BUILD=1 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	@SGCD_BUILD=1 SGCD_BUILD_BENCH=1 SGCD_WERROR=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  LDFLAGS="-fsanitize=address,undefined" $(PY) setup.py -q build \
 	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
-	$(PY) tests/kernels/fuzz_cpp.py 10000; \
-	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/kernels/test_cpp_values.py \
-	  tests/kernels/test_cpp_grads.py tests/kernels/test_cpp_kept.py tests/kernels/test_packed.py tests/kernels/test_kernel_*.py
+	$(PY) tests/sgcd_kernels/backends/cpp/fuzz.py 10000; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/sgcd_kernels/backends/cpp/test_values.py \
+	  tests/sgcd_kernels/backends/cpp/test_gradients.py tests/sgcd_kernels/backends/cpp/test_cached_tiles.py \
+	  tests/sgcd_kernels/credit/test_eligible.py tests/kernels/test_kernel_*.py
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)
@@ -115,16 +131,16 @@ bench-gpu:
 	@$(PY) -m bench table
 
 train-real: $(READY_REAL)
-	@$(PY) -m trainer.real prepare
+	@$(PY) -m scripts.bfcl_model
 	@$(RUN) train configs/bfcl_smollm2_sgcd.yaml $(ARGS)
 
 tau3: $(READY_TAU3)
 
 warmstart: $(READY)
-	@$(PY) -m trainer.warmstart $(ARGS)
+	@$(PY) -m scripts.warmstart $(ARGS)
 
 selfcheck: $(READY)
-	@$(PY) -m trainer.envs.workday.selfcheck $(ARGS)
+	@$(PY) -m scripts.check_workday $(ARGS)
 
 # AppWorld wants pydantic 1, so it has a Python of its own, 3.11 or newer: APPWORLD_PYTHON=python3.12 chooses it.
 APPWORLD_VENV := .venv-appworld
@@ -133,7 +149,7 @@ READY_APPWORLD := $(APPWORLD_VENV)/.ready
 appworld: $(READY_APPWORLD)
 
 test-appworld: $(READY) $(READY_APPWORLD)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/appworld tests/trainer/test_appworld.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/appworld tests/trainer/envs/test_appworld_pool.py tests/trainer/envs/test_appworld_suite.py $(ARGS)
 
 $(READY_APPWORLD): | $(READY)
 	@$(APPWORLD_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -180,8 +196,9 @@ $(READY_DOCS): pyproject.toml constraints.txt
 	@$(VENV_DOCS)/bin/python -m pip install --quiet -c constraints.txt --group docs
 	@touch $@
 
+# With the operator that only the benchmark calls.
 $(READY_BENCH): $(READY)
-	@$(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bench]'
+	@SGCD_BUILD_BENCH=1 $(PY) -m pip install --quiet --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(READY_REAL): $(READY)

@@ -4,6 +4,9 @@ SGCD_BUILD=0 leaves it out, SGCD_BUILD=1 makes a failure fatal; otherwise a pack
 `sgcd_kernels.backend_status()` repeats the reason. torch is not a build requirement: pip would fetch gigabytes of CUDA
 into an isolated build. So `pip install --no-build-isolation .` builds the extension, and a plain `pip install .` gives
 the pure-Python package.
+
+SGCD_WERROR=1 makes the compiler's warnings errors; .ci/run sets it. Without it, a new warning of another
+compiler fails nobody's install. SGCD_BUILD_BENCH=1 adds `matmul_sweep`, an operator that only the benchmark calls.
 """
 
 import importlib.util
@@ -22,7 +25,11 @@ from setuptools.command.build_py import build_py
 CHOICE = os.environ.get("SGCD_BUILD", "")
 # -ffp-contract=off: what is rounded, and when, must not depend on the compiler's taste. No -march: one binary, chosen
 # among its own paths at run time.
-FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-w", "-DNDEBUG"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG"]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
+if os.environ.get("SGCD_WERROR") == "1":
+    WARNINGS.append("-Werror")
+LEFT_OUT = () if os.environ.get("SGCD_BUILD_BENCH") == "1" else ("matmul_sweep.cpp",)
 digest = runpy.run_path("sgcd_kernels/backends/cpp/sources.py")["digest"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
@@ -57,7 +64,8 @@ class BuildExtension(build_ext):
             from torch.utils.cpp_extension import include_paths, library_paths
 
             for extension in self.extensions:
-                extension.include_dirs += include_paths()
+                # As system headers, whose warnings are not ours.
+                extension.extra_compile_args += [f"-isystem{path}" for path in include_paths()]
                 extension.library_dirs += library_paths()
                 abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
                 extension.define_macros += [("_GLIBCXX_USE_CXX11_ABI", str(abi))]
@@ -104,9 +112,9 @@ if skip is not None and CHOICE == "1":
     raise SystemExit(f"SGCD_BUILD=1, but {skip}")
 extension = Extension(
     "sgcd_kernels.backends.cpp._C",
-    sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+    sources=sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name not in LEFT_OUT),
     depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-    extra_compile_args=FLAGS + OPENMP,
+    extra_compile_args=FLAGS + WARNINGS + OPENMP,
     extra_link_args=OPENMP,
     libraries=["torch_cpu", "torch", "c10"],
     language="c++",

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import envs
-from trainer import model as policy
 from trainer.config import Config
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.workday.gold import solve
-from trainer.types import Message, Outcome, Renderer, Task, Tool
+from trainer.learning import model as policy
+from trainer.protocols import Renderer
 
 
 def gold_name(task: Task) -> str:

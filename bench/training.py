@@ -74,20 +74,22 @@ def ours(arm: str, first_call: bool) -> Callable[[TrainingRow, int, Path], None]
 
 
 async def _take_steps(arm: str, first_call: bool, steps: int, folder: Path) -> list[dict[str, float]]:
-    from trainer import configfile, loop, sampling
-    from trainer.clock import Clock
-    from trainer.reporting import MetricLogger
-    from trainer.types import Group
+    from trainer import loop
+    from trainer.data import Group
+    from trainer.preflight import config_file
+    from trainer.records.metric_logger import MetricLogger
+    from trainer.rollout.task_order import TaskOrder
+    from trainer.stage_clock import Clock
 
     options = ["--arm", arm, "--output_dir", str(folder / "run"), "--trace_steps", "0", "--max_steps", str(steps + 1)]
-    config = configfile.load(CONFIG, [*options, *(["--dynamic_sample", "false"] if first_call else [])])
+    config = config_file.load(CONFIG, [*options, *(["--dynamic_sample", "false"] if first_call else [])])
     run = loop.Run.open(config)
     if first_call:
         from bench.first_call import FirstCallSuite
 
         run.suite = FirstCallSuite()
         run.learner = dataclasses.replace(run.learner, suite=run.suite)
-        run.order = sampling.TaskOrder(run.suite.tasks(config.env.train_split), config.seed)
+        run.order = TaskOrder(run.suite.tasks(config.env.train_split), config.seed)
     trained: list[Sequence[Group]] = []
     update = run.learner.update
 
@@ -110,10 +112,10 @@ async def _take_steps(arm: str, first_call: bool, steps: int, folder: Path) -> l
 def trl(row: TrainingRow, steps: int, folder: Path) -> None:
     """TRL's GRPOTrainer; all time that is not generation counts as update."""
     from bench import first_call
-    from trainer import configfile
+    from trainer.preflight import config_file
 
     row.version = version("trl")
-    config = configfile.load(CONFIG, ["--arm", "grpo", "--output_dir", str(folder / "run")])
+    config = config_file.load(CONFIG, ["--arm", "grpo", "--output_dir", str(folder / "run")])
     clock = first_call.train_with_trl(config, steps + 1, folder)
     total, rollout = fmean(clock.steps[1:]), fmean(clock.rollouts[1:])
     tokens = fmean(clock.tokens[1:])

@@ -17,41 +17,41 @@ void check_rows(const std::string& name, const at::Tensor& x) {
                     " has strides ", x.strides(), ", needs rows one after the other");
 }
 
-}  // namespace
-
-void check_head(const char* prefix, const at::Tensor& hidden, const at::Tensor& weight,
-                const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows) {
-  const std::string hidden_name = std::string(prefix) + "hidden", weight_name = std::string(prefix) + "weight";
+void check_head(const std::string& prefix, const HeadArgs& args) {
+  const std::string hidden_name = prefix + "hidden", weight_name = prefix + "weight";
+  const at::Tensor &hidden = args.hidden, &weight = args.weight;
   check_rows(hidden_name, hidden);
   check_rows(weight_name, weight);
   TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(0) < INT32_MAX - 64 && weight.size(1) > 0 &&
                         weight.size(1) < (1 << 20) && hidden.size(1) == weight.size(1),
                     hidden_name, " has shape ", hidden.sizes(), " and ", weight_name, " ", weight.sizes(),
                     ", needs [N, H] and [V, H] with 0 < V < 2^31 - 65 and 0 < H < 2^20");
-  if (bias) check_tokens("bias", *bias, at::kFloat, weight.size(0));
-  if (!rows) return;
-  check_dense("rows", *rows, at::kLong);
-  TORCH_CHECK_VALUE(rows->dim() == 1, "rows has shape ", rows->sizes(), ", needs [n]");
-  const int64_t* at = rows->const_data_ptr<int64_t>();
-  const bool inside = std::all_of(at, at + rows->size(0), [&](int64_t row) { return row >= 0 && row < hidden.size(0); });
+  if (args.bias) check_tokens("bias", *args.bias, at::kFloat, weight.size(0));
+  if (!args.rows) return;
+  check_dense("rows", *args.rows, at::kLong);
+  TORCH_CHECK_VALUE(args.rows->dim() == 1, "rows has shape ", args.rows->sizes(), ", needs [n]");
+  const int64_t* row = args.rows->const_data_ptr<int64_t>();
+  const bool inside =
+      std::all_of(row, row + args.rows->size(0), [&](int64_t r) { return r >= 0 && r < hidden.size(0); });
   TORCH_CHECK_VALUE(inside, "rows holds an index outside hidden ", hidden.sizes());
 }
 
-void check_same_tokens_and_words(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& teacher_hidden,
-                                 const at::Tensor& teacher_weight) {
-  TORCH_CHECK_VALUE(hidden.size(0) == teacher_hidden.size(0) && weight.size(0) == teacher_weight.size(0),
-                    "teacher has N = ", teacher_hidden.size(0), ", V = ", teacher_weight.size(0), ", needs N = ",
-                    hidden.size(0), ", V = ", weight.size(0), " as the student");
+}  // namespace
+
+std::vector<Head> checked_heads(const HeadArgs& args) {
+  check_head("", args);
+  return {Head(args)};
 }
 
-std::vector<Head> checked_pair(const at::Tensor& hidden, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& bias, const at::Tensor& teacher_hidden,
-                               const at::Tensor& teacher_weight, const std::optional<at::Tensor>& teacher_bias,
-                               const std::optional<at::Tensor>& rows) {
-  check_head("", hidden, weight, bias, rows);
-  check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, rows);
-  check_same_tokens_and_words(hidden, weight, teacher_hidden, teacher_weight);
-  return {{hidden, weight, bias, rows}, {teacher_hidden, teacher_weight, teacher_bias, rows}};
+std::vector<Head> checked_heads(const PairArgs& args) {
+  const auto& [student, teacher] = args;
+  check_head("", student);
+  check_head("teacher_", teacher);
+  TORCH_CHECK_VALUE(
+      student.hidden.size(0) == teacher.hidden.size(0) && student.weight.size(0) == teacher.weight.size(0),
+      "teacher has N = ", teacher.hidden.size(0), ", V = ", teacher.weight.size(0),
+      ", needs N = ", student.hidden.size(0), ", V = ", student.weight.size(0), " as the student");
+  return {Head(student), Head(teacher)};
 }
 
 }  // namespace sgcd

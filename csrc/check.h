@@ -4,9 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <optional>
 #include <vector>
 
+#include "args.h"
 #include "head.h"
 
 namespace sgcd {
@@ -27,20 +27,18 @@ inline void check_matrix(const char* name, const at::Tensor& x, int64_t rows, in
                     ", needs [", rows, ", ", columns, "]");
 }
 
-inline void check_shared(const std::optional<at::Tensor>& temperature, int64_t n, double softcap) {
-  if (temperature) check_tokens("temperature", *temperature, at::kFloat, n);
-  TORCH_CHECK_VALUE(softcap >= 0 && softcap < 1e30, "softcap is ", softcap, ", needs a number >= 0 (0 is none)");
+inline void check_transform(const HeadArgs& head, int64_t n) {
+  if (head.temperature) check_tokens("temperature", *head.temperature, at::kFloat, n);
+  TORCH_CHECK_VALUE(head.softcap >= 0 && head.softcap < 1e30, "softcap is ", head.softcap,
+                    ", needs a number >= 0 (0 is none)");
 }
 
-void check_head(const char* prefix, const at::Tensor& hidden, const at::Tensor& weight,
-                const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows);
-void check_same_tokens_and_words(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& teacher_hidden,
-                                 const at::Tensor& teacher_weight);
+inline void check_beta(double beta) {
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta is ", beta, ", needs a number in [0, 1]");
+}
 
-// Student and teacher, checked.
-std::vector<Head> checked_pair(const at::Tensor& hidden, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& bias, const at::Tensor& teacher_hidden,
-                               const at::Tensor& teacher_weight, const std::optional<at::Tensor>& teacher_bias,
-                               const std::optional<at::Tensor>& rows);
+// The heads of a call, checked: one, or student and teacher.
+std::vector<Head> checked_heads(const HeadArgs& args);
+std::vector<Head> checked_heads(const PairArgs& args);
 
 }  // namespace sgcd

@@ -13,7 +13,7 @@ int64_t steps(Math math, int64_t elements) { return math == Math::kBf16 ? elemen
 
 }  // namespace
 
-bool has_bf16_products() { return cpu_isa().bf16 || cpu_isa().tiles; }
+bool has_bf16_products() { return cpu_isa().bf16 || cpu_isa().has_amx; }
 
 bool has_transposed_products(Math math) { return own(math); }
 
@@ -26,8 +26,8 @@ void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t
                                 static_cast<const at::BFloat16*>(b), c, true);
   } else {
     // Without micro-kernels for this processor, the library does the same by its BLAS.
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const float*>(a),
-                                static_cast<const float*>(b), c, false);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const float*>(a), static_cast<const float*>(b),
+                                c, false);
   }
 }
 

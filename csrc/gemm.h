@@ -1,14 +1,13 @@
 // Small products of tiles, by the library's exported micro-kernels or our own.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <stdint.h>
 
 namespace sgcd {
 
 // What tiles are multiplied in. bf16 where the processor multiplies it into fp32; everything else is widened.
 enum class Math { kFloat, kBf16 };
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t element_size(Math math) { return math == Math::kBf16 ? 2 : 4; }
 
 bool has_bf16_products();

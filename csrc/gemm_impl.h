@@ -47,8 +47,8 @@ void product(int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, bool t
       for (int64_t i = 0; i < m; i += Lanes::rows) {
         const int64_t rows = m - i < Lanes::rows ? m - i : Lanes::rows;
         const float* left = static_cast<const float*>(a) + (transposed ? k0 * lda + i : i * lda + k0);
-        (transposed ? rows_of<Lanes, true> : rows_of<Lanes, false>)(rows, deep, left, lda, right, ldb,
-                                                                    c + i * ldc + j, ldc, add || k0 > 0);
+        (transposed ? rows_of<Lanes, true> : rows_of<Lanes, false>)(rows, deep, left, lda, right, ldb, c + i * ldc + j,
+                                                                    ldc, add || k0 > 0);
       }
     }
   }

@@ -47,12 +47,13 @@ Isa find_isa() {
   // The library may have been told, or built, not to use tile units.
   if (level == kAmx && !at::native::cpublas::could_pack(at::kBFloat16)) level = kAvx512Bf16;
   // Another compiler may have built none of this.
-  if (level >= kAvx512 && folds_avx512())
-    return {kNames[level], folds_avx512(), level == kAmx, float_product_avx512(),
+  if (level >= kAvx512 && tile_kernels_avx512())
+    return {kNames[level], tile_kernels_avx512(), level == kAmx, float_product_avx512(),
             level == kAvx512Bf16 ? bf16_product_avx512() : nullptr};
-  if (level == kAvx2 && folds_avx2()) return {kNames[level], folds_avx2(), false, float_product_avx2(), nullptr};
-  if (level == kAmx) return {kNames[level], folds_portable(), true, nullptr, nullptr};
-  return {kNames[kPortable], folds_portable(), false, nullptr, nullptr};
+  if (level == kAvx2 && tile_kernels_avx2())
+    return {kNames[level], tile_kernels_avx2(), false, float_product_avx2(), nullptr};
+  if (level == kAmx) return {kNames[level], tile_kernels_portable(), true, nullptr, nullptr};
+  return {kNames[kPortable], tile_kernels_portable(), false, nullptr, nullptr};
 }
 
 }  // namespace

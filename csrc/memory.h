@@ -1,7 +1,8 @@
-// Memory that is not touched yet, of whatever size.
+// Uninitialised memory for buffers of any size.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -9,19 +10,21 @@
 
 namespace sgcd {
 
-// at::empty, in huge pages where the system leaves that to programs: the first touch of 100 MB takes 38 ms in pages of
-// 4 KB and 6 ms in pages of 2 MB.
-inline at::Tensor fresh(at::IntArrayRef sizes, at::TensorOptions options) {
+// at::empty, in huge pages where the system lets programs ask for them: the first touch of 100 MB takes 38 ms in pages
+// of 4 KB and 6 ms in pages of 2 MB.
+inline at::Tensor allocate(at::IntArrayRef sizes, at::TensorOptions options) {
   at::Tensor x = at::empty(sizes, options);
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  if (x.nbytes() >= 2 * kHuge) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
+  constexpr size_t page = 4096, huge_page = 2 << 20;
+  char* begin = static_cast<char*>(x.mutable_data_ptr());
+  const size_t to_page = (page - reinterpret_cast<uintptr_t>(begin) % page) % page;
+  if (x.nbytes() >= 2 * huge_page) madvise(begin + to_page, (x.nbytes() - to_page) / page * page, MADV_HUGEPAGE);
 #endif
   return x;
 }
 
-inline at::Tensor bytes(int64_t count) { return fresh({count}, at::kByte); }
+inline at::Tensor allocate_bytes(int64_t count) { return allocate({count}, at::kByte); }
+
+inline char* bytes_of(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
 
 }  // namespace sgcd

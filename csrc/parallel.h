@@ -1,4 +1,4 @@
-// Sharing tasks among torch's threads. Which thread takes a task never matters to the result: tasks own their outputs.
+// Tasks for torch's threads. Which thread takes a task never matters to the result: tasks own their outputs.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,10 +8,10 @@
 
 namespace sgcd {
 
-// Call `worker(next)` on each thread; `next()` gives the next task, or -1 when there is none. A thread that is held up
-// by others on the machine takes fewer tasks.
+// Call `worker(next)` on each thread; `next()` gives the next task, or -1 when there is none. A thread that other
+// programs hold up takes fewer tasks.
 template <class Worker>
-void share(int64_t tasks, Worker worker) {
+void parallel_tasks(int64_t tasks, Worker worker) {
   std::atomic<int64_t> counter{0};
   const auto next = [&]() -> int64_t {
     const int64_t task = counter.fetch_add(1, std::memory_order_relaxed);

@@ -1,8 +1,9 @@
 #include "spans.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "check.h"
@@ -17,8 +18,8 @@ struct Limits {
   double entropy_ratio, entropy_margin;
 };
 
-// A bool whose byte is neither 0 nor 1 is no crash.
-const uint8_t* bytes_of(const at::Tensor& x) { return static_cast<const uint8_t*>(x.const_data_ptr()); }
+// As bytes: a bool whose byte is neither 0 nor 1 must not be undefined behaviour.
+const uint8_t* flags_of(const at::Tensor& x) { return static_cast<const uint8_t*>(x.const_data_ptr()); }
 
 template <class Float>
 struct Tokens {
@@ -53,10 +54,9 @@ void scan(const Tokens<Float>& in, int64_t first, int64_t stop, const Limits& li
 template <class Float>
 void scan_all(const at::Tensor& u, const at::Tensor& entropy, const int64_t* turns, const at::Tensor& eligible,
               const at::Tensor& cu_seqlens, const Limits& limits, int64_t* out) {
-  const Tokens<Float> in{u.const_data_ptr<Float>(), entropy.const_data_ptr<Float>(), turns,
-                         bytes_of(eligible)};
+  const Tokens<Float> in{u.const_data_ptr<Float>(), entropy.const_data_ptr<Float>(), turns, flags_of(eligible)};
   const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
-  share(cu_seqlens.size(0) - 1, [&](auto next) {
+  parallel_tasks(cu_seqlens.size(0) - 1, [&](auto next) {
     for (int64_t b; (b = next()) >= 0;) scan(in, cu[b], cu[b + 1], limits, out);
   });
 }
@@ -72,30 +72,31 @@ void check_bounds(const at::Tensor& cu_seqlens, int64_t tokens) {
 }
 
 template <class Float>
-void order(const at::Tensor& x, const at::Tensor& eligible, const at::Tensor& cu_seqlens, const at::Tensor& low,
-           const at::Tensor& high, Float* out) {
-  const Float* value = x.const_data_ptr<Float>();
+void select_all(const at::Tensor& x, const at::Tensor& eligible, const at::Tensor& cu_seqlens, const at::Tensor& low,
+                const at::Tensor& high, Float* out) {
+  const Float* from = x.const_data_ptr<Float>();
   const int64_t *cu = cu_seqlens.const_data_ptr<int64_t>(), sequences = cu_seqlens.size(0) - 1;
   const int64_t *lows = low.const_data_ptr<int64_t>(), *highs = high.const_data_ptr<int64_t>();
-  const uint8_t* counts = bytes_of(eligible);
-  share(sequences, [&](auto next) {
-    std::vector<Float> kept;
+  const uint8_t* flags = flags_of(eligible);
+  parallel_tasks(sequences, [&](auto next) {
+    std::vector<Float> values;
     for (int64_t b; (b = next()) >= 0;) {
-      kept.resize(cu[b + 1] - cu[b]);
+      values.resize(cu[b + 1] - cu[b]);
       int64_t count = 0;
       for (int64_t t = cu[b]; t < cu[b + 1]; t++) {
-        kept[count] = value[t];
-        count += counts[t] != 0;
+        values[count] = from[t];
+        count += flags[t] != 0;
       }
       out[b] = out[b + sequences] = 0;
       if (count == 0) continue;
       const int64_t i = std::clamp<int64_t>(lows[b], 0, count - 1), j = std::clamp<int64_t>(highs[b], i, count - 1);
-      const auto begin = kept.begin(), end = begin + count;
-      const auto before = [](Float x, Float y) { return x < y || (x == x && y != y); };  // NaN last
+      const auto begin = values.begin(), end = begin + count;
+      // NaN last.
+      const auto before = [](Float one, Float other) { return one < other || (std::isnan(other) && !std::isnan(one)); };
       std::nth_element(begin, begin + i, end, before);
-      out[b] = kept[i];
+      out[b] = values[i];
       if (j > i) std::nth_element(begin + i + 1, begin + j, end, before);
-      out[b + sequences] = kept[j];
+      out[b + sequences] = values[j];
     }
   });
 }
@@ -133,9 +134,9 @@ at::Tensor order_statistics(const at::Tensor& x, const at::Tensor& eligible, con
   check_tokens("high", high, at::kLong, sequences);
   at::Tensor out = at::empty({2, sequences}, x.options());
   if (wide)
-    order(x, eligible, cu_seqlens, low, high, out.mutable_data_ptr<double>());
+    select_all(x, eligible, cu_seqlens, low, high, out.mutable_data_ptr<double>());
   else
-    order(x, eligible, cu_seqlens, low, high, out.mutable_data_ptr<float>());
+    select_all(x, eligible, cu_seqlens, low, high, out.mutable_data_ptr<float>());
   return out;
 }
 

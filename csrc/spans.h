@@ -1,5 +1,4 @@
-// What the credit rules ask of each packed sequence: its high-credit spans (sgcd_kernels/spans.py says what one is) and
-// its quantiles (sgcd_kernels/packed.py).
+// What credit rules need of each packed sequence: its high-credit spans and its quantiles.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,13 +7,14 @@
 
 namespace sgcd {
 
-// [N] int64: the index of the onset of the span that a token lies in, or -1
+// [N] int64: the index of the onset of the span that a token lies in, or -1. u, entropy [N] float32 or float64, turns
+// [N] int64, eligible [N] bool, cu_seqlens [B + 1] int64.
 at::Tensor find_spans(const at::Tensor& u, const at::Tensor& entropy, const std::optional<at::Tensor>& turns,
                       const at::Tensor& eligible, const at::Tensor& cu_seqlens, double start, double reset,
                       int64_t patience, double entropy_ratio, double entropy_margin);
 
-// [2, B]: of each sequence's eligible values in rising order, NaN last, those at the places `low` and `high`; the places
-// are clamped to what there is, and a sequence without values gets 0.
+// [2, B]: of each sequence's eligible values in rising order, NaN last, those at the indices `low` and `high` [B]
+// int64. Indices are clamped to what there is, and a sequence without values gets 0.
 at::Tensor order_statistics(const at::Tensor& x, const at::Tensor& eligible, const at::Tensor& cu_seqlens,
                             const at::Tensor& low, const at::Tensor& high);
 

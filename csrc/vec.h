@@ -1,4 +1,4 @@
-// Eight or sixteen floats and the few operations that the folds need, for the instruction set of the including file.
+// Eight or sixteen floats and the few operations that tile kernels need, for the instruction set of the including file.
 //
 // Everything sits in an unnamed namespace and calls nothing inline from the standard library: a function compiled for
 // AVX-512 must never be the copy that the linker keeps for the whole program.
@@ -117,12 +117,12 @@ struct Vec {
   }
 };
 
-#define SGCD_LANES(expression)                             \
-  Vec r;                                                   \
+#define SGCD_LANES(expression)                              \
+  Vec r;                                                    \
   for (int i = 0; i < Vec::width; i++) r.v[i] = expression; \
   return r;
-#define SGCD_MASK(expression)                               \
-  Vec::Mask r;                                              \
+#define SGCD_MASK(expression)                                \
+  Vec::Mask r;                                               \
   for (int i = 0; i < Vec::width; i++) r.on[i] = expression; \
   return r;
 
@@ -247,5 +247,19 @@ inline Vec tanh(Vec x) {
   const Vec y = Vec(0.0f) - t / (t + Vec(2.0f));
   return where(greater(Vec(0.0f), x), Vec(0.0f) - y, y);
 }
+
+// p += x
+inline void accumulate(float* p, Vec x) { (Vec::load(p) + x).store(p); }
+
+// Denormal results cost a hundred cycles each and say nothing beside a maximum of 1.
+struct FlushDenormals {
+#if defined(SGCD_AVX512) || defined(SGCD_AVX2)
+  const unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#else
+  FlushDenormals() {}
+#endif
+};
 
 }  // namespace

@@ -1,7 +1,7 @@
-"""Write the generated part of docs/api.md: python docs/api.py (tests/kernels/test_api_docs.py checks that it is fresh).
+"""Write the generated part of docs/api.md: python docs/api.py.
 
 Everything in it is read from the code: signatures with their shape comments, and the lines Gradients, Backends and Cost
-of the docstrings.
+of the docstrings. tests/sgcd_kernels/test_api_docs.py checks that it is fresh.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sgcd_kernels
+from sgcd_kernels import PolicyLossConfig, linear_logprob, linear_policy_loss, sgcd_loss
+from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.integrations import cut_cross_entropy, liger, verl
 
 PAGE = Path(__file__).with_name("api.md")
@@ -55,33 +58,72 @@ def shapes(source: Any) -> dict[str, str]:
     return {match[1]: match[2] for match in matches if match}
 
 
-def arguments(function: Callable[..., Any]) -> list[str]:
-    said = shapes(function)
-    rows = ["| argument | type | default | shape |", "|---|---|---|---|"]
+class Argument(NamedTuple):
+    name: str
+    kind: str
+    default: str  # empty where it must be given
+    comment: str
+
+
+def arguments(function: Callable[..., Any]) -> list[Argument]:
+    """Those of the signature, and the keywords of a TypedDict that it takes as `**options`."""
+    said, out = shapes(function), []
     for name, parameter in inspect.signature(function).parameters.items():
-        if name == "self" or parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        default = "" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
-        default = "`CreditConfig()`" if default.startswith("`CreditConfig(") else default
-        kind = str(parameter.annotation).replace("|", "\\|")
-        rows.append(f"| `{name}` | {kind} | {default} | {said.get(name, '')} |")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            out += keywords(function, str(parameter.annotation))
+        elif name != "self":
+            default = "" if parameter.default is parameter.empty else repr(parameter.default)
+            default = "CreditConfig()" if default.startswith("CreditConfig(") else default
+            out.append(Argument(name, str(parameter.annotation), default, said.get(name, "")))
+    return out
+
+
+def keywords(function: Callable[..., Any], annotation: str) -> list[Argument]:
+    """The fields of the TypedDict in `Unpack[...]`, with the comments and defaults of the bundles that they end in."""
+    unpacked = re.fullmatch(r"Unpack\[(\w+)\]", annotation)
+    if unpacked is None:
+        return []
+    options = function.__globals__[unpacked[1]]
+    said: dict[str, str] = {}
+    for source in (sgcd_loss, linear_policy_loss, LMHead, PolicyLossConfig, options):
+        said |= shapes(source)
+    defaults = {name: p.default for name, p in inspect.signature(linear_logprob).parameters.items()}
+    defaults |= {field.name: field.default for field in dataclass_fields(PolicyLossConfig)}
+    return [
+        Argument(
+            name,
+            getattr(kind, "__forward_arg__", str(kind)),
+            "PolicyLossConfig()" if name == "policy" else repr(defaults.get(name)),
+            said.get(name, ""),
+        )
+        for name, kind in options.__annotations__.items()
+    ]
+
+
+def table(function: Callable[..., Any]) -> list[str]:
+    rows = ["| argument | type | default | shape, meaning |", "|---|---|---|---|"]
+    for name, kind, default, comment in arguments(function):
+        cells = f"`{name}`", escaped(kind), f"`{default}`" if default else "", escaped(comment)
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def fields(result: Any) -> list[str]:
     said = shapes(result)
     inherit = "[N] or [B, T]" if "targets" in (result.__doc__ or "") else "[N]"
     rows = [f"**{result.__name__}**: {(result.__doc__ or '').strip()}", "", "| field | shape | |", "|---|---|---|"]
-    return rows + [
-        f"| `{name}` | {inherit} | {said.get(name, '').replace('|', chr(92) + '|')} |" for name in result._fields
-    ]
+    return rows + [f"| `{name}` | {inherit} | {escaped(said.get(name, ''))} |" for name in result._fields]
 
 
 def summary() -> list[str]:
     rows = ["| function | gives | gradients | backends | cost |", "|---|---|---|---|---|"]
     for name in OPS:
         function = getattr(sgcd_kernels, name)
-        gives = str(inspect.signature(function).return_annotation).replace("|", "\\|")
+        gives = escaped(str(inspect.signature(function).return_annotation))
         facts = [fact(function, kind) for kind in ("Gradients", "Backends", "Cost")]
         rows.append(f"| [`{name}`](#{name}) | {gives} | {' | '.join(facts)} |")
     return rows
@@ -95,12 +137,12 @@ def generated() -> str:
             (getattr(sgcd_kernels, name).__doc__ or "").split("\n\n")[0].replace("\n    ", "\n"),
             "",
         ]
-        parts += [*arguments(getattr(sgcd_kernels, name)), ""]
+        parts += [*table(getattr(sgcd_kernels, name)), ""]
     parts += ["### Results", ""]
     for name in RESULTS:
         parts += [*fields(getattr(sgcd_kernels, name)), ""]
     for name, function in OTHERS.items():
-        parts += [f"### {name}", *(["", *arguments(function)] if inspect.signature(function).parameters else []), ""]
+        parts += [f"### {name}", *(["", *table(function)] if inspect.signature(function).parameters else []), ""]
     return "\n".join([*parts, END])
 
 

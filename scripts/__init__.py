@@ -1,1 +1,1 @@
-"""Commands for people who change this repository; nothing imports them."""
+"""Commands for people who change this repository: they make its assets, record results and measure its structure."""

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
-FOLDERS = ("bench", "configs", "csrc", "docs", "examples", "sgcd_kernels", "tests", "trainer", ".github", ".ci")
+FOLDERS = "bench configs csrc docs examples scripts sgcd_kernels tests trainer .github .ci".split()
 NAMED = re.compile(
     rf"(?<![\w./-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*{{}},<>-]*\.(?:py|md|yaml|yml|sh|cpp|h|csv|png))"
 )

@@ -13,7 +13,7 @@ from sgcd_kernels import CreditConfig
 
 
 class Section(BaseModel):
-    """A group of fields that refuses what it does not know."""
+    """A group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -28,7 +28,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str = "trainer/assets/workday-tiny"  # a Hugging Face folder
-    made_by: str = ""  # the command that makes or fetches it: what a person is told where it is not there
+    made_by: str = ""  # the command that makes or fetches it, named in the error when it is missing
     renderer: Literal["compact", "chatml", "template"] = "compact"  # template: the tokenizer's own, as Qwen's
     chat_template_kwargs: dict[str, Any] = {}  # of renderer template, as in TRL: {enable_thinking: false}
     autocast: Literal["off", "bfloat16", "auto"] = "off"  # bf16 compute over fp32 weights; auto: if the hardware can
@@ -89,7 +89,7 @@ class WriterConfig(Section):
     base_url: str = "https://api.openai.com/v1"
     model: str = "gpt-5-mini"
     api_key_env: str = "OPENAI_API_KEY"
-    timeout: float = Field(60.0, gt=0)  # seconds a call
+    timeout: float = Field(60.0, gt=0)  # seconds per call
     max_retries: int = Field(3, ge=0)
     concurrency: int = Field(8, gt=0)
     max_prompt_chars: int = Field(48_000, gt=0)
@@ -100,7 +100,7 @@ class WriterConfig(Section):
     @field_validator("api_key_env")
     @classmethod
     def _names_a_variable(cls, value: str) -> str:
-        """The resolved config is written to disk, so a key that was put here by mistake must not get there."""
+        """The resolved config is written to disk, so a key that was put here by mistake must be refused."""
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.startswith(("sk_", "hf_")):
             raise ValueError("needs the name of an environment variable, such as OPENAI_API_KEY, not the key itself")
         return value

@@ -53,25 +53,35 @@ for name, products in PRODUCTS.items():
 
 
 @functools.cache
-def _bare_sweep() -> Callable[..., object]:
-    """The operator, which the first use of the backend loads."""
+def _matmul_sweep() -> Callable[..., object] | None:
+    """The operator, which the first use of the backend loads; None where the extension was built without it."""
     linear_logprob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), impl="cpp")
-    sweep: Callable[..., object] = torch.ops.sgcd_kernels.bare_walk
-    return sweep
+    return getattr(torch.ops.sgcd_kernels, "matmul_sweep", None)
+
+
+def _sweep(hidden: Tensor, weight: Tensor, teacher: Tensor | None) -> Outputs:
+    sweep = _matmul_sweep()
+    assert sweep is not None  # refuses_sweep
+    sweep(hidden, weight, teacher)
+    return {}
 
 
 def refuses_sweep(case: Case) -> str | None:
-    return ours.refuses("cpp")(case) or (None if case.mode == "forward" else "no bare sweep of a backward pass")
+    if refusal := ours.refuses("cpp")(case):
+        return refusal
+    if case.mode != "forward":
+        return "no bare sweep of a backward pass"
+    if _matmul_sweep() is None:
+        return "the extension has no matmul_sweep: SGCD_BUILD_BENCH=1 pip install --no-build-isolation -e . builds it"
+    return None
 
 
 @provides("logprob", "sweep", package="sgcd-kernels", refuses=refuses_sweep, bare=True)
 def sweep_one(i: Inputs, mode: str) -> Outputs:
     """The C++ backend's tiles of logits, computed and dropped: what its own matrix products cost."""
-    _bare_sweep()(_gathered(i.hidden, i.rows), i.weight, None)
-    return {}
+    return _sweep(_gathered(i.hidden, i.rows), i.weight, None)
 
 
 @provides("divergence", "sweep", package="sgcd-kernels", refuses=refuses_sweep, bare=True)
 def sweep_two(i: Inputs, mode: str) -> Outputs:
-    _bare_sweep()(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))
-    return {}
+    return _sweep(_gathered(i.hidden, i.rows), i.weight, _gathered(i.teacher, i.rows))

@@ -25,6 +25,12 @@ class LMHead:
     temperature: float | Tensor = 1.0  # a number, or per token
     group: ProcessGroup | None = None  # ranks that each hold some rows of the weight
 
+    def with_constant_temperature(self) -> LMHead:
+        """The same head, whose temperature asks for no gradient: there is none for it."""
+        if not isinstance(self.temperature, Tensor):
+            return self
+        return replace(self, temperature=self.temperature.detach())
+
 
 @dataclass(frozen=True)
 class Projection:

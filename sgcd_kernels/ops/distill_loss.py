@@ -83,6 +83,7 @@ def linear_distill_loss(
     teacher = teacher_head(head, teacher_weight, teacher_bias)
     leading = check_pair(student_hidden, head, teacher_hidden, teacher)
     check_per_token("mask", mask, leading, student_hidden.device)
+    head, teacher = head.with_constant_temperature(), teacher.with_constant_temperature()
     teacher = replace(teacher, weight=teacher.weight.detach(), bias=_detached(teacher.bias))
     inputs = _Inputs(student_hidden, head, teacher_hidden.detach(), teacher, mask)
     return distill_op(inputs, _Options(kind, float(beta), reduction, impl)).loss

@@ -73,7 +73,7 @@ def linear_logprob(
     head = LMHead(weight, bias, softcap, temperature, group)
     leading = check_head(hidden, head)
     check_targets(targets, leading, hidden.device)
-    return logprob_op(hidden, head, targets, ignore_index, impl)
+    return logprob_op(hidden, head.with_constant_temperature(), targets, ignore_index, impl)
 
 
 def _fake(hidden: Tensor, head: LMHead, targets: Tensor, *_: object) -> LogprobStats:

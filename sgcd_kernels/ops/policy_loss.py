@@ -109,6 +109,7 @@ def policy_loss(hidden: Tensor, tokens: PolicyTokens, settings: Settings, known:
     """The op on checked inputs. Only hidden, weight and bias are differentiable."""
     plain = PolicyTokens(*(None if x is None else x.detach() for x in tokens))  # type: ignore[arg-type]
     known = KnownLse(*(None if x is None else x.detach() for x in known))
+    settings = settings._replace(head=settings.head.with_constant_temperature())
     return policy_loss_op(hidden, settings, plain, known, Needs.of(hidden, settings.head))
 
 

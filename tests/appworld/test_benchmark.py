@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from trainer import envs, evaluate
+from trainer import envs
 from trainer.config import EnvConfig
+from trainer.data import Completion, Group, Message, Outcome, Rollout, Sampling, Task
 from trainer.envs.appworld.data import PYTHON
 from trainer.envs.appworld.prompt import CRASHED, NO_CODE, ONLY_FIRST, block
 from trainer.envs.appworld.suite import AppWorldSuite
-from trainer.rollout import run_episode
-from trainer.traces import describe
-from trainer.types import Completion, Group, Message, Outcome, Rollout, Sampling, Task
+from trainer.evaluation import estimates, evaluate
+from trainer.records.rollout_files import describe
+from trainer.rollout.episode import RolloutSetup, play_episode
 
 pytestmark = [
     pytest.mark.slow,
@@ -121,7 +122,7 @@ def test_tgc_counts_tasks_and_sgc_whole_scenarios(suite: AppWorldSuite) -> None:
         Rollout(t, [], [], [1], ids=[2], generated=[True], reward=play(suite, t.id, plans[t.id])[1].reward)
         for t in tasks
     ]
-    figures = evaluate.summarise(tasks, rollouts, {}, samples=1)
+    figures = estimates.summarise(tasks, rollouts, {}, samples=1)
     assert (figures["tgc"], figures["sgc"]) == (0.75, 0.5)
 
 
@@ -201,15 +202,13 @@ class Script:
 
 
 def roll(suite: AppWorldSuite, name: str, turns: Sequence[str], **env: Any) -> tuple[Rollout, Any]:
-    from tests.trainer.test_chatml import make_tokenizer
+    from tests.trainer.chat.test_chatml import make_tokenizer
     from trainer.chat.chatml import ChatMLRenderer
 
     renderer = ChatMLRenderer(make_tokenizer())
     settings = EnvConfig(**{"name": "appworld", "max_turns": 30, **env})
-    played = run_episode(Script(renderer, turns), suite, renderer, find(suite, name), Sampling(), settings, 100_000)
-    rollout = asyncio.run(played)
-    assert rollout is not None
-    return rollout, renderer
+    setup = RolloutSetup(Script(renderer, turns), suite, renderer, Sampling(), settings, 100_000)
+    return asyncio.run(play_episode(setup, find(suite, name))), renderer
 
 
 def test_a_rollout_reads_what_the_benchmark_says_and_no_truth(suite: AppWorldSuite) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from bench.first_call import FirstCallSuite, gold_name, reward
-from trainer.types import Message
+from trainer.data import Message
 
 
 def call(name: str) -> Message:

@@ -21,11 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import sgcd_kernels
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss, sgcd_loss
+from sgcd_kernels.ops.policy_inputs import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 api = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "api.py")))
 INTEGRATIONS = ("cut_cross_entropy", "liger", "verl.linear_cross_entropy")
-MODULES = [*sorted({getattr(sgcd_kernels, name).__module__ for name in sgcd_kernels.__all__} - {"sgcd_kernels.types"})]
+MODULES = [
+    *sorted({getattr(sgcd_kernels, name).__module__ for name in sgcd_kernels.__all__} - {"sgcd_kernels.credit.rules"})
+]
 
 N, H, V = 96, 16, 500
 G = torch.Generator().manual_seed(0)
@@ -53,12 +56,18 @@ def test_the_page_is_fresh() -> None:
 
 def test_every_tensor_argument_says_its_shape() -> None:
     for name in api.OPS:
-        function = getattr(sgcd_kernels, name)
-        said = api.shapes(function)
-        tensors = [
-            k for k, v in inspect.signature(function).parameters.items() if str(v.annotation).startswith("Tensor")
-        ]
-        assert not [k for k in tensors if k not in said], name
+        tensors = [argument for argument in api.arguments(getattr(sgcd_kernels, name)) if "Tensor" in argument.kind]
+        assert not [argument for argument in tensors if not argument.comment], name
+
+
+def test_keywords_of_a_bundle_have_the_defaults_of_the_call() -> None:
+    settings = Settings.of("linear_policy_loss", W, {})
+    want = vars(settings.policy) | vars(settings.head) | {"ignore_index": settings.ignore_index, "impl": settings.impl}
+    for function in (linear_policy_loss, sgcd_loss):
+        said = {argument.name: argument.default for argument in api.arguments(function)}
+        assert {name: said[name] for name in want if name != "weight"} == {
+            name: repr(value) for name, value in want.items() if name != "weight"
+        }
 
 
 def test_public_functions_are_typed_throughout() -> None:
@@ -92,7 +101,7 @@ CASES: dict[str, list[Callable[..., torch.Tensor]]] = {  # in the order of the c
     "linear_divergence": [scored(), scored(features=("tv",)), scored(top_k=3)],
     "linear_policy_loss": [policy(), policy(lse=linear_logprob(X, W, Y, bias=B).lse)],
     "linear_distill_loss": [distill("reverse_kl"), distill("jsd"), distill("forward_kl")],
-    "sgcd_loss": [sgcd(), sgcd(reuse_lse=True)],
+    "sgcd_loss": [sgcd(), sgcd(reuse_lse=False), sgcd(reuse_lse=True)],
 }
 
 

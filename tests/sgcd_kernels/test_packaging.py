@@ -67,7 +67,7 @@ def test_the_source_distribution_holds_what_a_build_reads(sdist: Path) -> None:
         names = {name.split("/", 1)[-1] for name in packed.getnames()}
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()} | set(SOURCES[3:])
     assert wanted <= names and "sgcd_kernels/py.typed" in names
-    assert not [name for name in names if name.endswith(".so") or name == "sgcd_kernels/cpp/build.json"]
+    assert not [name for name in names if name.endswith(".so") or name == "sgcd_kernels/backends/cpp/build.json"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,9 @@ def test_without_the_extension_it_says_why(
     assert found.name.endswith("-py3-none-any.whl"), "nothing of a machine is in it"
     where, says = installed(found, SAYS).splitlines()
     assert where.startswith(str(tmp_path)) and reason in says
+    assert {name.split("/")[0] for name in zipfile.ZipFile(found).namelist() if ".dist-info/" not in name} == {
+        "sgcd_kernels"
+    }, "a wheel holds the library alone: other packages are called trainer, too"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.types import Group, Message, Rollout, Task
+from trainer.data import Group, Message, Rollout, Task
 
 TOOLS = ["look", "ask", "act", "shout", "wait"]
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3_5TextConfig, Qwen3Config
 
 from trainer.chat.compact import SPECIAL, CompactRenderer
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool
+from trainer.data import Message, Outcome, Task, Tool
+from trainer.errors import EnvironmentBroken
 
 WORDS = ["peek", "poke", "at", "error", "seen", "odd", "even", "say", *(f"w{i}" for i in range(8))]
 TOOLS: list[Tool] = [{"type": "function", "function": {"name": "peek", "description": "", "parameters": {}}}]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.types import Renderer, UserError
+from trainer.errors import UserError
+from trainer.protocols import Renderer
 
 
 def load(name: str, tokenizer: Any, template: Mapping[str, Any] | None = None) -> Renderer:

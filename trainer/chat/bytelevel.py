@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.types import UserError
+from trainer.errors import UserError
 
 
 def _alphabet() -> dict[str, int]:

@@ -25,7 +25,8 @@ from typing import Any
 from trainer.chat.reader import ChatReader
 from trainer.chat.signatures import signature
 from trainer.chat.syntax import Hermes, Python
-from trainer.types import Message, Tool, UserError
+from trainer.data import Message, Tool
+from trainer.errors import UserError
 
 CALLS: dict[str, type[Hermes] | type[Python]] = {"hermes": Hermes, "python": Python}
 TOOLS = ("json", "signatures", "described")
@@ -73,7 +74,7 @@ class ChatMLRenderer(ChatReader):
         return [*block, *self._blocks(rest), *self._opening()]
 
     def describe(self, tools: list[Tool]) -> str:
-        """The tools as the system prompt shows them, one a line; those marked "unlisted" are left out."""
+        """The tools as the system prompt shows them, one per line; those marked "unlisted" are left out."""
         tools = [tool for tool in tools if not tool.get("unlisted")]
         if self.tools == "json":
             return "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

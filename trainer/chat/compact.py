@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trainer.types import Message, TokenClass, Tool, UserError
+from trainer.data import Message, TokenClass, Tool
+from trainer.errors import UserError
 
 PAD, UNKNOWN, USER, TOOL, ASSISTANT, REFERENCE, CALL, END = SPECIAL = (
     "<pad>",

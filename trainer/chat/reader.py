@@ -1,4 +1,4 @@
-"""Reading what a ChatML policy said: tokens to text, to messages, and to what each token is for.
+"""Reading what a ChatML policy generated: tokens to text, to messages, and to what each token is for.
 
 Shared by the renderers that write the prompt themselves (`chatml`) and by the model's own template (`template`).
 """
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from trainer.chat.bytelevel import ByteLevel
 from trainer.chat.syntax import Found, Span
-from trainer.types import Message, TokenClass, UserError
+from trainer.data import Message, TokenClass
+from trainer.errors import UserError
 
 START, END = "<|im_start|>", "<|im_end|>"
 THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -57,7 +58,7 @@ class ChatReader:
         _, found = self._read(ids)
         message: Message = {"role": "assistant", "content": found.words}
         if found.error:
-            return {**message, "content": self.decode(self._said(ids)).strip()}, found.error
+            return {**message, "content": self.decode(self._without_end(ids)).strip()}, found.error
         if found.calls:
             message["tool_calls"] = [
                 {
@@ -69,12 +70,12 @@ class ChatReader:
             ]
         return message, ""
 
-    def _said(self, ids: Sequence[int]) -> list[int]:
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token != self._end]
 
     def _read(self, ids: Sequence[int]) -> tuple[str, Found]:
-        """The text of a turn, and what it holds; a call that is only thought of is no call."""
-        text = self.decode(self._said(ids))
+        """The text of a turn, and what it holds; a call inside a thought is none."""
+        text = self.decode(self._without_end(ids))
         blank = self.think.sub(lambda m: " " * len(m.group()), text)  # same positions
         return text, self.reading.read(blank)
 
@@ -87,7 +88,7 @@ class ChatReader:
         _paint(of_char, found.arguments, TokenClass.ARGUMENT)
         _paint(of_char, found.names, TokenClass.CALL_NAME)
         classes, at = [], 0
-        pieces = iter(self.pieces(self._said(ids)))
+        pieces = iter(self.pieces(self._without_end(ids)))
         for token in ids:
             piece = "" if token == self._end else next(pieces)
             classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))

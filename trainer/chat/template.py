@@ -4,7 +4,7 @@ The first prompt is what `apply_chat_template` gives, token by token. After it n
 drop the thoughts of earlier turns, and what was sampled would no longer be what is read. A turn stays as it was
 sampled, and an observation is the text that the template puts after a turn, cut out of a short conversation.
 
-Text from outside is told from the template's: a file that contains `<|im_end|>` ends no turn.
+Text from outside is distinguished from the template's: a file that contains `<|im_end|>` ends no turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from trainer.chat.functions import Functions
 from trainer.chat.reader import END, OPENED, START, ChatReader
 from trainer.chat.syntax import Hermes
-from trainer.types import Message, Tool, UserError
+from trainer.data import Message, Tool
+from trainer.errors import UserError
 
 MARK = "\U0010fffd"  # a character of no meaning, where a turn's words are
 STAND_INS = 0x100000  # and these stand for special tokens that a text from outside spells
@@ -87,8 +88,8 @@ class TemplateRenderer(ChatReader):
 
     def _after_turn(self, messages: list[Message]) -> str:
         """What the template writes between the end of a turn and the opening of the next."""
-        said = {"role": "assistant", "content": MARK}
-        return self._text_of([USER, said, *messages]).partition(MARK + END)[2]
+        turn = {"role": "assistant", "content": MARK}
+        return self._text_of([USER, turn, *messages]).partition(MARK + END)[2]
 
     def _text_of(self, messages: list[Message], tools: list[Tool] | None = None, opened: bool = True) -> str:
         """The template's text; special tokens that a message spells are replaced by characters without a meaning."""

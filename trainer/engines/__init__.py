@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainer.types import Engine, Renderer, UserError
+from trainer.errors import UserError
+from trainer.protocols import Engine, Renderer
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -20,7 +21,7 @@ def make(config: Config, model: Any, renderer: Renderer) -> Engine:
         return vllm_launch.engine(config, model, renderer)
     from trainer.engines.hf import HFEngine
     from trainer.engines.padded import PaddedEngine
-    from trainer.model import layer_kinds
+    from trainer.learning.model import layer_kinds
 
     slots, length = config.engine.slots, config.model.max_length
     plain = layer_kinds(model) == {"full_attention"} and config.model.attn_implementation in ("sdpa", "eager")

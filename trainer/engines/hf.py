@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.engines.kv import SlotCache
-from trainer.engines.sample import sample
-from trainer.model import head, layer_kinds
-from trainer.types import Completion, Sampling
+from trainer.data import Completion, Sampling
+from trainer.engines.kv_cache import SlotCache
+from trainer.engines.token_sampling import sample
+from trainer.learning.model import head, layer_kinds
 
 PREFILL_FROM = 16  # unread tokens from which a forward of their own is made (measured: 4 costs 4 % more, 64 17 %)
 SHARE_FROM = 16  # a shared prefix shorter than this is not worth a copy

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from trainer.engines.sample import sample
-from trainer.model import head, layer_kinds
-from trainer.types import Completion, Sampling
+from trainer.data import Completion, Sampling
+from trainer.engines.token_sampling import sample
+from trainer.learning.model import head, layer_kinds
 
 KNOWN = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 
@@ -115,14 +115,14 @@ class PaddedEngine:
         self._waiting = [turn for turn in self._waiting if not turn.future.done()]
 
     async def _decode(self, turns: list[_Turn]) -> None:
-        """All of `turns`, a token a step; between steps other coroutines run."""
+        """Decode all of `turns`, a token per step; between steps other coroutines run."""
         prompts = list(dict.fromkeys(tuple(turn.prompt) for turn in turns))
         ids, seen = left_pad(prompts, self.device)
         positions = (seen.cumsum(1) - 1).clamp_min(0)
         cache = DynamicCache(config=self.model.config)
         states = self._forward(ids, seen, positions, cache)
         rows = torch.tensor([prompts.index(tuple(turn.prompt)) for turn in turns], device=self.device)
-        while True:  # `rows` are those of the last forward that go on
+        while True:  # `rows` are those of the last forward that continue
             token = self._sample(turns, states[rows])
             alive = [i for i, turn in enumerate(turns) if not self._finished(turn)]
             if not alive:
@@ -157,7 +157,7 @@ class PaddedEngine:
         return token
 
     def _finished(self, turn: _Turn) -> bool:
-        """Whether the turn is over, or nobody waits for it any more; its caller is told."""
+        """Whether the turn is over or was cancelled; its future is resolved."""
         stopped = turn.ids[-1] in self.stop_ids
         if turn.future.done():
             return True

@@ -24,9 +24,10 @@ from typing import Any
 import httpx
 import torch
 
+from trainer.concurrency import run_together
+from trainer.data import Completion, Sampling
 from trainer.engines.vllm_server import Process, Server, ServerFailed, write_weights
-from trainer.rollout import together
-from trainer.types import Completion, EngineLost, EnvironmentBroken, Sampling
+from trainer.errors import EngineLost, EnvironmentBroken
 
 log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -98,7 +99,7 @@ class VLLMEngine:
         try:
             await self._publish()
             requests = [self._request(prompt_ids, sampling, min(room, sampling.max_tokens), seed) for seed in seeds]
-            return await together(self._complete(request) for request in requests)
+            return await run_together(self._complete(request) for request in requests)
         finally:
             self._running -= 1
 
@@ -165,7 +166,7 @@ class VLLMEngine:
 
     async def _complete(self, request: dict[str, Any]) -> Completion:
         """One completion, from whichever server can give it."""
-        said: dict[str, str] = {}
+        problems: dict[str, str] = {}
         for attempt in range(self.max_retries + 1):
             server = self._next()
             losses = server.losses
@@ -179,14 +180,14 @@ class VLLMEngine:
                     raise EnvironmentBroken(
                         f"a turn took longer than engine.timeout = {self.timeout:g} s, {server.url} gives others tokens"
                     ) from None
-                said[server.url] = f"no answer within engine.timeout = {self.timeout:g} s"
-                await self._leave_out(server, losses, said[server.url], hangs=True)
+                problems[server.url] = f"no answer within engine.timeout = {self.timeout:g} s"
+                await self._leave_out(server, losses, problems[server.url], hangs=True)
             except ServerFailed as error:
-                said[server.url] = str(error)
-                await self._leave_out(server, losses, said[server.url])
+                problems[server.url] = str(error)
+                await self._leave_out(server, losses, problems[server.url])
             if attempt < self.max_retries:
                 await self._wait(attempt)
-        raise self._lost("; ".join(f"{url}: {problem}" for url, problem in said.items()))
+        raise self._lost("; ".join(f"{url}: {problem}" for url, problem in problems.items()))
 
     async def _leave_out(self, server: Server, losses: int, why: str, *, hangs: bool = False) -> None:
         """Take a server out of turn until it has loaded the weights again, unless another request has done so since."""
@@ -195,7 +196,7 @@ class VLLMEngine:
         server.version, server.losses = "", losses + 1
         log.warning("%s is left out: %s", server.url, why)
         if hangs and server.process:
-            async with server.lock:  # nobody starts the next one while this one dies
+            async with server.lock:  # do not start the next one while this one dies
                 await asyncio.to_thread(server.process.stop)
 
     def _next(self) -> Server:
@@ -245,7 +246,7 @@ class VLLMEngine:
 
 
 async def whole(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work` to its end, even when cancelled: a thread goes on, and its successor would write the same files."""
+    """Await `work` to its end, even when cancelled: its thread would go on writing files that its successor writes."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)

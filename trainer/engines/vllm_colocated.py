@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from trainer.types import Completion, EngineLost, Sampling
+from trainer.data import Completion, Sampling
+from trainer.errors import EngineLost
 
 RETURN = 8  # rounds of the event loop in which a caller whose turn has ended may come back with the next one
 

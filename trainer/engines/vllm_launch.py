@@ -1,7 +1,7 @@
 """Where vLLM comes from: URLs that a config names, a server of the run's own, or an engine in this process.
 
 vLLM pins its own torch and transformers, so servers live in an environment apart; only `vllm_mode: colocate` imports
-it, and then the trainer lives in vLLM's. What a person is told to run is what is run here, with the same arguments.
+it, and then the trainer lives in vLLM's. The command in an error is the one that is run here, with the same arguments.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import torch
 
-from trainer.engines import guard
+from trainer.engines import process_guard
 from trainer.engines.vllm_server import GENERATE, NEEDS, SOON, write_weights
-from trainer.types import Engine, Renderer, UserError
+from trainer.errors import UserError
+from trainer.protocols import Engine, Renderer
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -48,7 +49,7 @@ def command(config: Config, port: int, model: str = "") -> list[str]:
 
 
 def arguments(config: Config, model: str) -> list[str]:
-    """What a vLLM engine is told, whether it is served or lives in this process."""
+    """The arguments of a vLLM engine, whether it is a server or lives in this process."""
     return [
         *("--model", model, "--tokenizer", config.model.path),
         *("--max-model-len", str(config.model.max_length), "--max-num-seqs", str(config.engine.slots)),
@@ -62,7 +63,7 @@ def arguments(config: Config, model: str) -> list[str]:
 
 
 def _share(config: Config) -> tuple[str, ...]:
-    """A vLLM that the run starts lives beside the trainer: left to itself it would take nine tenths of the GPU."""
+    """A vLLM that the run starts shares the GPU with the trainer; by default it would take nine tenths of it."""
     if config.engine.urls:
         return ()
     return "--gpu-memory-utilization", str(config.engine.vllm_gpu_memory_utilization)
@@ -125,9 +126,9 @@ def colocated(config: Config, model: Any, renderer: Renderer, folder: Path) -> E
 
 
 def remedy(config: Config) -> str:
-    """What a person does about servers that are not there."""
+    """What to do about servers that do not answer."""
     if not config.engine.urls:
-        return f"The server's log is {_log(config)}; the same command goes on from the newest checkpoint"
+        return f"The server's log is {_log(config)}; the same command resumes from the newest checkpoint"
     port = httpx.URL(config.engine.urls[0]).port or 8000
     return f"Start a server with: VLLM_SERVER_DEV_MODE=1 {shlex.join(command(config, port))}"
 
@@ -162,7 +163,13 @@ class Launched:
         with log.open("a") as out:
             begun = out.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, str(os.getpid()), *command(self.config, port, str(self.folder))],
+                [
+                    sys.executable,
+                    "-I",
+                    process_guard.__file__,
+                    str(os.getpid()),
+                    *command(self.config, port, str(self.folder)),
+                ],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ENVIRONMENT, **for_cpu(self.config.engine.python)},
@@ -179,7 +186,7 @@ class Launched:
         return self.url
 
     def healthy(self) -> bool:
-        """Whether the server says that it is well."""
+        """Whether the server reports that it is healthy."""
         if self._process is None or self._process.poll() is not None:
             return False
         try:
@@ -199,7 +206,7 @@ class Launched:
 
 
 def for_cpu(python: str = "") -> dict[str, str]:
-    """What the environment of a vLLM without a GPU needs, as far as nobody has set it: measured in docs/vllm.md.
+    """What the environment of a vLLM without a GPU needs, as far as it is not set: measured in docs/vllm.md.
 
     It would take nine tenths of the memory for its cache, from the trainer too, and keep one core for its scheduler,
     which is half of the speed on a machine of two. GNU's OpenMP, which spins, is replaced by the one that came with
@@ -218,7 +225,7 @@ def for_cpu(python: str = "") -> dict[str, str]:
 
 
 def check_python(python: str, key: str = "engine.python", more: str = "") -> str:
-    """The version of vllm that `python` has; what is missing is said under the config's `key`, with what to do."""
+    """The version of vllm that `python` has; an error names the config's `key` and what to do."""
     code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if d.name[:4] == 'vllm'))"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
@@ -236,7 +243,7 @@ def check_here() -> str:
 
 
 def inspect(config: Config) -> str:
-    """What the servers of `engine.urls` say of themselves.
+    """What the servers of `engine.urls` report.
 
     Raises:
         UserError: one does not answer, or was started in a way that does not fit the config.
@@ -267,6 +274,6 @@ def _log(config: Config) -> Path:
 
 def _last_error(log: Path, begun: int) -> str:
     """The last line of the log, from byte `begun` on, that names an error."""
-    said = log.read_bytes()[begun:].decode(errors="replace")
-    lines = [line for line in said.splitlines() if "Error" in line]
-    return " ".join(lines[-1].split())[-300:] if lines else "it said nothing"
+    text = log.read_bytes()[begun:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if "Error" in line]
+    return " ".join(lines[-1].split())[-300:] if lines else "its log is empty"

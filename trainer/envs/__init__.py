@@ -6,7 +6,8 @@ import importlib
 import inspect
 from typing import Any
 
-from trainer.types import Suite, UserError
+from trainer.errors import UserError
+from trainer.protocols import Suite
 
 SUITES = {
     "workday": "trainer.envs.workday",
@@ -32,3 +33,9 @@ def load(name: str, **options: Any) -> Suite:
             raise UserError(f"env.options: {name} has no option {option!r}; {known}")
     suite: Suite = make(**options)
     return suite
+
+
+def check_split(suite: Suite, key: str, split: str) -> None:
+    """Refuse a split that the suite does not have, or that is empty."""
+    if not suite.splits.get(split):
+        raise UserError(f"env.{key}: {suite.name} has no tasks in {split!r}; its splits are {', '.join(suite.splits)}")

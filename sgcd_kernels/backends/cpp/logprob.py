@@ -18,7 +18,7 @@ def logprob_forward(
     if cache_for is None:
         fields = torch.ops.sgcd_kernels.head_stats(*inputs)
     else:
-        fields, cached = torch.ops.sgcd_kernels.head_stats_keep(*inputs, cache_for.weight)
+        fields, cached = torch.ops.sgcd_kernels.head_stats_cached(*inputs, cache_for.weight)
     stats, _ = HeadStats(*fields).merged(x.head.group)
     return LogprobValues(*stats.results()), cached
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sgcd_kernels import CreditConfig, backend_status, credit_weights, reference
 from sgcd_kernels.credit.config import Rule
 from sgcd_kernels.credit.rules import RULES
+from tests.properties import examples
 
 NAMES = get_args(Rule)
 IMPLS = [name for name in ("torch", "cpp") if backend_status()[name].usable]
@@ -60,7 +61,7 @@ def configs(draw: st.DrawFn) -> CreditConfig:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @given(batches(), configs())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(300))
 def test_every_rule_equals_the_reference(
     impl: str, batch: tuple[dict[str, Any], torch.Tensor], cfg: CreditConfig
 ) -> None:

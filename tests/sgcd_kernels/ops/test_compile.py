@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from sgcd_kernels import (
     CreditConfig,
     FusedLinearSGCDLoss,
+    PolicyLossConfig,
     credit_weights,
     linear_distill_loss,
     linear_divergence,
@@ -23,9 +26,19 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from sgcd_kernels.registered import policy_loss as registered_policy
-from sgcd_kernels.registered.credit import as_arguments
-from sgcd_kernels.registered.sgcd import METRICS
+from sgcd_kernels.backends import registry
+from sgcd_kernels.backends.protocol import DistillSaved, DivergenceOptions
+from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs
+from sgcd_kernels.core.registration import _codec
+from sgcd_kernels.core.statistics import LogprobValues
+from sgcd_kernels.credit.rules import Credit
+from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
+from sgcd_kernels.ops import distill_loss, policy_loss
+from sgcd_kernels.ops.divergence import divergence_op
+from sgcd_kernels.ops.logprob import logprob_backward_op, logprob_op
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
+from sgcd_kernels.ops.policy_loss import KnownLse, policy_loss_op
+from sgcd_kernels.ops.sgcd_batch import batch_op, weigh_op
 
 H, V = 8, 60
 CONFIG = CreditConfig(gamma=0.7, d_floor=0.05, rule="permuted", seed=-3)
@@ -58,6 +71,7 @@ def tensors(n: int = 12, dtype: torch.dtype = torch.float32, *, padded: bool = F
         "a": tokens(rand(n)),
         "old": tokens(-4 + rand(n)),
         "mask": tokens(torch.arange(n) % 5 != 4),
+        "some": tokens(torch.arange(n) % 3 != 1),
         "tau": tokens(0.5 + rand(n).abs()),
         "cu": torch.tensor([0, n // 3, n]),
     }
@@ -70,10 +84,24 @@ def policy(i: Tensors) -> tuple[torch.Tensor, ...]:
     return loss, *metrics.values()
 
 
-def sgcd(i: Tensors) -> tuple[torch.Tensor, ...]:
-    cu = None if i["x"].dim() == 3 else i["cu"]
-    loss, metrics = sgcd_loss(i["x"], i["w"], i["y"], i["t"], i["a"], cu, i["mask"], bias=i["b"], config=CONFIG)
+def with_policy(i: Tensors) -> tuple[torch.Tensor, ...]:
+    options: dict[str, Any] = {"policy": PolicyLossConfig("dapo", epsilon_high=0.3), "epsilon": 0.1}
+    loss, metrics = linear_policy_loss(i["x"], i["w"], i["y"], i["a"], bias=i["b"], old_logp=i["old"], **options)
     return loss, *metrics.values()
+
+
+def sgcd(**options: Any) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+    """`options` that are names are looked up among the tensors."""
+
+    def call(i: Tensors) -> tuple[torch.Tensor, ...]:
+        cu = None if i["x"].dim() == 3 else i["cu"]
+        named = {"teacher_hidden": "t", "config": CONFIG} | options
+        given = {name: i[value] if isinstance(value, str) else value for name, value in named.items()}
+        batch = {"hidden": i["x"], "weight": i["w"], "targets": i["y"], "advantages": i["a"], "mask": i["mask"]}
+        loss, metrics = sgcd_loss(**batch, cu_seqlens=cu, bias=i["b"], **given)
+        return loss, *metrics.values()
+
+    return call
 
 
 def module(i: Tensors) -> tuple[torch.Tensor, ...]:
@@ -110,7 +138,11 @@ OPS: dict[str, Callable[[Tensors], tuple[torch.Tensor, ...]]] = {
     "distill none": distill("reverse_kl", "none"),
     "distill sum": distill("jsd", "sum"),
     "distill mean": distill("forward_kl", "mean"),
-    "sgcd": sgcd,
+    "policy of a config": with_policy,
+    "sgcd": sgcd(),
+    "sgcd, six products": sgcd(reuse_lse=False),
+    "sgcd, some teachers": sgcd(has_teacher="some"),
+    "sgcd, no teacher": sgcd(teacher_hidden=None),
     "module": module,
 }
 
@@ -174,7 +206,7 @@ def test_compiled_without_grad_computes_no_gradient(monkeypatch: pytest.MonkeyPa
     compiled = torch.compile(policy, backend="aot_eager", fullgraph=True)
     i = tensors()
     want = policy(i)[0].detach()
-    monkeypatch.setattr(registered_policy, "_slope", None)
+    monkeypatch.setattr(policy_loss, "_with_slope", None)
     with torch.no_grad():
         loss = compiled(i)[0]
     assert torch.equal(loss, want)
@@ -213,13 +245,23 @@ def test_a_process_group_does_not_break_the_graph(group: dist.ProcessGroup) -> N
     assert_same_bits(results(torch.compile(call, backend="aot_eager", fullgraph=True), i), results(call, i))
 
 
+def flattened(op: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[Any, ...]]:
+    """(the op of torch.library, its flat arguments), where `op` takes bundles."""
+    body: Any = op.__wrapped__  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(body)
+    codecs = [_codec(hints[name]) for name in inspect.signature(body).parameters]
+    flat = tuple(x for codec, value in zip(codecs, arguments, strict=True) for x in codec.split(value))
+    return getattr(torch.ops.sgcd_kernels, body.__name__.removesuffix("_op")).default, flat
+
+
 def test_an_op_called_where_the_compiler_gave_up_is_not_traced() -> None:
     """A generator is run as it is, but what it calls is watched."""
-    op, i, graphs = torch.ops.sgcd.linear_logprob.default, tensors(), []
+    i, graphs = {name: x.detach() for name, x in tensors().items()}, []
+    op, flat = flattened(logprob_op, i["x"], LMHead(i["w"]), i["y"], -100, "torch")
 
     def generator() -> Iterator[torch.Tensor]:
         torch._dynamo.graph_break()
-        yield op(i["x"].detach(), i["w"].detach(), i["y"], None, None, 1.0, None, -100, "torch", "")[0]
+        yield op(*flat)[0]
 
     def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
         graphs.append(graph)
@@ -232,8 +274,10 @@ def test_an_op_called_where_the_compiler_gave_up_is_not_traced() -> None:
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def check(name: str, *arguments: Any) -> None:
-    torch.library.opcheck(getattr(torch.ops.sgcd, name).default, arguments, test_utils=OPCHECKS)
+def check(op: Callable[..., Any], *arguments: Any) -> None:
+    """What torch.library asks of an op."""
+    registered, flat = flattened(op, *arguments)
+    torch.library.opcheck(registered, flat, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize(("dtype", "padded"), FORMS)
@@ -241,20 +285,21 @@ class TestOpcheck:
     def test_logprob(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
         x, w, y, b, tau = (i[k] for k in ("x", "w", "y", "b", "tau"))
-        check("linear_logprob", x, w, y, None, None, 0.5, None, -100, "auto", "")
-        check("linear_logprob", x, w.detach(), y.int(), b, tau, 1.0, 5.0, -100, "torch", "")
-        plain = [z.detach() for z in (x, w, y, b)]
-        stats = linear_logprob(x.detach(), w.detach(), y)
-        for needs in ([True, True, True], [False, True, False]):
-            saved = (*plain, tau, stats.entropy, stats.lse, stats.lse, None, stats.lse)
-            check("linear_logprob_backward", *saved, 1.0, 5.0, -100, "auto", "", needs)
+        check(logprob_op, x, LMHead(w, temperature=0.5), y, -100, "auto")
+        check(logprob_op, x, LMHead(w.detach(), b, 5.0, tau), y.int(), -100, "torch")
+        x, w, b = (leaf.detach() for leaf in (x, w, b))
+        stats, head = linear_logprob(x, w, y), LMHead(w, b, 5.0, tau)
+        values, upstream = LogprobValues(None, stats.entropy, stats.lse), LogprobValues(stats.lse, None, stats.lse)
+        for needs in (Needs(True, True, True), Needs(False, True, False)):
+            check(logprob_backward_op, x, head, y, -100, "auto", values, upstream, needs)
 
     def test_divergence(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
         x, w, y, t, b = (i[k].detach() for k in ("x", "w", "y", "t", "b"))
-        check("linear_divergence", x, w, y, t, None, b, b, None, 0.5, None, -100, False, False, 0.5, None, "auto", "")
-        wide = (t.float(), w.float().flip(0))
-        check("linear_divergence", x, w, y, *wide, b, None, None, 1.0, 9.0, -100, True, True, 0.2, 3, "auto", "")
+        head, plain = LMHead(w, b, temperature=0.5), DivergenceOptions()
+        check(divergence_op, x, head, t, head, y, -100, plain, "auto")
+        teacher, everything = LMHead(w.float().flip(0), softcap=9.0), DivergenceOptions(("jsd", "tv"), 0.2, 3)
+        check(divergence_op, x, LMHead(w, b, 9.0), t.float(), teacher, y, -100, everything, "auto")
 
     def test_policy_loss(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
@@ -263,61 +308,80 @@ class TestOpcheck:
         # among the op's own results, where only opcheck looks.
         a = -a.abs()
         cu = None if padded else i["cu"]
-        plain = (None, 1.0, None, None, None, -100, "grpo", 0.2, 0.2, 0.0, "auto", "")
-        check("linear_policy_loss", x, w, b, y, a, *(None,) * 2, cu, *(None,) * 3, *plain, [True, True, True])
-        check("linear_policy_loss", x, w.detach(), None, y, a.reshape(-1)[:2], *(None,) * 2, cu,
-              *(None,) * 3, *plain, [True, False, False])  # fmt: skip
-        inputs = (x.detach(), w.detach(), None, y, a, old, mask, cu, old, a.abs(), old.abs())
-        rich = (tau, 1.0, 9.0, torch.tensor(7), None, -100, "gspo", 0.1, 0.3, 0.2, "torch", "")
-        check("linear_policy_loss", *inputs, *rich, [False, False, False])
+        plain, tokens = Settings(LMHead(w, b), PolicyLossConfig(), -100, "auto"), PolicyTokens(y, a, cu_seqlens=cu)
+        check(policy_loss_op, x, plain, tokens, KnownLse(), Needs(True, True, True))
+        frozen, per_sequence = plain._replace(head=LMHead(w.detach())), tokens._replace(advantages=a.reshape(-1)[:2])
+        check(policy_loss_op, x, frozen, per_sequence, KnownLse(), Needs(True, False, False))
+        x, w = x.detach(), w.detach()
+        policy = PolicyLossConfig("gspo", 0.1, 0.3, 0.2, torch.tensor(7))
+        every = Settings(LMHead(w, None, 9.0, tau), policy, -100, "torch")
+        given = PolicyTokens(y, a, old, mask, cu, old, a.abs())
+        for known in (KnownLse(old.abs()), KnownLse(old.abs(), i["some"])):
+            check(policy_loss_op, x, every, given, known, Needs(False, False, False))
 
     def test_distill_loss(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
         x, w, b, t, mask, tau = (i[k] for k in ("x", "w", "b", "t", "mask", "tau"))
         for options in (("reverse_kl", 0.5, "none"), ("jsd", 0.2, "mean")):
-            check("linear_distill_loss", x, w, None, t, None, None, None, None, 0.5, None, *options, "auto", "")
-            teacher = (t, w.detach().flip(0), b.detach())
-            check("linear_distill_loss", x, w, b, *teacher, mask, tau, 1.0, 9.0, *options, "torch", "")
-        with torch.no_grad():
-            x, w, b = (z.detach() for z in (x, w, b))
-            out = torch.ops.sgcd.linear_distill_loss(x, w, b, t, None, b, mask, None, 1.0, None, *options, "auto", "")
-        check("linear_distill_loss_backward", x, w, b, t, None, b, mask, None, *out[1:], out[0], 1.0, None, *options,
-              "auto", "", [True, False, True])  # fmt: skip
+            student, teacher = LMHead(w, temperature=0.5), LMHead(w.detach(), temperature=0.5)
+            auto, plain = distill_loss._Options(*options, "auto"), distill_loss._Options(*options, "torch")
+            check(distill_loss.distill_op, distill_loss._Inputs(x, student, t, teacher, None), auto)
+            student, teacher = LMHead(w, b, 9.0, tau), LMHead(w.detach().flip(0), b.detach(), 9.0, tau)
+            check(distill_loss.distill_op, distill_loss._Inputs(x, student, t, teacher, mask), plain)
+        x, w, b = (leaf.detach() for leaf in (x, w, b))
+        inputs = distill_loss._Inputs(x, LMHead(w, b), t, LMHead(w, b), mask)
+        loss, saved = distill_loss.distill_op(inputs, auto)
+        assert isinstance(saved, DistillSaved)
+        check(distill_loss.distill_backward_op, inputs, auto, saved, loss, Needs(True, False, True))
 
     def test_credit_and_sgcd(self, dtype: torch.dtype, padded: bool) -> None:
         i = tensors(dtype=dtype, padded=padded)
         d, n = i["a"].reshape(-1).abs().to(dtype), i["a"].numel()
+        signals, turns = CreditSignals(d, d, d[:2], d, d, None, None), torch.arange(n) // 5
         for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear"), CreditConfig(rule="turn_level")):
-            signals = (d, d, i["cu"], i["mask"].reshape(-1), torch.arange(n) // 5, d[:2], d, d, None, None)
-            check("credit_weights", *signals, *as_arguments(config))
-        cu = None if padded else i["cu"]
-        given = (i["w"].detach(), i["y"], i["a"].to(dtype), cu)
-        check("sgcd_inputs", *given, i["mask"], i["mask"].float(), -100, "")
-        check("sgcd_inputs", i["w"].detach(), i["y"], given[2][:2, 0] if padded else d[:2], cu, None, None, -100, "")
-        weights, spans = 1 + d, torch.arange(n) // 3 - 1
-        check("weigh_advantages", d, weights, d, spans, d.float(), d.float(), d.float(), d > 0.5, d > 1, 2.0, False)
+            check(credit_op, signals, i["cu"], i["mask"].reshape(-1), turns, config_for_op(config), "auto")
+        cu, head, a = None if padded else i["cu"], LMHead(i["w"].detach()), i["a"].to(dtype)
+        every = PolicyTokens(i["y"], a, mask=i["mask"], cu_seqlens=cu)
+        check(batch_op, head, every, i["some"].float(), i["some"], -100)
+        check(batch_op, head, PolicyTokens(i["y"], d[:2], cu_seqlens=cu), None, torch.ones(2), -100)
+        d = d.reshape(i["a"].shape).clone()
+        batch = batch_op(head, every, None, None, -100)
+        credit = Credit(1 + d, d.clone(), (torch.arange(n) // 3 - 1).reshape(d.shape))
+        check(weigh_op, batch, credit, d, d.clone(), 2.0, False)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_no_result_shares_memory(impl: str) -> None:
     """What the schema promises and the compiler relies on; with no token left out, nothing is copied on the way."""
     i = {name: x.detach() for name, x in tensors().items()}
-    x, w, y, t = i["x"], i["w"], i["y"].clamp(min=0), i["t"]
-    calls = (
-        ("linear_logprob", x, w, y, None, None, 1.0, None, -100, impl, ""),
-        ("linear_divergence", x, w, y, t, *(None,) * 4, 1.0, None, -100, False, False, 0.5, None, impl, ""),
-        ("linear_distill_loss", x, w, None, t, *(None,) * 4, 1.0, None, "reverse_kl", 0.5, "none", impl, ""),
-        ("sgcd_inputs", w, y, i["a"], i["cu"], None, None, -100, ""),
+    x, head, y, t = i["x"], LMHead(i["w"]), i["y"].clamp(min=0), i["t"]
+    tokens = PolicyTokens(y, i["a"], cu_seqlens=i["cu"])
+    distilled = distill_loss.distill_op(
+        distill_loss._Inputs(x, head, t, head, None), distill_loss._Options("reverse_kl", 0.5, "none", impl)
     )
-    for name, *arguments in calls:
-        out = getattr(torch.ops.sgcd, name)(*arguments)
-        given = [a for a in arguments if isinstance(a, torch.Tensor)]
-        assert len({z.untyped_storage().data_ptr() for z in (*out, *given)}) == len(out) + len(given), name
+    settings = Settings(head, PolicyLossConfig(), -100, impl)
+    policy = policy_loss_op(x, settings, tokens, KnownLse(), Needs(True, True, False))
+    calls = {
+        "logprob": logprob_op(x, head, y, -100, impl),
+        "divergence": divergence_op(x, head, t, head, y, -100, DivergenceOptions(), impl),
+        "distill": (distilled.loss, *distilled.saved),
+        "policy": (policy.loss, *policy.metrics, *policy.grads, policy.logp, policy.entropy),
+        "batch": batch_op(head, tokens, None, None, -100),
+    }
+    given = [a for a in (x, head.weight, y, t, *tokens) if a is not None]
+    for name, results in calls.items():
+        out = [z for z in results if z is not None]
+        pointers = {z.untyped_storage().data_ptr() for z in (*out, *given)}
+        assert len(pointers) == len(out) + len({z.untyped_storage().data_ptr() for z in given}), name
 
 
 def test_metrics_have_their_names() -> None:
+    policy = "clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean ratio/mean ratio/min ratio/max num_tokens"
+    credit = "mean_divergence mean_weight frac_salient frac_saturated num_spans mean_span_length teacher_entropy inert"
     _, metrics = sgcd_loss(*(tensors()[k] for k in ("x", "w", "y", "t", "a", "cu")))
-    assert list(metrics) == [*registered_policy.metric_names(kl=False, entropy=True), *METRICS[1:]]
+    assert list(metrics) == [*policy.split(), "entropy", *(f"credit/{name}" for name in credit.split())]
+    _, plain = linear_policy_loss(*(tensors()[k] for k in ("x", "w", "y", "a")), loss_type="dapo")
+    assert list(plain) == [*policy.split(), "entropy"]
 
 
 class TestPolicyGradientsAreScaledWhereTheyLie:
@@ -326,13 +390,17 @@ class TestPolicyGradientsAreScaledWhereTheyLie:
         """The addresses of the gradients that forward computes."""
         addresses: list[int] = []
 
-        def three(*arguments: Any) -> tuple[torch.Tensor, ...]:
-            out = inner(*arguments)
-            addresses.extend(x.data_ptr() for x in out[:2])
-            return out
+        def noting(backward: Callable[..., HeadGrads]) -> Callable[..., HeadGrads]:
+            def run(*arguments: Any) -> HeadGrads:
+                grads = backward(*arguments)
+                addresses.extend(x.data_ptr() for x in (grads.hidden, grads.weight) if x is not None)
+                return grads
 
-        inner = registered_policy.three
-        monkeypatch.setattr(registered_policy, "three", three)
+            return run
+
+        for name in ("torch", "cpp"):
+            backend = registry._FOLDERS[name]
+            monkeypatch.setattr(backend, "logprob_backward", noting(backend.logprob_backward))
         return addresses
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -352,7 +420,7 @@ class TestPolicyGradientsAreScaledWhereTheyLie:
     def test_a_factor_of_one_writes_nothing(self) -> None:
         for factor, writes in ((1.0, 0), (0.5, 1)):
             gradient = torch.ones(3)
-            assert registered_policy.scale(gradient, torch.tensor(factor)) is gradient
+            assert policy_loss.scale(gradient, torch.tensor(factor)) is gradient
             assert gradient._version == writes
             assert (gradient == factor).all()
 

@@ -222,8 +222,8 @@ def test_identical_values_in_another_memory_layout_give_exactly_zero(layout: str
         assert (got.bhattacharyya == 1).all()
 
 
-def test_a_forbidden_word_with_a_bucket_of_its_own_makes_the_top_k_infinite() -> None:
-    """The full KL is infinite either way; in the tail bucket the word disappears."""
+def test_a_forbidden_vocab_id_with_a_bucket_of_its_own_makes_the_top_k_infinite() -> None:
+    """The full KL is infinite either way; in the tail bucket it disappears."""
     w, bias = torch.eye(5), torch.zeros(5)
     bias[0] = -torch.inf
     x, t = torch.zeros(1, 5), torch.tensor([[3.0, 2.0, 0, 0, 0]])
@@ -255,7 +255,7 @@ def test_a_broken_row_breaks_only_itself(value: float, small_blocks: None) -> No
         assert torch.equal(getattr(got, name)[others], getattr(clean, name)[others])
 
 
-def test_words_of_probability_zero(small_blocks: None) -> None:
+def test_vocab_ids_of_probability_zero(small_blocks: None) -> None:
     x, w, y, t = pair(4, 3, 200, dtype=torch.float32)
     y = y.clamp(min=150)
     shared = torch.zeros(200)

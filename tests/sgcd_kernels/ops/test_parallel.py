@@ -99,7 +99,7 @@ def fsdp(rank: int, own_unit: bool, dtype: torch.dtype) -> None:
 
 
 def vocab(rank: int, dtype: torch.dtype) -> None:
-    """Each rank has half of the words and every token; a DTensor head is its local part and its mesh's group."""
+    """Each rank has half of the vocabulary and every token; a DTensor head is its local part and its mesh's group."""
     want_loss, want = single_process(dtype)
     x, reference, targets, advantages, items = data(dtype)
     model, mesh = policy(dtype), init_device_mesh("cpu", (2,))

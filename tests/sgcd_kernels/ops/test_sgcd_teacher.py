@@ -14,7 +14,8 @@ from sgcd_kernels import CreditConfig, backend_status, linear_policy_loss, sgcd_
 from sgcd_kernels.backends import registry
 from sgcd_kernels.core.surrogate import LOSS_TYPES
 from sgcd_kernels.ops import sgcd
-from sgcd_kernels.ops.policy_loss import PolicyTokens, Settings
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
+from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher
 
 N, H, V = 50, 12, 90
 CU = torch.tensor([0, 17, 17, 31, 50])
@@ -76,9 +77,10 @@ def per_token(inputs: dict[str, Any], given: Tensor | None, config: CreditConfig
     options = {name: inputs[name] for name in ("bias", "impl")}
     settings = Settings.of("sgcd_loss", inputs["weight"], options)
     tokens = PolicyTokens(*(inputs[k] for k in ("targets", "advantages", "old_logp", "mask", "cu_seqlens")))
-    teacher = sgcd.Teacher(inputs["teacher_hidden"], settings.head, given)
-    credit = sgcd.CreditInputs(teacher, config=config or CreditConfig())
-    return sgcd.weighted_policy_loss(inputs["hidden"], settings, tokens, credit).tokens
+    teacher = Teacher(inputs["teacher_hidden"], settings.head, given)
+    credit = CreditInputs(teacher, config=config or CreditConfig())
+    scored = sgcd.score_and_weigh(inputs["hidden"], settings, tokens, credit)
+    return sgcd.weighted_policy_loss(inputs["hidden"], settings, tokens, scored).tokens
 
 
 class Calls:

@@ -38,10 +38,10 @@ const CARDS = [
   ["Success on held-out tasks", matching(/^eval\/[^/]+\/(tgc|sgc|pass@1|class_balanced|refuser)$/)],
   ["Success by task class", matching(/^success\//)],
   ["Share of groups", ["by_group/frac_mixed", "by_group/frac_solved", "by_group/frac_failed"]],
-  ["Mean weight W", ["credit/w_mean"]],
-  ["Divergence d = KL(student ‖ teacher)", ["credit/d_mean", "credit/d_p95"]],
+  ["Mean weight W", ["credit/mean_weight"]],
+  ["Divergence d = KL(student ‖ teacher)", ["credit/mean_divergence", "credit/p95_divergence"]],
   ["Entropy", ["entropy", "credit/teacher_entropy"]],
-  ["Credit: share of tokens", ["credit/frac_salient", "credit/frac_capped", "credit/gini"]],
+  ["Credit: share of tokens", ["credit/frac_salient", "credit/frac_saturated", "credit/gini"]],
   ["Tokens of a rollout", ["completions/mean_length", "completions/mean_length_solved", "completions/mean_length_failed"]],
   ["Tool calls of a rollout", ["tools/per_rollout"]],
   ["References", ["reference/supplied", "leak/phrase_rate"]],
@@ -132,7 +132,7 @@ const FIELDS = {
   s: ["s", "saliency s", (t) => t.s],
   hp: ["H student", "entropy of the student", (t) => t.student_entropy],
   hq: ["H teacher", "entropy of the teacher", (t) => t.teacher_entropy],
-  delta: ["Δ log p", "log q − log p of the token: below 0 the teacher would not have said it", (t) => (known(t.teacher_logp) && known(t.student_logp) ? t.teacher_logp - t.student_logp : null)],
+  delta: ["Δ log p", "log q − log p of the token: below 0 the teacher finds it less likely", (t) => (known(t.teacher_logp) && known(t.student_logp) ? t.teacher_logp - t.student_logp : null)],
 };
 const COLUMNS = ["W", "d", "s", "span", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp"];
 let field = "W";
@@ -209,20 +209,20 @@ function drawSibling(sibling, number, range, group) {
   const mean = weights.length ? weights.reduce((a, b) => a + b, 0) / weights.length : null;
   const card = el("article", { class: `card sibling ${good ? "good" : "bad"}` },
     el("h3", {}, el("span", {}, `${good ? "✓ succeeded" : "✗ failed"}`), el("span", {}, `sibling ${number}`)),
-    el("div", { class: "facts" }, `${group.task.class.replace("_", " ")} · stop: ${sibling.stop || "–"} · ${own} tokens said, ${sibling.pieces.length - own} read`
+    el("div", { class: "facts" }, `${group.task.class.replace("_", " ")} · stop: ${sibling.stop || "–"} · ${own} tokens generated, ${sibling.pieces.length - own} observed`
       + (known(mean) ? ` · W mean ${show(mean)}, max ${show(Math.max(...weights))}` : "")));
   let turn = null, run = null, at = null, mode = null;
   sibling.pieces.forEach((_, i) => {
-    const said = Boolean(sibling.generated[i]);
-    if (sibling.turns[i] !== at && (said || turn === null)) {
+    const isOwn = Boolean(sibling.generated[i]);
+    if (sibling.turns[i] !== at && (isOwn || turn === null)) {
       at = sibling.turns[i]; mode = null;
       turn = el("div", { class: "turn" }, el("b", {}, `turn ${at + 1}`));
       card.append(turn);
     }
-    if (mode !== said) { mode = said; run = el("div", { class: said ? "said" : "saw" }); turn.append(run); }
+    if (mode !== isOwn) { mode = isOwn; run = el("div", { class: isOwn ? "generated" : "observed" }); turn.append(run); }
     run.append(drawToken(sibling, i, range, group));
   });
-  if (turn === null) card.append(el("div", { class: "turn empty" }, "nothing was said"));
+  if (turn === null) card.append(el("div", { class: "turn empty" }, "no tokens"));
   return card;
 }
 

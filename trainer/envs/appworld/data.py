@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.types import Task, TaskClass, UserError
+from trainer.data import Task, TaskClass
+from trainer.errors import UserError
 
 PYTHON = Path(".venv-appworld/bin/python")
 SPLITS = ("train", "dev", "test_normal", "test_challenge")
@@ -25,7 +26,7 @@ MAKE = "run: make appworld"
 
 
 def check_package(python: Path) -> None:
-    """Refuse an interpreter that is not there, lacks the package, or has it packed as it comes from the index."""
+    """Refuse an interpreter that is not there, lacks the package, or has it still packed as the index ships it."""
     if not python.is_file():
         raise UserError(f"env.name: appworld needs a Python of its own, and {python} is not there; {MAKE}")
     found = list(python.parent.parent.glob("lib/python3*/site-packages/appworld"))
@@ -75,8 +76,8 @@ def literals(root: Path, task: Task) -> list[str]:
     """The answer, and what the evaluator knows that the instruction does not say."""
     answer = [str(leaf) for leaf in _leaves(_answer(root, task.id)) if not isinstance(leaf, bool)]
     private = [str(leaf) for leaf in _leaves(_json(ground_truth(root, task.id) / "private_data.json"))]
-    said = task.instruction.lower()
-    hidden = [text for text in private if len(text) >= 3 and text.lower() not in said]
+    instruction = task.instruction.lower()
+    hidden = [text for text in private if len(text) >= 3 and text.lower() not in instruction]
     return sorted({text for text in (*answer, *hidden) if text.lower() not in ("none", "true", "false")})
 
 

@@ -91,14 +91,14 @@ def main(path: str, folder: str) -> None:
     for pid in killed:
         os.waitpid(pid, 0)
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)  # at once: taking down all that was imported is of use to nobody
+    os._exit(0)  # at once: tearing down what was imported is useless
 
 
 def end(worlds: dict[str, int], token: str) -> list[int]:
     """Kill one world, which runs no code from then on, and give its pid, to be reaped.
 
     Until it is reaped its pid is its own, so this never hits another process. Not waited for: taking down its memory
-    is 30 ms of somebody else's episode.
+    is 30 ms of another episode.
     """
     if (pid := worlds.pop(token, None)) is None:
         return []
@@ -149,13 +149,13 @@ def serve(world: Any, listener: socket.socket, token: str) -> None:
             try:
                 status, body = 200, {"result": getattr(world, self.path.strip("/"))(**arguments)}
             except (MemoryError, RecursionError):
-                os._exit(1)  # what ran here has left no room to go on; SystemExit and its like end the process too
+                os._exit(1)  # what ran here has left no memory; SystemExit and its like end the process too
             except Exception as error:
                 status, body = 500, {"error": f"{type(error).__name__}: {error}"}
             try:
                 self.reply(status, {**body, "seconds": now() - start})
             except OSError:
-                os._exit(1)  # nobody is there to be told, or what ran here has closed the line
+                os._exit(1)  # the other end is gone, or what ran here has closed the connection
 
         def reply(self, status: int, body: dict[str, Any]) -> None:
             data = json.dumps(body).encode()

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer.types import EnvironmentBroken
+from trainer.errors import EnvironmentBroken
 
 FORKER = Path(__file__).with_name("forker.py")
 START_SECONDS = 300.0  # to import the benchmark; seen: 6 to 20
@@ -111,7 +111,7 @@ class Pool:
     async def enter(self) -> None:
         """Wait for a place, and for the forker where none runs yet. `leave` gives the place back."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # another asyncio.run: whoever held a place in the last one has gone
+        if self._loop is not loop:  # another asyncio.run: those that held a place in the last one are gone
             self._loop, self._places = loop, asyncio.Semaphore(self.size)
         await self._places.acquire()
         try:
@@ -156,7 +156,7 @@ class Pool:
         return spared or code not in (None, -signal.SIGKILL)
 
     def discard(self, world: WorldProcess | None, folder: Path | None) -> None:
-        """End the process, then remove its folder, while the caller goes on."""
+        """End the process, then remove its folder, without holding the caller."""
         if world:
             self._talk.submit(self._exchange, {"kill": world.token})  # if this fails, forker and world are gone
         if folder:
@@ -236,4 +236,4 @@ class Pool:
             lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
         except OSError:
             lines = []
-        return f"; it said last: {lines[-1][:300]}" if lines else ""
+        return f"; its last line: {lines[-1][:300]}" if lines else ""

@@ -1,4 +1,4 @@
-"""What the policy is told, in our own words, and how its code is found in what it says."""
+"""The policy's prompt, in our own words, and how its code is found in its answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.types import Message, Task
+from trainer.data import Message, Task
 
 SYSTEM = """\
 You get things done for a person, your supervisor, by writing Python. Their apps are reachable as `apis`: \

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.appworld import data, prompt
 from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess
-from trainer.types import EnvironmentBroken, Message, Outcome, PolicyCrashed, Task, Tool, UserError, all_of
+from trainer.errors import EnvironmentBroken, PolicyCrashed, UserError, all_of
 
 WORLD = Path(__file__).with_name("world.py")
 SHARED = "shared"
@@ -25,8 +26,8 @@ class AppWorldSuite:
         root: the folder that holds `data/`; $APPWORLD_ROOT when left out.
         python: the interpreter that has the benchmark.
         worlds: how many episodes may have a world at once; the others wait for theirs, untimed.
-        execution_timeout: seconds that one block of code may run before it is stopped and told so. Keep it below
-            `env.timeout`, which drops the whole rollout. The benchmark's own figure is 100.
+        execution_timeout: seconds that one block of code may run before it is stopped, which the policy reads. Keep it
+            below `env.timeout`, which drops the whole rollout. The benchmark's own figure is 100.
 
     Raises:
         UserError: the interpreter, the package or the data is missing, or an option has a value that does not fit.

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.data import Tool
 from trainer.envs.bfcl.calls import Call, parse_call
-from trainer.extras import REMEDY
-from trainer.types import Tool, UserError
+from trainer.errors import UserError
+from trainer.optional_packages import REMEDY
 
 INSTALL = f"pip install {REMEDY['bfcl_eval']}"
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")

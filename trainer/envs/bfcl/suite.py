@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.chat.signatures import signature
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.bfcl import data
 from trainer.envs.bfcl.calls import Call
-from trainer.envs.bfcl.check import Checker, gold_class
 from trainer.envs.bfcl.data import CATEGORIES, Entry
+from trainer.envs.bfcl.verifier import Checker, gold_class
 from trainer.envs.bfcl.world import World
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool, UserError
+from trainer.errors import EnvironmentBroken, UserError
 
 SYSTEM = (
     "Do what the user asks by calling tools. Call until the request is done, then answer in one short sentence. "
@@ -56,7 +57,7 @@ class BfclSuite:
         self.categories = tuple(dict.fromkeys(categories))
         self.max_user_turns = max_user_turns
         self.max_gold_calls = max_gold_calls
-        data.folder()  # a missing package is said here
+        data.folder()  # reports a missing package here
         self.splits: Mapping[str, int] = {split: len(self.entries(split)) for split in data.SPLITS}
         for split, size in self.splits.items():
             if not size:
@@ -101,10 +102,10 @@ class BfclSuite:
     def answer_literals(self, task: Task) -> list[str]:
         """Values of gold arguments that neither the user nor the tools' documentation ever says: what must be found."""
         entry, turns = task.data["entry"], task.data["turns"]
-        said = f"{task.instruction}\n{json.dumps([data.documentation(api) for api in entry.classes])}".lower()
+        known = f"{task.instruction}\n{json.dumps([data.documentation(api) for api in entry.classes])}".lower()
         values = [v for turn in entry.gold[:turns] for call in turn for v in (*call.named.values(), *call.positional)]
         texts = {_text(leaf) for value in values for leaf in _leaves(value) if not isinstance(leaf, bool)}
-        return sorted(text for text in texts if len(text) >= 3 and text.lower() not in said)
+        return sorted(text for text in texts if len(text) >= 3 and text.lower() not in known)
 
     def refusal(self) -> Message:
         return {"role": "assistant", "content": "I am sorry, I cannot help with that."}

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.envs.bfcl.calls import Call
 from trainer.envs.bfcl.data import APIS, INSTALL, Entry, documentation
-from trainer.types import EnvironmentBroken, UserError
+from trainer.errors import EnvironmentBroken, UserError
 
 SOURCE = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
 STATELESS = {"MathAPI"}

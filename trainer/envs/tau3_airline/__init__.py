@@ -1,4 +1,4 @@
-"""tau3-bench airline: fifty conversations with a customer whose requests an airline's policy does or does not allow."""
+"""tau3-bench airline: fifty conversations with a simulated user whose requests an airline's policy may not allow."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
 from tau2.orchestrator.orchestrator import Orchestrator, Role
 from tau2.registry import registry
 
-from trainer.envs.tau3_airline.customers import Customer
-from trainer.types import EnvironmentBroken, Message, Outcome, Task, Tool
+from trainer.data import Message, Outcome, Task, Tool
+from trainer.envs.tau3_airline.user_simulators import MakeUserSimulator
+from trainer.errors import EnvironmentBroken
 
 T = TypeVar("T")
 TOO_BIG = "**"  # `calculate` evaluates powers, and 9**9**9 would never come back
@@ -70,11 +71,11 @@ class Relay(BaseAgent):  # type: ignore[misc]
 
 
 class Tau3AirlineEnvironment:
-    """One live conversation. World, customer and evaluator block, so every call is made in a thread of `pool`."""
+    """One live conversation. World, user simulator and evaluator block, so every call runs in a thread of `pool`."""
 
-    def __init__(self, home: Airline, customer: Customer, pool: Executor, waits_for: str = ""):
+    def __init__(self, home: Airline, make_user: MakeUserSimulator, pool: Executor, waits_for: str = ""):
         self.waits_for = waits_for
-        self._home, self._customer, self._pool = home, customer, pool
+        self._home, self._make_user, self._pool = home, make_user, pool
         self._run: Any = None
 
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
@@ -99,35 +100,35 @@ class Tau3AirlineEnvironment:
         self._run = run = Orchestrator(
             "airline",
             Relay(),
-            self._customer(given),
+            self._make_user(given),
             self._home.world(),
             given,
             max_steps=DEFAULT_MAX_STEPS,
             max_errors=DEFAULT_MAX_ERRORS,
         )
         run.initialize()
-        run.step()  # the customer answers the greeting
+        run.step()  # the user answers the greeting
         system = SYSTEM_PROMPT.format(agent_instruction=AGENT_INSTRUCTION, domain_policy=self._home.policy)
         return [{"role": "system", "content": system}, *map(_openai, run.trajectory)], list(self._home.tools)
 
     def _step(self, message: Message) -> tuple[list[Message], bool]:
         run = self._live()
-        if run.done:  # the customer hung up at the greeting, or this is a step too many
+        if run.done:  # the user hung up at the greeting, or this is a step too many
             return [], True
         try:
-            said = _benchmarks(message)
+            turn = _benchmarks(message)
         except ValueError as error:  # nothing of it is carried out
             return [_refused(call, str(error)) for call in message["tool_calls"]], False
-        if not (said.has_text_content() or said.is_tool_call()):
+        if not (turn.has_text_content() or turn.is_tool_call()):
             run.done, run.termination_reason = True, TerminationReason.AGENT_ERROR
             return [], True
-        run.agent.next = said
+        run.agent.next = turn
         known = len(run.trajectory)
         run.step()  # the policy speaks
         if run.to_role != Role.ENV:
             self._limit(run)
         if not run.done:
-            run.step()  # the tools, or the customer, answer
+            run.step()  # the tools or the user answer
             self._limit(run)
         return [_openai(m) for m in run.trajectory[known + 1 :]], run.done
 

@@ -1,4 +1,4 @@
-"""The suite: tasks, splits and classes from the benchmark's files, and who plays the customer."""
+"""The suite: tasks, splits and classes from the benchmark's files, and the user simulator."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from trainer.credit.endpoint import is_loopback
-from trainer.credit.literals import spans
-from trainer.envs.tau3_airline import package
-from trainer.types import Environment, Message, Task, TaskClass, UserError, all_of
+from trainer.data import Message, Task, TaskClass
+from trainer.envs.tau3_airline import installation
+from trainer.errors import UserError, all_of
+from trainer.protocols import Environment
+from trainer.references.endpoint import is_loopback
+from trainer.references.literals import spans
 
 if TYPE_CHECKING:
-    from trainer.envs.tau3_airline.customers import Customer
+    from trainer.envs.tau3_airline.user_simulators import MakeUserSimulator
 
 WRITES = {  # of the airline's tools; a slow test holds this against the tools' own marks
     "book_reservation",
@@ -34,14 +36,14 @@ class Tau3AirlineSuite:
     """The airline's tasks, split as the benchmark splits them: train 30, test 20, base all 50.
 
     Args:
-        user: "llm", a language model that plays the customer as the benchmark's simulator does, or "scripted", which
-            needs no endpoint and is for tests: its scores are not the benchmark's.
-        user_base_url, user_model, user_temperature: of the "llm" customer. They decide how hard the task is and have no
-            defaults, so that they stand in every config and so in every run's record.
+        user: "llm", the benchmark's user simulator through an endpoint, or "scripted", which needs no endpoint and
+            is for tests: its scores are not the benchmark's.
+        user_base_url, user_model, user_temperature: of the "llm" simulator. They decide how hard the task is and have
+            no defaults, so that they stand in every config and in every run's record.
         user_api_key_env: the environment variable that holds the endpoint's key; a server on this machine needs none.
-        user_timeout: seconds of one try.
+        user_timeout: seconds per try.
         user_max_retries: tries after the first.
-        concurrency: conversations that may be in a world, a customer or the evaluator at once, one thread each.
+        concurrency: conversations that may be in a world, a user simulator or the evaluator at once, one thread each.
 
     Raises:
         UserError: an option has a value that does not fit, a package is missing, or `tau2` is another project's.
@@ -64,13 +66,13 @@ class Tau3AirlineSuite:
         whole = type(concurrency) is int and concurrency > 0
         _check("concurrency", concurrency, whole, "a whole number of at least 1")
         endpoint = (user_base_url, user_model, user_temperature, user_api_key_env, user_timeout, user_max_retries)
-        all_of(lambda: _check_endpoint(*endpoint) if user == "llm" else None, package.check)
-        folder = package.data_folder()
-        self._episode = package.load()
+        all_of(lambda: _check_endpoint(*endpoint) if user == "llm" else None, installation.check)
+        folder = installation.data_folder()
+        self._episode = installation.load()
         self._airline = self._episode.airline(folder)
         self.api_key_env = user_api_key_env  # what it holds never goes to another endpoint
-        self._customer = self._cast(user, *endpoint)
-        self._waits_for = f"the customer ({user_model} at {user_base_url})" if user == "llm" else ""
+        self._make_user = self._make_simulator(user, *endpoint)
+        self._waits_for = f"the user simulator ({user_model} at {user_base_url})" if user == "llm" else ""
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=self.name)
         self._rows: list[dict[str, Any]] = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
         self._splits: dict[str, list[str]] = json.loads((folder / "split_tasks.json").read_text(encoding="utf-8"))
@@ -79,12 +81,12 @@ class Tau3AirlineSuite:
         self._public = f"{self._airline.policy}\n{json.dumps(self._airline.tools)}"
 
     @staticmethod
-    def _cast(user: str, *endpoint: Any) -> Customer:
-        from trainer.envs.tau3_airline import customers
+    def _make_simulator(user: str, *endpoint: Any) -> MakeUserSimulator:
+        from trainer.envs.tau3_airline import user_simulators
 
         if user == "scripted":
-            return customers.ScriptedCustomer
-        return functools.partial(customers.EndpointCustomer, customers.Endpoint(*endpoint))
+            return user_simulators.ScriptedUserSimulator
+        return functools.partial(user_simulators.EndpointUserSimulator, user_simulators.Endpoint(*endpoint))
 
     def tasks(self, split: str) -> list[Task]:
         if split not in self._splits:
@@ -96,7 +98,7 @@ class Tau3AirlineSuite:
         return tuple(self._task(row, split) for row in self._rows if row["id"] in wanted)
 
     def _task(self, row: dict[str, Any], split: str) -> Task:
-        """`instruction` is why the customer calls: what the writer may know. The scenario's conditions stay hidden."""
+        """`instruction` is why the user calls: what the writer may know. The scenario's conditions stay hidden."""
         return Task(
             id=f"airline_{row['id']}",
             env=self.name,
@@ -109,21 +111,21 @@ class Tau3AirlineSuite:
 
     def make(self) -> Environment:
         environment: Environment = self._episode.Tau3AirlineEnvironment(
-            self._airline, self._customer, self._pool, self._waits_for
+            self._airline, self._make_user, self._pool, self._waits_for
         )
         return environment
 
     def answer_literals(self, task: Task) -> list[str]:
-        """What must be found out or worked out: values of gold arguments, and what must be told to the customer.
+        """What must be found out or worked out: values of gold arguments, and what must be told to the user.
 
-        Left out are values that the customer, the policy or the tools' documentation say, and those of fewer than
+        Left out are values that the user, the policy or the tools' documentation say, and those of fewer than
         three characters.
         """
         row = task.data["row"]
-        said = f"{json.dumps(row['user_scenario'], ensure_ascii=False)}\n{self._public}"
+        known = f"{json.dumps(row['user_scenario'], ensure_ascii=False)}\n{self._public}"
         values = [leaf for action in _criteria(row, "actions") for leaf in _leaves(action["arguments"])]
         texts = {str(value) for value in (*values, *_criteria(row, "communicate_info")) if not isinstance(value, bool)}
-        return sorted(text for text in texts if len(text) >= MIN_LITERAL and not _occurs(text, said))
+        return sorted(text for text in texts if len(text) >= MIN_LITERAL and not _occurs(text, known))
 
     def refusal(self) -> Message:
         return {"role": "assistant", "content": "I am sorry, I cannot help with that."}
@@ -164,7 +166,7 @@ def _check_endpoint(base_url: Any, model: Any, temperature: Any, key_env: Any, t
     named = isinstance(model, str) and bool(model)
     all_of(
         lambda: _check_url(base_url),
-        lambda: _check("user_model", model, named, "the name of the model that plays the customer"),
+        lambda: _check("user_model", model, named, "the name of the model of the user simulator"),
         lambda: _check("user_temperature", temperature, cool, "a number; the benchmark uses 0.0"),
         lambda: _check_key(base_url, key_env),
         lambda: _check("user_timeout", timeout, _number(timeout) and timeout > 0, "seconds, more than 0"),
@@ -176,7 +178,7 @@ def _check_url(base_url: Any) -> None:
     url = urlsplit(base_url) if isinstance(base_url, str) else None
     web = url is not None and url.scheme in ("http", "https") and bool(url.hostname)
     script = "env.options.user scripted needs none, but is for tests"
-    _check("user_base_url", base_url, web, f"the customer's endpoint, such as http://localhost:8000/v1; {script}")
+    _check("user_base_url", base_url, web, f"the user simulator's endpoint, such as http://localhost:8000/v1; {script}")
     if url is not None and (url.username or url.password or url.query):
         raise UserError("env.options.user_base_url: needs a URL without credentials; keys come from user_api_key_env")
 

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.workday import tasks as catalogue
 from trainer.envs.workday.errands import initial_state
 from trainer.envs.workday.gold import label, passes, solve
 from trainer.envs.workday.world import act, schemas
-from trainer.types import Message, Outcome, Task, Tool, UserError
+from trainer.errors import UserError
 
 
 class WorkdayEnvironment:

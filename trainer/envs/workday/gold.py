@@ -44,8 +44,8 @@ class Solution:
 def follow(plan: Plan, state: State, sees: Callable[[Step], bool] = lambda step: True) -> tuple[list[Step], str]:
     """Run `plan` on `state` (changed in place).
 
-    `sees(step)` is asked at every check, before it is made; when it says no, the check is skipped and the plan goes on
-    with what it assumes. Returns the steps that were taken and the final answer.
+    `sees(step)` is asked before every check; where it is False the check is skipped and the plan continues with what it
+    assumes. Returns the steps that were taken and the final answer.
     """
     steps: list[Step] = []
     try:

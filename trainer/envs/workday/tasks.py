@@ -11,11 +11,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.data import Task, TaskClass
 from trainer.envs.workday.errands import Part
 from trainer.envs.workday.gold import solve
 from trainer.envs.workday.templates import TEMPLATES, draw
 from trainer.envs.workday.world import PEOPLE, TOPICS
-from trainer.types import Task, TaskClass
 
 SPLITS = {"train": 90, "dev": 57, "test_normal": 168, "test_challenge": 417}  # AppWorld's sizes, all multiples of 3
 VARIANTS = 3

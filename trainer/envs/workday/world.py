@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.types import Tool
+from trainer.data import Tool
 
 PEOPLE = (
     "ada amir anna ben bo carl chen clara dana dev ed eli emma eva finn gus hana hugo ines ivan "

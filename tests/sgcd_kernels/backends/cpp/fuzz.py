@@ -1,6 +1,6 @@
-"""Call the raw operators with arguments that hypothesis draws, many of them wrong: python fuzz_cpp.py CASES [SEED].
+"""Call the raw operators with arguments that hypothesis draws, many of them wrong: python fuzz.py CASES [SEED].
 
-Prints, for each operator, how many calls worked and how many were refused. A process of its own, run by test_cpp_entry
+Prints, for each operator, how many calls worked and how many were refused. A process of its own, run by test_entry.py
 and `make sanitize`, because what it looks for would take the test runner down with it.
 """
 
@@ -167,17 +167,17 @@ def mixture_stats(c: Call) -> tuple[Any, ...]:
 
 def logprob_grads(c: Call) -> tuple[Any, ...]:
     head = *c.head(), c.rows, c.targets(), *c.shared()
-    values, needs, kept = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
+    values, needs, cached = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
     if c.draw.of(True, False):
         try:
-            kept = list(ops.head_stats_keep(*head, needs[1] != c.draw.flaw())[1])
+            cached = list(ops.head_stats_cached(*head, needs[1] != c.draw.flaw())[1])
         except (ValueError, NotImplementedError, RuntimeError):
-            kept = [c.each()] * 5
-        if kept and c.draw.flaw():
-            kept[c.draw.of(*range(len(kept)))] = c.draw.tensor([c.v, c.h], c.dtype)
+            cached = [c.each()] * 5
+        if cached and c.draw.flaw():
+            cached[c.draw.of(*range(len(cached)))] = c.draw.tensor([c.v, c.h], c.dtype)
         if c.draw.flaw():
-            kept = kept[1:]
-    return (*head, *values, needs, c.draw.of(True, False), kept)
+            cached = cached[1:]
+    return (*head, *values, needs, c.draw.of(True, False), cached)
 
 
 def distill_grads(c: Call) -> tuple[Any, ...]:
@@ -200,9 +200,9 @@ def pair_topk(c: Call) -> tuple[Any, ...]:
 
 
 CALLS = {
-    "bare_walk": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
+    "matmul_sweep": lambda c: (*c.head()[:2], c.draw.maybe(lambda: c.draw.tensor([c.n, c.h], c.dtype))),
     "head_stats": lambda c: (*c.head(), c.rows, c.targets(), *c.shared()),
-    "head_stats_keep": lambda c: (*c.head(), c.rows, c.targets(), *c.shared(), c.draw.of(True, False)),
+    "head_stats_cached": lambda c: (*c.head(), c.rows, c.targets(), *c.shared(), c.draw.of(True, False)),
     "pair_stats": lambda c: (*c.head(), *c.head(), c.rows, c.targets(), *c.shared()),
     "pair_topk": pair_topk,
     "mixture_stats": mixture_stats,
@@ -211,6 +211,8 @@ CALLS = {
     "find_spans": find_spans,
     "order_statistics": order_statistics,
 }
+if not hasattr(ops, "matmul_sweep"):  # only in a build for the benchmark
+    del CALLS["matmul_sweep"]
 worked: collections.Counter[str] = collections.Counter()
 refused: collections.Counter[str] = collections.Counter()
 

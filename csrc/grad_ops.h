@@ -1,0 +1,35 @@
+// Gradients of a head: logits are computed again tile by tile, replaced by their gradient, and multiplied on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "args.h"
+#include "grads.h"
+
+namespace sgcd {
+
+struct LogprobGradArgs {
+  at::Tensor targets, lse;
+  at::Tensor scale;  // d_lse - d_logp
+  at::Tensor d_logp;
+  OptionalTensor entropy, d_entropy;  // both or neither
+};
+
+// Of sum(d_logp logp + d_entropy entropy + d_lse lse). `cached` is nothing, or from head_stats_cached on the same
+// arguments; it is used up.
+Grads logprob_grads(const HeadArgs& args, const LogprobGradArgs& loss, GradNeeds needs, std::vector<at::Tensor> cached);
+
+struct DistillGradArgs {
+  at::Tensor lse, teacher_lse;
+  at::Tensor expected_log_ratio;  // KL(p || q), or sum p ln(p / mixture) for JSD; not read for KL(q || p)
+  at::Tensor d_loss;
+  double beta;   // of JSD
+  int64_t kind;  // 0 is KL(p || q), 1 KL(q || p), 2 JSD
+};
+
+// Of sum(d_loss divergence), for the student.
+Grads distill_grads(const PairArgs& args, const DistillGradArgs& loss, GradNeeds needs);
+
+}  // namespace sgcd

@@ -1,0 +1,238 @@
+"""A checkpoint brings back the same bits, survives a kill at any moment, and says so when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.errors import NotFinite, UserError
+from trainer.records import checkpoint
+
+
+def tiny(width: int = 16, tied: bool = True) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+class Run:
+    """A training loop in small: every source of randomness that a real one has, moved on by every step."""
+
+    def __init__(self, tied: bool = True) -> None:
+        self.model = tiny(tied=tied)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.generators = {"engine": torch.Generator().manual_seed(7)}
+        random.seed(1), np.random.seed(2), torch.manual_seed(3)  # noqa: NPY002
+        self.order = list(range(10))
+
+    def step(self) -> None:
+        random.shuffle(self.order)
+        ids = torch.randint(32, (2, 8), generator=self.generators["engine"])
+        noise = 1 + 0.1 * torch.rand(()) + float(np.random.rand()) + random.random()  # noqa: NPY002
+        (self.model(input_ids=ids, labels=ids).loss * noise).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def save(self, out: Path, step: int, **options: Any) -> Path:
+        extra = {"order": self.order}
+        parts = {"model": self.model, "optimiser": self.optimiser, "generators": self.generators, "extra": extra}
+        return checkpoint.save(out, step, **parts, **options)
+
+    def load(self, path: Path) -> int:
+        step, extra = checkpoint.load(path, model=self.model, optimiser=self.optimiser, generators=self.generators)
+        self.order = extra["order"]
+        return step
+
+
+def bits(run: Run) -> dict[str, bytes]:
+    weights = {name: t.detach().numpy().tobytes() for name, t in run.model.state_dict().items()}
+    moments = {
+        f"{i}.{k}": v.numpy().tobytes() for i, s in run.optimiser.state_dict()["state"].items() for k, v in s.items()
+    }
+    return {**weights, **moments, "order": bytes(run.order)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resumed_run_continues_to_the_same_bits(tmp_path: Path, tied: bool) -> None:
+    straight = Run(tied)
+    for step in range(1, 7):
+        straight.step()
+        if step == 3:
+            path = straight.save(tmp_path, step)
+
+    resumed = Run(tied)
+    random.random(), torch.rand(5)  # wherever the generators stood before the load
+    assert resumed.load(path) == 3
+    for _ in range(3):
+        resumed.step()
+    assert bits(resumed) == bits(straight)
+
+
+def test_the_folder_loads_with_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = Run()
+    run.step()
+    path = run.save(tmp_path, 1)
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_latest_is_by_number_and_the_limit_removes_the_oldest(tmp_path: Path) -> None:
+    run = Run()
+    assert checkpoint.latest(tmp_path) is None
+    for step in (2, 9, 10, 11):
+        run.save(tmp_path, step, save_total_limit=2)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step_11"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]
+
+
+def test_a_step_that_is_saved_again_is_there_while_the_old_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing gigabytes takes seconds, in which a kill must find a checkpoint."""
+    run, remove, seen = Run(), checkpoint.shutil.rmtree, list[bool]()
+    target = run.save(tmp_path, 1)
+
+    def watched(path: Path, **options: Any) -> None:
+        if path.exists():
+            seen.append(target.is_dir())
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    run.save(tmp_path, 1)
+    assert seen == [True]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+import torch
+from trainer.records import checkpoint
+
+class Weights(torch.nn.Linear):
+    def save_pretrained(self, folder, **options):
+        from safetensors.torch import save_file
+        save_file(self.state_dict(), f"{folder}/model.safetensors")
+
+model = Weights(64, 64)
+optimiser = torch.optim.AdamW(model.parameters())
+step = int(sys.argv[2])
+while True:
+    step += 1
+    for p in model.parameters():
+        p.data.fill_(step)
+    checkpoint.save(Path(sys.argv[1]), step, model=model, optimiser=optimiser, extra={"step": step}, save_total_limit=2)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    done = 0
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(done)], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            lines = [int(child.stdout.readline())]
+            try:
+                child.wait(timeout=rng.uniform(0.0, 0.1))
+            except subprocess.TimeoutExpired:
+                child.kill()
+            lines += [int(line) for line in child.stdout.read().split()]
+        path = checkpoint.latest(tmp_path)
+        assert path is not None
+        linear = torch.nn.Linear(64, 64)
+        done, extra = checkpoint.load(path, model=linear, optimiser=torch.optim.AdamW(linear.parameters()))
+        assert done >= lines[-1], "a save that had returned was lost"
+        assert extra == {"step": done}
+        assert all(bool((p == done).all()) for p in linear.parameters())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/state.pt", "state/manifest.json"])
+def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path, name: str) -> None:
+    path = Run().save(tmp_path, 1)
+    file = path / name
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"step_1: damaged checkpoint .* delete this folder"):
+        Run().load(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/state.pt"])
+def test_garbage_of_the_right_size_is_noticed(tmp_path: Path, name: str) -> None:
+    run = Run()
+    path = run.save(tmp_path, 1)
+    file = path / name
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(UserError, match=rf"damaged checkpoint \({name}"):
+        run.load(path)
+
+
+@pytest.mark.parametrize(
+    "other", [tiny(width=32), tiny().to(torch.bfloat16), torch.nn.Linear(2, 2)], ids=["width", "dtype", "architecture"]
+)
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path, other: Any) -> None:
+    path = Run().save(tmp_path, 1)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(UserError, match=r"does not match the model at .*another --output_dir"):
+        checkpoint.load(path, model=other)
+    assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+def test_an_unknown_generator_is_refused(tmp_path: Path) -> None:
+    run = Run()
+    path = run.save(tmp_path, 1)
+    run.generators["second"] = torch.Generator()
+    with pytest.raises(UserError, match="has generators"):
+        run.load(path)
+
+
+def test_rewind_ends_the_records_at_the_step(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    for step in (5, 10, 15):
+        (tmp_path / "rollouts" / f"step_{step}.jsonl").write_text("{}\n")
+    lines = [json.dumps({"step": step, "reward": 0.5}) for step in range(13)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "rew')
+
+    assert checkpoint.rewind(tmp_path, 10) == 10
+
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert kept == lines[:11]
+    assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["step_10.jsonl", "step_5.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -> None:
+    run = Run()
+    whole = run.save(tmp_path, 1)
+    with torch.no_grad():
+        run.model.model.norm.weight[3] = bad
+    with pytest.raises(NotFinite, match=r"model\.norm\.weight is not finite after step 2"):
+        run.save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == whole
+
+
+def test_records_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        checkpoint.rewind(tmp_path, 1)

@@ -1,0 +1,146 @@
+"""The commands train, eval, view and check.
+
+An error that is no bug is one line on stderr and exit code 2; Ctrl-C is one line and 130; a bug shows its traceback.
+torch and transformers are imported only when the arguments have been read, so that a slip is reported at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.errors import ReportedError, UserError
+from trainer.optional_packages import missing
+
+USAGE = """\
+usage: python -m trainer.run COMMAND CONFIG [--key value ...]
+
+  train  train, or resume from the newest checkpoint of the run
+  eval   evaluate a run's newest checkpoint, one checkpoint, or the model of a config file, on env.eval_split
+  view   write the page that shows a run: curves, siblings, every token coloured by its weight
+  check  prove the installation and the config before hours are spent
+
+CONFIG is a YAML file (see configs/) or the folder of a run. --key value changes any key of it, with a dot for keys in
+a section: --max_steps 10 --credit.gamma 0.5 --output_dir runs/mine
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    try:
+        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except ReportedError as error:
+        return _fail(error)
+    except ModuleNotFoundError as error:
+        try:
+            return _fail(missing(error))
+        except ModuleNotFoundError:
+            traceback.print_exc()
+            return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Choose the command; a mistake in the arguments is a `UserError`."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{command}: needs a config file or a run's folder, as in {command} configs/workday_sgcd.yaml")
+    return COMMANDS[command](Path(rest[0]), rest[1:])
+
+
+def train(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    config = config_file.load(source, overrides)
+    with only_writer(config.output_dir):
+        config_file.claim(config)
+        from trainer import loop
+
+        loop.train(config)
+        from trainer.records import view_page
+
+        print(f"view: {view_page.write(config.output_dir)}")
+    return 0
+
+
+def evaluate(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    run_dir = source.absolute().parent.parent if is_checkpoint(source) else source
+    config = config_file.load(run_dir, overrides)
+    from trainer.evaluation import command as evaluation
+    from trainer.records import checkpoint
+
+    weights = None if source.is_file() else checkpoint.latest(source) if run_dir is source else source
+    if source.is_dir() and weights is None:
+        raise UserError(f"{source}: holds no checkpoint; to evaluate the model it started from: eval CONFIG.yaml")
+    evaluation.run(config, weights)
+    return 0
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Whether this is RUN/checkpoints/step_N."""
+    return source.is_dir() and source.absolute().parent.name == "checkpoints" and source.name.startswith("step_")
+
+
+def view(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    # A run's folder is enough: it is shown even if this version would refuse its config.
+    run_dir = source if source.is_dir() and not overrides else config_file.load(source, overrides).output_dir
+    from trainer.records import view_page
+
+    print(f"view: {view_page.write(run_dir)}")
+    return 0
+
+
+def check(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    config, mistakes = config_file.load_what_fits(source, overrides)
+    from trainer.preflight import check as checks
+
+    return 0 if checks.check(config, mistakes) else 2
+
+
+COMMANDS: dict[str, Callable[[Path, Sequence[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "view": view,
+    "check": check,
+}
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory; a second training in it would mix two runs into one record."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another one") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir}: another process is training there; wait, or choose another --output_dir"
+            ) from None
+        yield
+
+
+def _fail(error: ReportedError) -> int:
+    for line in error.lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,123 @@
+"""The data that flows through one training step.
+
+Messages and tools are plain dicts in the OpenAI chat format. Tokens are what the engine sampled: text is never
+tokenised again, so `Rollout.ids` is exactly what is trained on.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = dict[str, Any]  # OpenAI chat message: role, content, tool_calls, tool_call_id
+Tool = dict[str, Any]  # OpenAI tool: {"type": "function", "function": {"name", "description", "parameters"}}
+TaskClass = Literal["state_changing", "information", "transfer", "no_action"]
+
+
+class TokenClass(enum.IntEnum):
+    """What a generated token is for; a slice for metrics and the viewer, never a rule of the credit."""
+
+    FORMAT = 0  # turn and call markers, JSON punctuation
+    REASONING = 1
+    CALL_NAME = 2
+    ARGUMENT = 3
+    ANSWER = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of one environment. `data` belongs to the environment and is never shown to policy or writer."""
+
+    id: str
+    env: str
+    split: str
+    scenario: str  # tasks of one scenario count together in SGC
+    task_class: TaskClass
+    instruction: str
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verifier's verdict on a finished episode."""
+
+    reward: float  # 0.0 or 1.0
+    details: Mapping[str, Any] = field(default_factory=dict)  # machine labels; kept from policy and writer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the engine samples. Training wants temperature = 1 and top_p = 1, or the ratios are biased."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One assistant turn as sampled."""
+
+    ids: list[int]  # includes the stop token when finish == "stop"
+    logprobs: list[float]  # log-probs of the *processed* distribution (after temperature), one per id
+    finish: Literal["stop", "length"]
+
+
+@dataclass
+class Rollout:
+    """One episode: a prompt, then generated and observed tokens in turn. The five lists run in parallel."""
+
+    task: Task
+    prompt_messages: list[Message]
+    tools: list[Tool]
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)  # everything after the prompt
+    generated: list[bool] = field(default_factory=list)  # True: sampled by the policy, and so a loss token
+    logprobs: list[float] = field(default_factory=list)  # the engine's; 0.0 at observed tokens
+    turns: list[int] = field(default_factory=list)  # assistant turn of each token
+    classes: list[int] = field(default_factory=list)  # TokenClass of each token; FORMAT at observed tokens
+    messages: list[Message] = field(default_factory=list)  # the transcript after the prompt
+    reward: float = 0.0
+    stop: str = ""  # "answer" | "max_turns" | "length" | "context" | "env_done" | "crashed"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """The siblings of one task, and the reference that was written from them."""
+
+    task: Task
+    rollouts: list[Rollout]
+    reference: str = ""  # "" means none: the group trains with W = 1
+    # writer, cached, tokens, seconds, error, sanitiser_hits
+    reference_info: dict[str, Any] = field(default_factory=dict)
+    broken: int = 0  # rollouts that the environment broke, retried ones included
+    problem: str = ""  # why the last of them broke
+
+    @property
+    def mixed(self) -> bool:
+        """Some sibling succeeded and some failed."""
+        return 0 < sum(r.reward for r in self.rollouts) < len(self.rollouts)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout and what the scoring pass found for its tokens; names as in `sgcd_kernels`.
+
+    Tensors are [T], aligned with `rollout.ids`; at observed tokens they hold anything and are not read.
+    """
+
+    rollout: Rollout
+    student_logp: Tensor
+    teacher_logp: Tensor
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    weights: Tensor
+    saliency: Tensor  # in [0, 1]
+    span_ids: Tensor  # the token's credit span, -1 outside every span

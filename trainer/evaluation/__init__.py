@@ -1,0 +1,1 @@
+"""How good a policy is: playing a split, unbiased estimates with intervals, the `eval` command."""

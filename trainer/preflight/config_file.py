@@ -1,0 +1,324 @@
+"""From a YAML file and the command line to a `Config`, and what a run directory remembers of it.
+
+Every mistake ends as one `UserError` that names the key and the remedy. What needs no model of the config (a missing
+file, broken YAML, a dangling override) is found before `trainer.config`, and with it torch, is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+BASE = "base"  # a file may say `base: other.yaml` and then hold only what differs
+RESOLVED = "config.yaml"  # in a run directory
+
+# A run may be continued with other values of these: they change how long it lasts, what it reports and how its writer
+# is reached, not its steps.
+FREE = frozenset(
+    {
+        "output_dir",
+        "model.made_by",
+        "max_steps",
+        "resume_from_checkpoint",
+        "eval_steps",
+        "eval_on_start",
+        "save_steps",
+        "save_total_limit",
+        "trace_steps",
+        "report_to",
+        "engine.urls",
+        "engine.python",
+        "engine.timeout",
+        "engine.vllm_enable_sleep_mode",
+        "engine.max_retries",
+        "writer.base_url",
+        "writer.api_key_env",
+        "writer.timeout",
+        "writer.max_retries",
+        "writer.concurrency",
+    }
+)
+
+
+def load(source: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in `source` (a YAML file or a run directory) with `--key value` overrides, validated."""
+    return validate(*_assemble(source, overrides))
+
+
+def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """The same with defaults in the place of what is wrong, and a line for each mistake: for who wants to know more.
+
+    Raises:
+        UserError: what is wrong is not a single key, so that there is no config without it.
+    """
+    from trainer.config import Config
+
+    tree, source, overridden = _assemble(source, overrides)
+    mistakes: list[str] = []
+    while True:
+        try:
+            return Config.model_validate(tree), mistakes
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            mistakes += [line for d in details if (line := _describe_mistake(d, source, overridden)) not in mistakes]
+            if not sum(_drop(tree, d["loc"], d["type"] in UNKNOWN) for d in details):
+                raise UserErrors(mistakes) from None
+
+
+def _drop(tree: dict[str, Any], place: Sequence[int | str], section: bool) -> bool:
+    """Remove the key at `place` from `tree`, and a whole section only if `section`; return whether it did."""
+    *sections, last = place or ("",)
+    for name in sections:
+        below = tree.get(name) if isinstance(name, str) else None
+        if not isinstance(below, dict):  # inside a list, or of one kind among several
+            return isinstance(name, str) and tree.pop(name, None) is not None
+        tree = below
+    if isinstance(last, str) and last in tree and (section or not isinstance(tree[last], dict)):
+        del tree[last]
+        return True
+    return False
+
+
+def _assemble(source: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Path, frozenset[str]]:
+    """What `validate` takes: plain data, the file it came from, and the keys of the command line."""
+    if source.is_dir():
+        run_dir, source = source, source / RESOLVED
+        if not source.exists():
+            raise UserError(f"{run_dir} is no run directory (it has no {RESOLVED}): give a YAML file or a run's folder")
+        tree = {**_read(source), "output_dir": str(run_dir)}  # a run may have been moved
+    else:
+        tree = _read(source)
+    changes = parse_overrides(overrides)
+    for key, value in changes:
+        _assign(tree, key, value)
+    return tree, source, frozenset(key for key, _ in changes)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 2 --c=x` as [("a.b", 2), ("c", "x")]; values are YAML. Dashes inside a key count as underscores."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"argument {word!r}: overrides are written --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key}: needs a value, as in --{key} VALUE")
+            text = rest.pop(0)
+        try:
+            pairs.append((key.replace("-", "_"), _parse(text)))
+        except yaml.YAMLError:
+            raise UserError(f"--{key}: {text!r} is not a YAML value (quote strings that hold : or brackets)") from None
+    return pairs
+
+
+def validate(tree: Mapping[str, Any], source: Path, overridden: Collection[str] = ()) -> Config:
+    """A `Config` from plain data; mistakes become a `UserErrors` that says where each key was given."""
+    from trainer.config import Config  # late: it needs torch
+
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserErrors([_describe_mistake(d, source, overridden) for d in error.errors(include_url=False)]) from None
+
+
+def _describe_mistake(detail: ErrorDetails, source: Path, overridden: Collection[str]) -> str:
+    """One mistake, and where it was made."""
+    from trainer.config import Config
+
+    where = "command line" if any(_is_about(detail, key) for key in overridden) else source
+    return f"{where}: {_explain(detail, Config)}"
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The whole config as plain data, as it is written into the run directory."""
+    return config.model_dump(mode="json")
+
+
+def claim(config: Config) -> None:
+    """Write the config into its output directory, or refuse when another run lives there."""
+    refuse_another(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / RESOLVED
+    temporary = path.with_suffix(".yaml.tmp")
+    temporary.write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
+    temporary.replace(path)
+
+
+def refuse_another(config: Config) -> None:
+    """A `UserError` when the output directory holds a run whose steps another config made."""
+    run_dir = config.output_dir
+    records = [run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step_*")]
+    begun = any(record.exists() and record.stat().st_size for record in records)
+    if not begun or not (run_dir / RESOLVED).exists():  # a run that failed before its first step is no run
+        return
+    theirs, ours = dict(_flatten(_read(run_dir / RESOLVED))), dict(_flatten(dump(config)))
+    for key in [*ours, *(k for k in theirs if k not in ours)]:
+        if key in FREE or theirs.get(key, _ABSENT) == ours.get(key, _ABSENT):
+            continue
+        raise UserError(
+            f"{run_dir} holds another run: {key} is {_show(key, theirs.get(key, _ABSENT))} there and "
+            f"{_show(key, ours.get(key, _ABSENT))} here; choose another --output_dir, or delete that folder"
+        )
+
+
+_ABSENT = object()
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words for a key that is none
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML mapping, laid over the file that its `base` names."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its `{BASE}` leads back to itself; remove one of the links")
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a YAML file or a run's folder") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML{_position(error)}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: got a {type(tree).__name__}, needs a mapping of config keys to values")
+    base = tree.pop(BASE, None)
+    if base is None:
+        return tree
+    return _overlay(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _parse(text: str) -> Any:
+    """YAML as plain data; whatever cannot be that is a `YAMLError`."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value, skipkeys=True, default=str)  # finds what holds itself
+    except (ValueError, RecursionError) as error:
+        circular = "Circular" in str(error)
+        raise yaml.YAMLError("an alias stands inside what it names" if circular else str(error)) from None
+    return value
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, making the sections on the way."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--{key}: {section} is a value, not a section")
+    tree[leaf] = value
+
+
+def _nearest_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else "; the ready-made ones are in configs/"
+
+
+def _position(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'})" if mark else f" ({error})"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a config may have."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+    else:
+        fields = {f.name: None for f in dataclasses.fields(section)}
+    for name, kind in fields.items():
+        kind = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)  # X | None
+        nested = isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))
+        yield from _keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """The key that was probably meant: the same leaf in another section, else the most similar spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return same_leaf[0]
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return close[0]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+    return leaves[(difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.0) or [next(iter(leaves))])[0]]
+
+
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One mistake in words: the key, what it got, what it needs."""
+    key = _dotted(detail)
+    if detail["type"] in UNKNOWN:
+        return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
+    message = detail["msg"]
+    if detail["type"] == "invalid_key" or key.endswith(".[key]"):
+        return f"{key.removesuffix('.[key]')}: is not a name; config keys are words, so quote it or write another"
+    if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
+        return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
+    need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
+    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+
+
+_NEED = {  # where pydantic speaks of its own types
+    "model_type": "a section with keys of its own",
+    "dataclass_type": "a section with keys of its own",
+    "list_type": "a list, such as [a, b]",
+    "dict_type": "a section with keys of its own",
+    "path_type": "a path, such as runs/mine (quote a number)",
+    "int_from_float": "a whole number",
+}
+
+
+def _dotted(detail: ErrorDetails) -> str:
+    return ".".join(str(part) for part in detail["loc"])
+
+
+def _is_about(detail: ErrorDetails, override: str) -> bool:
+    """Whether a mistake is about an overridden key: at it, inside it, or in a check of a section that names it."""
+    key = _dotted(detail)
+    if detail["type"] == "value_error" and (not key or override.startswith(f"{key}.")):
+        inside = override.removeprefix(f"{key}.")
+        return bool(re.search(rf"(?<![\w.]){re.escape(inside)}(?![\w.])", detail["msg"]))
+    return f"{key}.".startswith(f"{override}.") or f"{override}.".startswith(f"{key}.")
+
+
+def _show(key: str, value: Any) -> str:
+    """A value for a message, cut short; what may be a secret is not shown."""
+    if value is _ABSENT:
+        return "not set"
+    if "key" in key.rsplit(".", 1)[-1] or "url" in key:
+        return "(not shown)"
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,45 @@
+"""What the checks of `check` have found so far, for those that come later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainer.preflight.memory_footprint import Facts, Memory
+from trainer.protocols import Renderer, Suite
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+T = TypeVar("T")
+
+
+class Skipped(Exception):
+    """A check needs something that an earlier one did not find."""
+
+
+@dataclass
+class Probe:
+    """The config, and what has been found: None, or False, until a check has found it."""
+
+    config: Config
+    facts: Facts | None = None  # of the model, from its config.json
+    memory: Memory | None = None  # what the run needs of the device
+    fits: bool = False  # the device has that memory
+    model: Any = None
+    renderer: Renderer | None = None
+    user_simulator: bool = False  # its endpoint answers, or the environment needs none
+    suite: Suite | None = None
+    engine: bool = False
+    warnings: list[str] = field(default_factory=list)  # of the check that runs: what is slow or odd, but no mistake
+
+
+def require(found: T | None, check: str) -> T:
+    """What the check of that name has found.
+
+    Raises:
+        Skipped: it has not.
+    """
+    if found is None or found is False:
+        raise Skipped(f"needs the {check}")
+    return found

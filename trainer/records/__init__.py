@@ -1,0 +1,1 @@
+"""What a run leaves: checkpoints, metrics, rollouts, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""The references: who writes them, what a writer may read, and what the teacher reads."""

@@ -1,0 +1,295 @@
+"""References from any OpenAI-compatible endpoint, through the official client.
+
+The endpoint is not trusted: whatever it does (silence, 429, garbage, a megabyte, an echoed secret, orders to the
+reader) costs only that reference, with the reason in `reference_info["error"]`, and never the run. What is sent has
+passed the sanitiser; what comes back passes it again. The API key lives in the environment and in the client only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import openai
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletion
+
+from trainer.chat.compact import CompactRenderer
+from trainer.data import Group, Message
+from trainer.errors import UserError
+from trainer.protocols import Renderer, Suite
+from trainer.references import writer_prompt as prompts
+from trainer.references.endpoint import is_loopback, transport
+from trainer.references.reply_cache import ReferenceCache, key_of
+from trainer.references.retries import LONGEST_PAUSE, Budget, TooLong, pause_after
+from trainer.references.sanitiser import Sanitiser
+from trainer.references.secret_values import SHORTEST_OWN
+from trainer.references.writer_prompt import Refused
+
+if TYPE_CHECKING:
+    from trainer.config import WriterConfig
+
+log = logging.getLogger(__name__)
+MAX_BODY = 4 << 20  # bytes of an answer
+MOST_CHARS_PER_TOKEN = 8  # a prompt has at least one token per so many characters, whatever the endpoint reports
+FRAME_TOKENS = 16  # that a chat template may put around a message
+MAY_HAVE_WORKED = (500, 502, 504)  # also sent by a gateway whose model has answered too late
+NOT_SENT = ("ConnectError", "ConnectTimeout")  # whichever HTTP library the client brings
+POLL = 0.02  # seconds between checks of the budget
+
+
+class OpenAIWriter:
+    """Asks an LLM for the reference of each mixed group, `concurrency` at a time."""
+
+    name = "openai"
+
+    def __init__(self, config: WriterConfig, suite: Suite, renderer: Renderer | None = None) -> None:
+        self.config = config
+        self.suite = suite
+        self.words_only = isinstance(renderer, CompactRenderer)
+        self.budget = Budget(config.token_budget)
+        self.cache = ReferenceCache(config.cache_dir)
+        self._warned: set[str] = set()
+        self._key = read_key(config, is_loopback(config.base_url))
+        # Masked whatever their variables are called: the writer's key and that of an environment's endpoint.
+        names = (config.api_key_env, getattr(suite, "api_key_env", ""))
+        self._keys = [key for name in names if len(key := os.environ.get(name, "").strip()) >= SHORTEST_OWN]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokens spent so far: `token_budget` is of the whole run, however often it is resumed."""
+        return {"spent": self.budget.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where `state` was taken; a state without `spent` has spent nothing."""
+        self.budget.spent = int(state.get("spent", 0))
+
+    def __repr__(self) -> str:
+        return f"OpenAIWriter(model={self.config.model!r})"  # the default would do, but never show the key
+
+    async def write(self, groups: list[Group]) -> None:
+        """Fill every group. The client lives for one batch, because an event loop may."""
+        for group in groups:
+            group.reference, group.reference_info = "", {"writer": self.name}
+        mixed = [group for group in groups if group.mixed]
+        if not mixed:
+            return
+        gate = asyncio.Semaphore(self.config.concurrency)
+        asked = [
+            (group, messages) for group in mixed if (messages := self._prompt(group))
+        ]  # before any deadline starts
+        async with self._client() as client:
+            await asyncio.gather(*(self._write_one(client, gate, *each) for each in asked))
+
+    def _client(self) -> AsyncOpenAI:
+        # No compression: a megabyte of zeros must not become a gigabyte.
+        http = transport(self.config.base_url, self._key or "none", response=[refuse_floods])
+        return AsyncOpenAI(
+            api_key=self._key or "none",
+            base_url=self.config.base_url,
+            timeout=self.config.timeout,
+            max_retries=0,  # `_ask` retries, because every try reserves from the budget
+            http_client=http,
+        )
+
+    def _prompt(self, group: Group) -> list[Message]:
+        """The request about a group; [] and a word in `reference_info` if it cannot be sanitised."""
+        info = group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
+        try:
+            outgoing = self._sanitiser(self.suite.answer_literals(group.task))
+            messages = prompts.build_prompt(group, outgoing, self.config.max_prompt_chars)
+        except Exception as error:  # what cannot be sanitised is not sent
+            info["error"] = "unclean"
+            self._warn_once(f"unclean ({type(error).__name__} while a prompt was made)")
+            return []
+        info["sanitiser_hits"] = dict(outgoing.hits)
+        return messages
+
+    async def _write_one(
+        self, client: AsyncOpenAI, gate: asyncio.Semaphore, group: Group, messages: list[Message]
+    ) -> None:
+        """Write one reference; any failure becomes a word in `reference_info`."""
+        info = group.reference_info
+        start = time.perf_counter()
+        try:
+            group.reference = await self._reference(client, gate, group, messages, info)
+        except Refused as refusal:
+            info["error"] = refusal.reason
+        except Exception as error:
+            info["error"] = reason_of(error)
+        info["seconds"] = time.perf_counter() - start
+        self._warn_once(info.get("error", ""))
+
+    async def _reference(
+        self,
+        client: AsyncOpenAI,
+        gate: asyncio.Semaphore,
+        group: Group,
+        messages: list[Message],
+        info: dict[str, Any],
+    ) -> str:
+        key = key_of(prompts.VERSION, self.config.model, self.config.max_tokens, self.words_only, messages)
+        tools = [tool["function"]["name"] for tool in group.rollouts[0].tools]
+        answer = prompts.read_entry(self.cache.get(key))
+        info["cached"] = answer is not None
+        if answer is None:
+            async with gate:
+                answer = prompts.parse_reply(await self._ask(client, messages, info))
+        reply = prompts.only_tools(answer, tools)
+        incoming = self._sanitiser(self.suite.answer_literals(group.task))
+        if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
+            reply = prompts.clean_reply(answer, incoming)
+        reference = (
+            prompts.render_words(reply) if self.words_only else prompts.render_prose(reply, 4 * self.config.max_tokens)
+        )
+        if not reference:
+            raise Refused("empty")
+        reply.masked = self._masked_literals(answer.masked, tools)
+        info.update(literals=reply.masked, reply_hits=dict(incoming.hits))
+        if not info["cached"]:
+            self.cache.put(key, {"reply": reply.model_dump(), "model": self.config.model})
+        return reference
+
+    def _masked_literals(self, wanted: list[str], tools: list[str]) -> list[str]:
+        """The literals that the endpoint wants masked and that may be: no secret, no tool, at least three characters.
+
+        They exclude tokens from the credit, so a list of everything would make every weight 1.
+        """
+        clean = [self._sanitiser([]).text(text)[:80].strip() for text in wanted[: prompts.MAX_ITEMS]]
+        return [text for text in clean if len(text) >= 3 and "[masked" not in text and text not in tools]
+
+    async def _ask(self, client: AsyncOpenAI, messages: list[Message], info: dict[str, Any]) -> str:
+        """One call within the budget of tokens and seconds; gives the text of the answer."""
+        left = self._deadline()  # the client's time-out is between bytes: an endpoint that drips must not hold the run
+        most = sum(len(m["content"].encode()) + FRAME_TOKENS for m in messages) + self.config.max_tokens
+        for tries in count(1):
+            await self._reserve(most)
+            start = time.monotonic()
+            try:
+                return text_of(await self._try(client, messages, most, left, info))
+            except openai.APIError as error:
+                pause = pause_after(error, tries)
+                left -= time.monotonic() - start + (pause or 0.0)
+                if pause is None or left <= 0 or tries > self.config.max_retries:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _reserve(self, most: int) -> None:
+        """Wait until so many tokens can be reserved: other requests release theirs by their deadline."""
+        while not self.budget.reserve(most):
+            if not self.budget.allows(most):
+                raise Refused("budget_spent")
+            await asyncio.sleep(POLL)
+
+    async def _try(
+        self, client: AsyncOpenAI, messages: list[Message], most: int, left: float, info: dict[str, Any]
+    ) -> Any:
+        """One request of at most `left` seconds. Its reserve counts as spent where the cost is unknown."""
+        tokens = spent = most
+        try:
+            answer = await asyncio.wait_for(self._call(client, messages), left)
+            tokens = usage_of(answer, most)
+            spent = max(tokens, sum(len(m["content"]) for m in messages) // MOST_CHARS_PER_TOKEN)
+            return answer
+        except openai.APIError as error:
+            refused = isinstance(error, openai.APIStatusError) and error.status_code not in MAY_HAVE_WORKED
+            if refused or type(error.__cause__).__name__ in NOT_SENT:
+                tokens = spent = 0
+            raise
+        finally:
+            self.budget.settle(most, spent)
+            info["tokens"] += tokens
+
+    async def _call(self, client: AsyncOpenAI, messages: list[Message]) -> Any:
+        create: Any = client.chat.completions.with_streaming_response.create
+        asked = create(model=self.config.model, messages=messages, max_completion_tokens=self.config.max_tokens, n=1)
+        async with asked as response:
+            body = await read_bounded(response)
+        answer = json.loads(body)
+        return ChatCompletion.construct(**answer) if isinstance(answer, dict) else None
+
+    def _deadline(self) -> float:
+        """Seconds of one reference: every try, and the longest pause of our own choosing between two."""
+        return self.config.timeout * (self.config.max_retries + 1) + LONGEST_PAUSE * self.config.max_retries
+
+    def _sanitiser(self, literals: list[str]) -> Sanitiser:
+        return Sanitiser(literals, secrets=self._keys)
+
+    def _warn_once(self, reason: str) -> None:
+        """Name each kind of failure once; the error's own text may quote what must not be logged."""
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("writer %s: %s; such groups train with W = 1", self.config.model, reason)
+
+
+async def refuse_floods(response: Any) -> None:
+    """Refuse an answer by its headers if it is an error, too large or compressed, before reading it."""
+    packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
+    length = response.headers.get("Content-Length", "")
+    if response.is_error:
+        await response.aclose()  # its status is enough; the client would read the body however long it is
+    elif packed or (length.isdecimal() and int(length) > MAX_BODY):
+        raise TooLong
+
+
+async def read_bounded(response: Any) -> bytes:
+    """The body, if it is no longer than `MAX_BODY`."""
+    body = bytearray()
+    try:
+        async for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise TooLong
+    except Exception as error:  # whichever HTTP library the client brings, its errors are its own
+        raise openai.APIConnectionError(request=response.http_request) from error
+    return bytes(body)
+
+
+def read_key(config: WriterConfig, loopback: bool) -> str:
+    """The API key from the environment; a server on this machine needs none."""
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key and not loopback:
+        raise UserError(
+            f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... "
+            "(or use --writer.name contrast, which needs none)"
+        )
+    return key
+
+
+def text_of(answer: Any) -> str:
+    """The text of a chat completion; raises `Refused` with the reason if there is none."""
+    if not isinstance(answer, ChatCompletion) or not answer.choices:
+        raise Refused("not_json")
+    choice = answer.choices[0]
+    if getattr(choice, "finish_reason", None) == "length":
+        raise Refused("truncated")
+    content = getattr(getattr(choice, "message", None), "content", None)
+    if not isinstance(content, str) or not content.strip():
+        raise Refused("empty")
+    return content
+
+
+def usage_of(answer: Any, most: int) -> int:
+    """Tokens as the endpoint counts them; the upper bound `most` where its count is not credible."""
+    total = getattr(getattr(answer, "usage", None), "total_tokens", None)
+    return total if isinstance(total, int) and 0 < total <= most else most
+
+
+def reason_of(error: Exception) -> str:
+    """One word for what the endpoint did."""
+    if isinstance(error, asyncio.TimeoutError | openai.APITimeoutError):
+        return "timeout"
+    if TooLong in (type(error), type(error.__cause__)):
+        return "too_long"
+    if isinstance(error, openai.APIConnectionError):
+        return "connection"
+    if isinstance(error, openai.RateLimitError):
+        return "rate_limited"
+    if isinstance(error, openai.APIStatusError):
+        return f"http_{error.status_code}"
+    return "not_json" if isinstance(error, ValueError) else "unexpected_reply"

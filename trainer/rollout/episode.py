@@ -1,0 +1,204 @@
+"""One episode: a prompt, then {generate, parse, observe} until the policy, the environment or a limit ends it.
+
+A mistake of the policy becomes an observation that names it. A fault of the environment drops the rollout: it is
+counted, and never scored 0. Tokens are appended as they were sampled; text is never tokenised again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainer.data import Completion, Message, Outcome, Rollout, Sampling, Task, TokenClass, Tool
+from trainer.errors import EnvironmentBroken, PolicyCrashed, PromptTooLong
+from trainer.protocols import Engine, Environment, Renderer, Suite
+
+if TYPE_CHECKING:
+    from trainer.config import EnvConfig
+
+log = logging.getLogger(__name__)
+CUT = " ...[cut]"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    """What all episodes of a run share."""
+
+    engine: Engine
+    suite: Suite
+    renderer: Renderer
+    sampling: Sampling
+    env: EnvConfig
+    max_length: int  # tokens of prompt and response
+
+
+async def play_episode(setup: RolloutSetup, task: Task) -> Rollout:
+    """Play one episode. The environment is closed whatever happens.
+
+    Raises:
+        EnvironmentBroken: the environment failed, or a call to it took longer than `env.timeout`.
+        PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
+    """
+    environment = None
+    try:
+        environment = _make(setup.suite)
+        await wait_until_open(environment)
+        return await _Episode(setup, _Guarded(environment, setup.env.timeout), setup.max_length).play(task)
+    finally:
+        if environment is not None:
+            await _close(environment, setup.env.timeout)
+
+
+def _make(suite: Suite) -> Environment:
+    try:
+        return suite.make()
+    except Exception as error:
+        raise EnvironmentBroken(f"make: {error!r}") from error
+
+
+async def wait_until_open(environment: Environment) -> None:
+    """Let the environment wait for its place, if it has to."""
+    if wait := getattr(environment, "open", None):
+        await wait()
+
+
+async def _close(environment: Environment, timeout: float) -> None:
+    try:
+        await asyncio.wait_for(environment.close(), timeout)
+    except Exception as error:  # the episode is over: nothing is lost but the clean-up
+        log.warning("an environment did not close: %r", error)
+
+
+class _Guarded:
+    """An environment whose failures, hangs included, are all `EnvironmentBroken`; `PolicyCrashed` passes through."""
+
+    def __init__(self, environment: Environment, timeout: float) -> None:
+        self._environment, self._timeout = environment, timeout
+
+    async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
+        return await self._guard("reset", self._environment.reset(task))
+
+    async def step(self, message: Message) -> tuple[list[Message], bool]:
+        return await self._guard("step", self._environment.step(message))
+
+    async def outcome(self) -> Outcome:
+        return await self._guard("outcome", self._environment.outcome())
+
+    async def _guard(self, what: str, call: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(call, self._timeout)
+        except asyncio.TimeoutError:
+            waits_for = getattr(self._environment, "waits_for", "")
+            reason = f", waiting for {waits_for}" if waits_for else ""
+            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s{reason}") from None
+        except (EnvironmentBroken, PolicyCrashed):
+            raise
+        except Exception as error:
+            raise EnvironmentBroken(f"{what}: {error!r}") from error
+
+
+@dataclass
+class _Episode:
+    setup: RolloutSetup
+    environment: _Guarded
+    max_length: int  # tokens of prompt and response; `env.max_response_tokens` may lower it
+
+    async def play(self, task: Task) -> Rollout:
+        messages, tools = await self.environment.reset(task)
+        prompt = self.setup.renderer.prompt(messages, tools)
+        if len(prompt) >= self.max_length:
+            raise PromptTooLong(
+                f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
+            )
+        rollout = Rollout(task, messages, tools, prompt)
+        if self.setup.env.max_response_tokens is not None:
+            self.max_length = min(self.max_length, len(prompt) + self.setup.env.max_response_tokens)
+        for turn in range(self.setup.env.max_turns):
+            if await self._turn(rollout, turn):
+                break
+        if rollout.stop != "crashed":  # then there is nothing left to ask, and the reward stays 0
+            outcome = await self.environment.outcome()
+            rollout.reward, rollout.details = outcome.reward, outcome.details
+        return rollout
+
+    async def _turn(self, rollout: Rollout, turn: int) -> bool:
+        """Play one assistant turn; return whether the episode is over, with the reason in `rollout.stop`."""
+        context = rollout.prompt_ids + rollout.ids
+        room = min(self.setup.sampling.max_tokens, self.max_length - len(context))
+        (completion,) = await self.setup.engine.generate(context, 1, replace(self.setup.sampling, max_tokens=room))
+        self._append_generated(rollout, completion, turn)
+        message, problem = self.setup.renderer.parse(completion.ids)
+        rollout.messages.append(message)
+        if completion.finish == "length":  # half a turn is not acted upon: its call may be half a call
+            full = len(context) + len(completion.ids) >= self.max_length
+            rollout.stop = "context" if full else "length"
+            return True
+        try:
+            observed, done = await self._observe(message, problem, rollout.tools)
+        except PolicyCrashed as crash:
+            rollout.messages.append({"role": "user", "content": str(crash)})
+            rollout.stop = "crashed"
+            return True
+        rollout.messages += observed
+        if done:
+            rollout.stop = "env_done" if message.get("tool_calls") else "answer"
+        elif turn + 1 == self.setup.env.max_turns:
+            rollout.stop = "max_turns"
+        elif not self._append_observed(rollout, observed, turn):
+            rollout.stop = "context"
+        return bool(rollout.stop)
+
+    async def _observe(self, message: Message, problem: str, tools: list[Tool]) -> tuple[list[Message], bool]:
+        """The environment's answer, or the error of a call that cannot be made."""
+        if problem:
+            return [_error(problem)], False
+        known = {tool["function"]["name"] for tool in tools}
+        calls = message.get("tool_calls") or []
+        if any(call["function"]["name"] not in known for call in calls):
+            return [_refused(call, known) for call in calls], False
+        messages, done = await self.environment.step(message)
+        return [_cut(m, self.setup.env.max_observation_chars) for m in messages], done
+
+    def _append_generated(self, rollout: Rollout, completion: Completion, turn: int) -> None:
+        size = len(completion.ids)
+        rollout.ids += completion.ids
+        rollout.generated += [True] * size
+        rollout.logprobs += completion.logprobs
+        rollout.turns += [turn] * size
+        rollout.classes += self.setup.renderer.classes(completion.ids)
+
+    def _append_observed(self, rollout: Rollout, messages: list[Message], turn: int) -> bool:
+        """Append what the policy reads next, if it and an answer fit, so that a rollout ends in generated tokens."""
+        ids = self.setup.renderer.observation(messages)
+        size = len(ids)
+        if len(rollout.prompt_ids) + len(rollout.ids) + size >= self.max_length:
+            return False
+        rollout.ids += ids
+        rollout.generated += [False] * size
+        rollout.logprobs += [0.0] * size
+        rollout.turns += [turn] * size
+        rollout.classes += [int(TokenClass.FORMAT)] * size
+        return True
+
+
+def _error(problem: str, **fields: Any) -> Message:
+    return {"role": "tool", **fields, "content": json.dumps({"error": problem}, ensure_ascii=False)}
+
+
+def _refused(call: dict[str, Any], known: set[str]) -> Message:
+    """Nothing of a message with an unknown tool is run: half of it might do what the policy did not mean."""
+    name = call["function"]["name"]
+    problem = "unknown tool in another call" if name in known else f"unknown tool {name}"
+    return _error(problem, tool_call_id=call.get("id", ""))
+
+
+def _cut(message: Message, limit: int) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str) or len(content) <= limit:
+        return message
+    return {**message, "content": content[: max(0, limit - len(CUT))] + CUT}
