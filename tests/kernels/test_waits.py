@@ -85,7 +85,7 @@ def test_looks(masked: bool) -> None:
 
 
 def test_looks_of_the_whole_step() -> None:
-    """As in the scoring pass and the loss alone, at the targets once more, and for the warning of inert credit.
+    """As the scoring pass and the loss by themselves, at the targets once more, and for the warning of inert credit.
 
     With `reuse_lse` also for the number of tokens whose lse is not known. Where credit cannot act, only the loss runs.
     """

@@ -99,7 +99,8 @@ class OpCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "sgcd_kernels":
-            self.found.append((func, args))
+            recording = torch.is_grad_enabled()  # not everywhere: some ops have no gradient
+            self.found.append((func, tuple(a if recording or not torch.is_tensor(a) else a.detach() for a in args)))
         return func(*args, **(kwargs or {}))
 
 
