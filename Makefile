@@ -64,8 +64,8 @@ test-slow: $(READY) $(READY_TAU3)
 test-gpu:
 	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
-	@$(PY) -m pytest -q -k "not cpp" tests/sgcd_kernels/backends/triton tests/kernels/test_kernel_*.py \
-	  tests/kernels/test_topk.py tests/kernels/test_waits.py tests/kernels/test_vocab_parallel.py $(ARGS)
+	@$(PY) -m pytest -q -k "not cpp" tests/sgcd_kernels/backends/triton tests/sgcd_kernels/backends/test_values.py tests/sgcd_kernels/backends/test_gradients.py \
+	  tests/sgcd_kernels/backends/test_topk.py tests/sgcd_kernels/backends/test_waits.py tests/sgcd_kernels/backends/test_vocab_parallel.py $(ARGS)
 
 # The trainer beside vLLM's server, then inside vLLM's own environment.
 SMOLLM2_BASE := .cache/models/smollm2-135m-instruct
@@ -115,7 +115,7 @@ sanitize: $(READY)
 	$(PY) tests/sgcd_kernels/backends/cpp/fuzz.py 10000; \
 	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/sgcd_kernels/backends/cpp/test_values.py \
 	  tests/sgcd_kernels/backends/cpp/test_gradients.py tests/sgcd_kernels/backends/cpp/test_cached_tiles.py \
-	  tests/sgcd_kernels/credit/test_eligible.py tests/kernels/test_kernel_*.py
+	  tests/sgcd_kernels/credit/test_eligible.py tests/sgcd_kernels/backends/test_values.py tests/sgcd_kernels/backends/test_gradients.py
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)
