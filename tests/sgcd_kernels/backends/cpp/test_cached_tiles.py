@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_policy_loss
-from tests.kernels.cases import Case, case, weights
+from tests.sgcd_kernels.backends.cases import Case, case, weights
 
 STATUS = backend_status()["cpp"]
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)]

@@ -18,7 +18,7 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from tests.kernels.cases import DEVICES
+from tests.sgcd_kernels.backends.cases import DEVICES
 
 pytest.importorskip("triton")
 N, H, V = 12, 8, 70

@@ -22,7 +22,7 @@ from sgcd_kernels import (
     sgcd_loss,
 )
 from sgcd_kernels.core.lm_head import indices_of
-from tests.kernels.cases import DEVICES, case, run_body
+from tests.sgcd_kernels.backends.cases import DEVICES, case, run_body
 
 pytest.importorskip("triton")
 # Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
