@@ -14,18 +14,17 @@ from trainer.data import Completion, Message, Outcome, Sampling, Task, Tool
 class Environment(Protocol):
     """One live episode. An environment that breaks raises `EnvironmentBroken`; it never scores 0 for it.
 
-    `env.timeout` ends a call only where it awaits: one that blocks holds every other episode too, and nothing can stop
-    it. What may block (a subprocess, a socket, a long computation) belongs in a thread (`asyncio.to_thread`) or a
-    process that the environment awaits. An attribute `waits_for` may name what it waits for, for the message of a
-    time-out.
+    `env.timeout` can end a call only at an `await`: a blocking call stops every other episode, and cannot be cancelled.
+    Blocking work (a subprocess, a socket, a long computation) belongs in a thread (`asyncio.to_thread`) or a process
+    that the environment awaits. An attribute `waits_for` may name what it waits for, for the message of a time-out.
 
-    One that must wait for a place (in a pool of processes, say) may offer `async def open(self) -> None`: it is awaited
-    before `reset`, and untimed, because a queue is no fault of the environment.
+    An environment that must wait for a place (in a pool of processes, say) may have `async def open(self) -> None`: it
+    is awaited before `reset`, without a time limit, because a queue is not a fault of the environment.
     """
 
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]: ...
     async def step(self, message: Message) -> tuple[list[Message], bool]:
-        """Take the assistant's message; give the messages it leads to and whether the episode is over."""
+        """Take the assistant's message; return the messages that answer it, and whether the episode is over."""
         ...
 
     async def outcome(self) -> Outcome: ...

@@ -1,8 +1,8 @@
-"""One vLLM server as the trainer sees it: a URL, the weights that it has acknowledged, and what may go wrong.
+"""The client of one vLLM server: its URL, the weights that it has acknowledged, and its failures.
 
-The endpoints are vLLM's own (0.32: `vllm/entrypoints/scale_out/token_in_token_out` and, with VLLM_SERVER_DEV_MODE=1,
-`vllm/entrypoints/rl/online` and `serve/dev`). A label is given to the weights when they are loaded and comes back with
-every completion, so a server that was restarted, or that another client has loaded, is noticed at its first answer.
+The endpoints are vLLM's (0.32: `vllm/entrypoints/scale_out/token_in_token_out` and, with VLLM_SERVER_DEV_MODE=1,
+`vllm/entrypoints/rl/online` and `serve/dev`). Weights get a label when they are loaded, which is returned with every
+completion. So a server that was restarted, or loaded by another client, is detected at its first answer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from trainer.errors import UserError
 log = logging.getLogger(__name__)
 NEEDS = "vllm 0.32 or later, VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
 GENERATE = "/inference/v1/generate"
-SOON = 10.0  # seconds for what a server that is well answers at once
-REFUSED = (400, 413, 422)  # what a server answers to a request that no server would take
+SOON = 10.0  # seconds for requests that a healthy server answers immediately
+REFUSED = (400, 413, 422)  # statuses of requests that every server would refuse
 
 
 class ServerFailed(Exception):
-    """A server did not do what was asked; another one, or the same one later, may. `status` is 0 if it gave none."""
+    """A server failed a request; another one, or the same one later, may succeed. `status` is 0 without a response."""
 
     def __init__(self, what: str, status: int = 0) -> None:
         super().__init__(what)
@@ -37,7 +37,7 @@ class ServerFailed(Exception):
 
 
 class Process(Protocol):
-    """What a server of our own runs in: `trainer.engines.vllm_launch.Launched`."""
+    """The process of a server that the run started: `trainer.engines.vllm_launch.Launched`."""
 
     url: str
 
@@ -48,15 +48,15 @@ class Process(Protocol):
 
 @dataclass(eq=False)
 class Server:
-    """`version` is the label of the weights it acknowledged last; "" takes it out of turn until it has loaded them."""
+    """`version` is the label of the last acknowledged weights; with "" it gets no requests until it has loaded them."""
 
     url: str
     version: str = ""
     answers: int = 0  # completions that it has given
-    losses: int = 0  # how often it was left out: a request that began before knows that others have seen to it
+    losses: int = 0  # how often it was left out, so that concurrent requests leave it out only once per failure
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    process: Process | None = None  # one that we started is started again when it has died
-    max_starts: int = 0  # so often, without a completion in between
+    process: Process | None = None  # of a server started by the run: restarted after it died
+    max_starts: int = 0  # restarts without a completion in between
     starts: int = 0
 
     async def call(self, http: httpx.AsyncClient, method: str, path: str, seconds: float = SOON, **request: Any) -> Any:
@@ -189,10 +189,10 @@ def write_weights(model: Any, folder: Path) -> None:
 
 
 def read_completion(answer: Any, max_tokens: int, stop_ids: Collection[int], version: str) -> Completion:
-    """The first choice of a generate answer, if it is whole, and of the weights `version` alone.
+    """The first choice of a generate response, checked to be complete and sampled by the weights `version`.
 
     Raises:
-        ServerFailed: it is not; the text says in what.
+        ServerFailed: it is not; the message gives the reason.
     """
     try:
         choice = answer["choices"][0]

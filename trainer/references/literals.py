@@ -1,4 +1,4 @@
-"""Finding a literal in text however it is spelled there: escaped, quoted, in other case, a number or a date otherwise.
+"""Finds a literal in text in any spelling: escaped, quoted, in another case, numbers and dates in other formats.
 
 One definition serves the sanitiser (no literal may leave) and the literal mask (tokens that spell one keep W = 1).
 """

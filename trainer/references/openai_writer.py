@@ -1,8 +1,8 @@
 """References from any OpenAI-compatible endpoint, through the official client.
 
-The endpoint is not trusted: whatever it does (silence, 429, garbage, a megabyte, an echoed secret, orders to the
-reader) costs only that reference, with the reason in `reference_info["error"]`, and never the run. What is sent has
-passed the sanitiser; what comes back passes it again. The API key lives in the environment and in the client only.
+The endpoint is not trusted: any failure (silence, 429, garbage, a megabyte, an echoed secret, orders to the reader)
+loses only that reference, with the reason in `reference_info["error"]`, and never stops the run. Requests and answers
+both pass the sanitiser. The API key is held only in the environment and in the client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether and when to retry a request, and the token budget from which each try is reserved and settled."""
+"""When to retry a request, and the token budget in which each try reserves and settles its cost."""
 
 from __future__ import annotations
 

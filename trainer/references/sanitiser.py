@@ -1,9 +1,9 @@
-"""Nothing secret leaves the process: what a writer may read of a trace.
+"""The sanitiser: masks everything in a trace that a writer must not read, so that nothing secret leaves the process.
 
-Masked: answer-bearing literals, credentials, payment and account values, e-mail addresses, and whatever an evaluator
-or oracle left in a trace (reports, gold actions, expected states). Only known fields of a message are looked at, so a
-field that an environment adds for itself never leaves. Over-masking costs the writer some context; under-masking costs
-the experiment, so every rule leans to the first.
+Masked are answer-bearing literals, credentials, payment and account values, e-mail addresses, and output of an
+evaluator or oracle (reports, gold actions, expected states). Only known fields of a message are passed on, so a field
+that an environment adds for itself never leaves. Over-masking costs the writer some context, under-masking invalidates
+the experiment, so every rule prefers to mask too much.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from trainer.references.spellings import (
 
 MAX_DEPTH = 16  # of nested JSON; deeper is masked whole
 
-# No rule may take more than linear time: a trace is as long as a policy and an environment make it. So a repetition is
-# bounded, or starts only where a run starts.
+# Every pattern must run in linear time, because traces may be arbitrarily long. So repetitions are bounded, or start
+# only at the start of a run.
 EVALUATOR_KEY = re.compile(
     r"(?i)(?:ground_?truth|gold(?:en)?(?:_|$)|oracle|evaluat|verifier|verdict|hidden_|expected_(?:action|answer|output"
     r"|result|state|value)|(?:reference|true)_(?:solution|answer|label)|test_(?:report|result)|unit_?test|reward$|is_correct)"
@@ -136,12 +136,12 @@ class Sanitiser:
         self._known[kind], self._apart[kind] = Literals(map(plain, strings)), Apart(strings)
 
     def learn(self) -> bool:
-        """Treat what was masked beside its name as known from now on; return whether a second pass is worthwhile.
+        """Mask values that were found by their names wherever they occur; return whether a second pass is worthwhile.
 
-        A trace shows `"password": "n0t-a-secret"` once, and then says n0t-a-secret wherever it likes.
+        A trace may show `"password": "n0t-a-secret"` once, and then n0t-a-secret alone in other places.
 
         Raises:
-            TooMany: to look for so many takes too long, and what cannot be cleaned does not leave.
+            TooMany: searching for so many takes too long, and a text that cannot be cleaned must not leave.
         """
         if not any(self._told.values()):
             return False
@@ -201,7 +201,7 @@ class Sanitiser:
         return replace(text, [(start, end, self._hit(kind)) for start, end in spans]) if spans else text
 
     def _tell(self, kind: str, value: Any, *, whole: bool = False, alone: bool = True) -> bool:
-        """Note what is masked, for `learn`."""
+        """Record a masked value, for `learn`."""
         self._told[kind].update(telling(kind, value, whole=whole, alone=alone))
         return True
 
@@ -314,7 +314,7 @@ class Sanitiser:
 
 
 def is_key(match: re.Match[str]) -> bool:
-    """Whether what a credential's name is followed by is the name of another thing: passwords = {"spotify": ...}."""
+    """Whether a credential's name is followed by another name, not by a value: passwords = {"spotify": ...}."""
     key = match["key"].rstrip(" ")
     inside = key[-1] == "\n" or key.rstrip()[-1] in "({[,"
     return inside and IS_KEY.match(match.string, match.end()) is not None

@@ -1,8 +1,8 @@
-"""Which strings are secrets wherever they stand: parts of a value that was masked where its name stood beside it, and
-what this process's environment holds.
+"""Strings that are secret wherever they occur: parts of values that were masked because of the name beside them, and
+values of this process's environment.
 
-Nothing is telling that ordinary text is made of: a word of letters alone (unless it was quoted, and is no placeholder),
-a short number, a year, a date.
+Ordinary text is never treated as secret: words of letters only (unless quoted, and not a placeholder), short numbers,
+years, dates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Which siblings the writer sees when all of them are too long (METHOD section 2.2).
+"""Selects the siblings that the writer sees if all of them are too long together (METHOD section 2.2).
 
-The smaller outcome class is shown, matched in number by the other: with more successes the shorter successes (the
-clean ones), with more failures the longer failures (those that went far before they went wrong).
+Equal numbers of successes and failures are shown, at most all of the smaller class. If there are more successes, the
+shortest of them (the clean ones); if there are more failures, the longest of them (those that went far before they
+failed).
 """
 
 from __future__ import annotations

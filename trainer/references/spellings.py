@@ -1,9 +1,8 @@
-"""Disguised spellings: undone where that keeps the text readable, else searched.
+"""Disguised spellings of literals: normalised if the text stays readable, else searched for.
 
-`plain` undoes what a reader undoes without thinking: escapes of JSON, URLs and HTML to any depth, look-alike digits and
-letters, characters that cannot be seen. `Apart` finds a literal whose characters stand apart, backwards, or in several
-fields; `unwrap` reads runs of base64, base32 and hex, and rows of character codes. A cipher of the writer's own making
-is found by nothing here.
+`plain` normalises escapes of JSON, URLs and HTML to any depth, look-alike digits and letters, and invisible characters.
+`Apart` finds a literal whose characters are separated, reversed, or spread over several fields; `unwrap` decodes runs
+of base64, base32 and hex, and rows of character codes. A cipher invented by the writer is not found.
 
 Everything is linear in the text's length.
 """

@@ -1,11 +1,11 @@
 """The request to the LLM (METHOD section 2.2), and the only form of answer that is accepted.
 
-The siblings' traces are data: every message stands on its own line as JSON, so a trace can neither close its frame nor
-open another one, and the model is instructed not to obey it. The answer is JSON of short texts, checked field by field;
-an answer that does not fit costs the reference.
+The siblings' traces are data: every message is one line of JSON, so a trace can neither close its frame nor open
+another one, and the model is instructed not to obey it. The answer is JSON of short texts, checked field by field; an
+invalid answer gives no reference.
 
-Masking comes before framing, both ways: a `Line` is our frame and their value, and only values are masked. An
-answer "3" or "tool" would otherwise leave a hole in our own words, and the frame would give it away.
+Values are masked before they are framed: a `Line` is a frame and a value, and only values are masked. Otherwise an
+answer such as "3" or "tool" would be masked in the frame too, and the known text around the mask would reveal it.
 """
 
 from __future__ import annotations

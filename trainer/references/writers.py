@@ -1,4 +1,4 @@
-"""The writers of credit references, by name. A writer that fails costs its references, never the run.
+"""The writers of credit references, by name. If a writer fails, references are missing, but the run continues.
 
 After `write`, every group has a `reference` ("" means none: it trains with W = 1) and a `reference_info`:
 `writer`, `cached`, `tokens` (prompt + completion), `seconds`, and where they apply `error` (one word, a metric),

@@ -1,4 +1,4 @@
-"""Which tasks come next."""
+"""The order of the training tasks."""
 
 from __future__ import annotations
 

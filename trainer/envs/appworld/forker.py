@@ -5,13 +5,13 @@
 It loads WORLD.py once, which may take long, and then forks a process for every line {"root": ..., "token": ...} on its
 standard input, answering {"port": ...} at once; {"kill": token} ends one, and {"ended": token} asks how one has ended
 by itself: {"code": its exit code, -N after signal N, null while it lives}. Each forked process makes `World(root)` and
-calls what is POSTed to it: /METHOD with a JSON object of arguments and the token as bearer. One world a process, and
-nothing that one episode does to its interpreter is seen by the next.
+serves POST requests: /METHOD with a JSON object of arguments and the token as bearer. With one world per process, no
+episode can affect the interpreter of the next.
 
-Nothing outlives the trainer: when standard input ends (the trainer is gone, however it went) the forker kills its
-worlds, removes FOLDER and exits; and when the forker is killed, the kernel kills its worlds.
+Nothing outlives the trainer: when standard input ends, because the trainer exited or was killed, the forker kills its
+worlds, removes FOLDER and exits; when the forker is killed, the kernel kills its worlds.
 
-A world may freeze `time.time()` and its relatives, so nothing here asks them; `clock_gettime` is never frozen.
+A world may freeze `time.time()` and similar clocks, so nothing here uses them; `clock_gettime` is never frozen.
 """
 
 from __future__ import annotations

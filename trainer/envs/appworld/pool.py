@@ -1,7 +1,7 @@
-"""Worlds in processes of their own: at most so many at once, each forked for one episode and killed after it.
+"""A pool of world processes of limited size; each process is forked for one episode and killed after it.
 
-The pool starts one forker (`forker.py`, which see) and starts another when that one has died. It belongs to no event
-loop, because a program may run several one after another.
+The pool starts one forker (see `forker.py`), and another when that one has died. It is not bound to an event loop,
+because a program may run several one after another.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ KEPT = ("PATH", "LANG", "LC_ALL", "TZ")  # of our environment: the code of a pol
 
 
 class WorldDied(EnvironmentBroken):
-    """A world's process went while it did what it was asked."""
+    """A world's process ended during a request."""
 
 
 class WorldProcess:
-    """One forked process, spoken to over loopback HTTP: a plain POST on a connection of its own, answered and closed.
+    """One forked process, called over loopback HTTP: one POST per connection.
 
-    By hand, because a client library took longer (2 ms) than a step may cost: 5 % of 30 ms.
+    The requests are written by hand, because a client library took 2 ms, more than 5 % of a step of 30 ms.
     """
 
     def __init__(self, token: str, port: int):
@@ -80,7 +80,7 @@ class WorldProcess:
 
 
 def starved() -> int | None:
-    """How many processes this machine's kernel has killed for lack of memory; None where it does not say."""
+    """How many processes this machine's kernel has killed for lack of memory; None if it does not report it."""
     try:
         found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     except OSError:
@@ -138,10 +138,10 @@ class Pool:
         await self._ask({"kill": world.token})
 
     async def ended_itself(self, world: WorldProcess) -> bool:
-        """Whether a world that died while it was at it did so by what ran in it, and not with its forker.
+        """Whether a world that died during a request died because of the code that it ran, and not with its forker.
 
-        So it is where the process has closed the line and lives; and after a SIGKILL, unless the kernel has killed
-        anything for lack of memory since the process began, or does not say whether it has.
+        True if the process has closed the connection and lives; also after a SIGKILL, unless the kernel has killed any
+        process for lack of memory since the world began, or does not report whether it has.
 
         Raises:
             EnvironmentBroken: the forker is gone, and all worlds with it.

@@ -1,4 +1,4 @@
-"""Calls written as Python, read with `ast`: a name and literals, nothing that could run."""
+"""Calls written in Python syntax, parsed with `ast`: a name and literals, nothing that could run."""
 
 from __future__ import annotations
 

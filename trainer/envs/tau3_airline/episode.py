@@ -56,7 +56,7 @@ read_task = BenchmarkTask.model_validate
 
 
 class Relay(BaseAgent):  # type: ignore[misc]
-    """An agent that says what it was given."""
+    """An agent that returns the messages that it was given."""
 
     def __init__(self) -> None:
         self.next: Any = None
@@ -148,7 +148,7 @@ class Tau3AirlineEnvironment:
         return self._run
 
     def _outcome(self) -> Outcome:
-        """The benchmark's reward; a conversation that nobody ended fails, as it does there at its limit of steps."""
+        """The benchmark's reward. An unended conversation fails, as in the benchmark at its limit of steps."""
         run = self._live()
         reason = run.termination_reason or TerminationReason.MAX_STEPS
         simulation = SimulationRun(

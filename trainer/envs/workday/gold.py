@@ -1,4 +1,4 @@
-"""Solving a task by its plan, verifying a final state, and saying by machine what went wrong."""
+"""Solving a task by its plan, verifying a final state, and labelling failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Trace = Sequence[tuple[str, Mapping[str, Any]]]  # the calls that were made: nam
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a plan with what it showed; `decisive` if it is a check and showed what hurry does not assume."""
+    """One call of a plan and its observation; `decisive` if a check contradicts what a hurried worker assumes."""
 
     call: Call
     seen: dict[str, Any]
