@@ -85,7 +85,7 @@ def test_teachers_read_their_row_and_students_do_not(tmp_path: Path) -> None:
     assert set(students) == {"<user> w1 w2 <assistant>"}
     plain = "<user> w1 w2 <assistant>"
     assert set(teachers) == {plain, *(f"<user> # Reference {r} w1 w2 <assistant>" for r in ("w20 w21", "w22"))}
-    assert batch["referenced"].tolist() == [t != plain for t in teachers]
+    assert batch["has_teacher"].tolist() == [t != plain for t in teachers]
     assert batch["teacher_prompt_mask"][:, -1].all(), "prompts are padded on the left"
 
 
@@ -94,9 +94,9 @@ def test_a_teachers_whole_prompt_as_messages(tmp_path: Path) -> None:
     told = [{"role": "system", "content": "w23"}, *user]
     data = world.dataset([{"prompt": user, "reference": r} for r in (told, user, told, user)])
     trainer, batch = scored(tmp_path, data)
-    for teacher, differs in zip(texts(trainer, batch, "teacher_prompt"), batch["referenced"].tolist()):
+    for teacher, differs in zip(texts(trainer, batch, "teacher_prompt"), batch["has_teacher"].tolist()):
         assert teacher == ("<system> w23 " if differs else "") + "<user> w1 w2 <assistant>"
-    assert 0 < int(batch["referenced"].sum()) < len(batch["referenced"])
+    assert 0 < int(batch["has_teacher"].sum()) < len(batch["has_teacher"])
 
 
 def test_a_function_is_shown_siblings_with_their_rewards(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_function_is_shown_siblings_with_their_rewards(tmp_path: Path) -> None
         return "w23" if len(seen) == 1 else None
 
     trainer, batch = scored(tmp_path, world.rows().remove_columns("reference"), reference_func=write)
-    assert len(seen) == 2 and batch["referenced"].tolist() == [True] * 4 + [False] * 4
+    assert len(seen) == 2 and batch["has_teacher"].tolist() == [True] * 4 + [False] * 4
     students, ids = texts(trainer, batch, "prompt"), batch["completion_ids"]
     for g, group in enumerate(seen):
         assert group.prompt == students[4 * g] and {row["prompt"] for row in group.rows} == {group.prompt}
@@ -136,7 +136,7 @@ def test_credit_is_for_training_only(tmp_path: Path) -> None:
     trainer = world.built(SGCDTrainer, SGCDConfig, tmp_path)
     trainer.model.eval()
     batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    assert not {"teacher_prompt_ids", "referenced"} & set(batch)
+    assert not {"teacher_prompt_ids", "has_teacher"} & set(batch)
 
 
 def test_prompts_of_another_template_are_refused(tmp_path: Path) -> None:
