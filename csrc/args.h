@@ -1,4 +1,4 @@
-// The arguments that operators share, bundled once where they are registered (ops.cpp).
+// Arguments common to several operators, bundled where the operators are registered (ops.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,7 +19,7 @@ struct HeadArgs {
   double softcap;              // 0 is none
 };
 
-// Two heads that share rows, temperature and softcap.
+// Two heads with the same rows, temperature and softcap.
 struct PairArgs {
   HeadArgs student, teacher;
 };

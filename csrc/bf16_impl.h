@@ -1,4 +1,4 @@
-// Rounding to bf16, to nearest even, and reading it.
+// Conversion to bf16, rounding to nearest even, and back.
 #pragma once
 
 #include "tile_kernels.h"

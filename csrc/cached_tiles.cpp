@@ -30,7 +30,7 @@ CachePlan plan_cache(const Head& head, int64_t grad_row_bytes) {
   if (exponentials) in_grad = std::min(in_grad, whole_tiles(kCachedBytes / 2 / maxima_bytes));
   int64_t beyond = padded - in_grad;
   const int64_t room = kCachedBytes - in_grad * maxima_bytes;
-  // Where not all fit, the gradient sweep needs memory for dZ of the others.
+  // If not all tokens fit, the gradient sweep needs memory for dZ of the others.
   if (beyond * token_bytes > room) beyond = whole_tiles((room - kDzBytes) / token_bytes);
   const bool all = in_grad + beyond == padded;
   if (beyond < padded / 8 && !all) beyond = 0;   // not worth its memory
@@ -42,7 +42,7 @@ CachePlan plan_cache(const Head& head, int64_t grad_row_bytes) {
 
 CachedTiles::CachedTiles(const Head& head, const HeadArgs& args, bool weight_grad) {
   const bool exponentials = head.math() == Math::kBf16;
-  // The backward of a softcap needs the logits themselves.
+  // The backward of a softcap needs the logits.
   if (head.tokens() == 0 || (exponentials && static_cast<float>(args.softcap) != 0)) return;
   const at::ScalarType type = grad_type(args.weight);
   const CachePlan plan = plan_cache(head, weight_grad ? head.width() * at::elementSize(type) : 0);

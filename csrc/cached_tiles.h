@@ -1,10 +1,10 @@
-// Tiles that the forward sweep of a loss leaves for its gradient, so that their logits are computed once.
+// Tiles that the forward sweep of a loss caches for its gradient, so that their logits are computed only once.
 //
 // A loss that computes its gradients with its value then needs three products instead of four, for as many tokens as
-// there is room for. The first ones lie in the memory of the weight's gradient, which is not written yet: row v holds
-// what vocab id v is to those tokens. kCachedBytes beside it hold more; fewer than an eighth of all tokens are not
-// worth it. fp32 products cache final logits, and so give the same bits as without; bf16 products cache e^(z - m)
-// rounded to bf16, m being the token's running maximum at that tile.
+// fit. The first tokens' tiles lie in the memory of the weight's gradient, which is not written yet: row v holds their
+// values at vocab id v. A buffer of kCachedBytes holds more. If less than an eighth of all tokens would fit, nothing is
+// cached. fp32 products cache final logits, so results have the same bits as without a cache; bf16 products cache
+// e^(z - m) rounded to bf16, where m is the token's running maximum at that tile.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ namespace sgcd {
 
 constexpr int64_t kCachedBytes = 48 << 20;
 
-// Where the kTile rows of a tile lie, `ld` elements apart; `tokens` is how many from there on lie one after the other.
+// Place of the kTile rows of a tile, `ld` elements apart; `tokens` is the number of contiguous tokens from there on.
 struct TileRows {
   char* data = nullptr;
   int64_t ld = 0, tokens = 0;

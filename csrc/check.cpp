@@ -6,7 +6,7 @@
 namespace sgcd {
 namespace {
 
-// Rows may be apart by more than their length; within a row elements are neighbours.
+// Row stride may exceed the row length; elements of a row are contiguous.
 void check_rows(const std::string& name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.layout() == at::kStrided, name, " is on ", x.device(), ", needs a CPU");
   const at::ScalarType t = x.scalar_type();

@@ -1,4 +1,4 @@
-// What the raw operators refuse. The Python layer checks what users give; this keeps any other caller from a crash.
+// Argument checks of the raw operators. Python checks users' arguments; these keep any other caller from a crash.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kPackedBytes = 24 << 20;       // hidden states packed at one time
 constexpr int64_t kPartialBytes = 12 << 20;      // statistics of all vocab splits
-constexpr int64_t kWeightRowsBytes = 512 << 10;  // weight rows that stay in L2 while the tokens pass by
+constexpr int64_t kWeightRowsBytes = 512 << 10;  // weight rows that stay in L2 for all tiles of tokens
 constexpr int64_t kMaxSplits = 64;
 
 // One group of tokens, packed, against the whole vocabulary.
@@ -67,7 +67,7 @@ class TokenGroup {
 
   float* state(int64_t split) { return state_.mutable_data_ptr<float>() + split * reduction_.fields() * stride_; }
   char* packed(size_t head, int64_t tile) { return bytes_of(packed_[head]) + tile * heads_[head].packed_tile_bytes(); }
-  // Blocks of kTile vocab ids that the tokens pass by together.
+  // Blocks of kTile vocab ids that are swept for all tokens before the next ones.
   int64_t blocks_per_step() const {
     int64_t block_bytes = 0;
     for (const Head& head : heads_) block_bytes = std::max(block_bytes, head.weight_rows_bytes(kTile));

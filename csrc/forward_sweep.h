@@ -8,7 +8,7 @@
 
 namespace sgcd {
 
-// What is computed of the tiles: `fields` floats per token, in arrays [fields][stride].
+// The reduction of the tiles: `fields` floats per token, in arrays [fields][stride].
 struct Reduction {
   virtual ~Reduction() = default;
   virtual int fields() const = 0;
@@ -20,11 +20,11 @@ struct Reduction {
   virtual void merge(float* into, const float* from, int64_t stride, int64_t tokens) const = 0;
 };
 
-// Where each head's logits of targets go, [n] per head; written where a target lies in this shard.
+// Output for each head's logits of the targets, [n] per head; only written for targets in this shard.
 using TargetLogits = std::vector<float*>;
 
-// out [fields, n] gets the statistics. The vocabulary is split by its own size and the number of tokens alone, never by
-// the number of threads, and the splits' statistics are merged in the order of vocab ids.
+// out [fields, n] gets the statistics. The vocab splits depend only on V and the number of tokens, not on the number of
+// threads, and their statistics are merged in the order of vocab ids.
 void forward_sweep(const std::vector<Head>& heads, const TokenInputs& inputs, const Reduction& reduction,
                    const TargetLogits& targets, float* out);
 

@@ -25,7 +25,7 @@ void multiply(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
                                 static_cast<const at::BFloat16*>(b), c, true);
   } else {
-    // Without micro-kernels for this processor, the library does the same by its BLAS.
+    // Without micro-kernels for this processor, the library uses its BLAS.
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const float*>(a), static_cast<const float*>(b),
                                 c, false);
   }

@@ -1,11 +1,11 @@
-// Small products of tiles, by the library's exported micro-kernels or our own.
+// Small matrix products of tiles, by PyTorch's exported micro-kernels or our own.
 #pragma once
 
 #include <stdint.h>
 
 namespace sgcd {
 
-// What tiles are multiplied in. bf16 where the processor multiplies it into fp32; everything else is widened.
+// The dtype in which tiles are multiplied: bf16 if the processor multiplies it into fp32, else fp32.
 enum class Math { kFloat, kBf16 };
 
 inline int64_t element_size(Math math) { return math == Math::kBf16 ? 2 : 4; }
@@ -23,7 +23,7 @@ bool has_transposed_products(Math math);
 void multiply_transposed(Math math, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b,
                          int64_t ldb, float* c, int64_t ldc, bool add);
 
-// Every thread that multiplied calls this before it goes back to other work: tile registers are state.
+// Every thread that multiplied calls this before other work, because the tile registers hold state.
 void release_multiplier();
 
 }  // namespace sgcd

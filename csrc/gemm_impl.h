@@ -1,7 +1,7 @@
-// The products of tiles, for the `Lanes` of the file that includes this and compiles it for its instruction set.
+// The products of tiles, for the `Lanes` of the including file, which is compiled for one instruction set.
 //
-// Lanes::width columns are a vector; `rows` x 2 vectors of sums fill the registers, beside two vectors of b and one
-// broadcast step of a. Two vectors of b that are `depth` steps deep stay in L1 while all rows of a pass by.
+// A vector has Lanes::width columns; `rows` x 2 vectors of sums, two vectors of b and one broadcast step of a fill the
+// registers. A panel of b of two vectors by `depth` steps stays in L1 for all rows of a.
 #include "products.h"
 
 namespace sgcd {

@@ -11,7 +11,7 @@
 namespace sgcd {
 namespace {
 
-constexpr float kHuge = 1e30f;  // a normaliser that leaves the tokens of padding no probability
+constexpr float kHuge = 1e30f;  // a normaliser at which padding tokens have probability 0
 
 // A per-token input, padded to whole tiles.
 std::vector<float> padded(const char* name, const at::Tensor& x, int64_t n, float fill) {
@@ -44,7 +44,7 @@ struct LogprobFormula : GradFormula {
     const LogprobGrad grad{.lse = &lse[token], .scale = &scale[token], .entropy = nullptr, .d_entropy = nullptr};
     tile_kernels().cached_logprob_grad(reinterpret_cast<const uint16_t*>(rows.data), rows.ld, count,
                                        cached.maxima(block, token), grad, dz);
-    // 1 - p of a target that is nearly certain would be lost in a rounded p.
+    // For a nearly certain target, 1 - p would be lost by rounding p.
     for_targets(count, vocab_id, token,
                 [&](int64_t cell, int64_t t) { dz[cell] = std::exp(target_logit[t] - lse[t]) * scale[t] + d_logp[t]; });
   }

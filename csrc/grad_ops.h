@@ -1,4 +1,4 @@
-// Gradients of a head: logits are computed again tile by tile, replaced by their gradient, and multiplied on.
+// Gradients of a head: logits are recomputed tile by tile, replaced by their gradient, and multiplied by W and X.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,8 +17,8 @@ struct LogprobGradArgs {
   OptionalTensor entropy, d_entropy;  // both or neither
 };
 
-// Of sum(d_logp logp + d_entropy entropy + d_lse lse). `cached` is nothing, or from head_stats_cached on the same
-// arguments; it is used up.
+// Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse). `cached` is empty, or from head_stats_cached on the
+// same arguments; it is consumed.
 Grads logprob_grads(const HeadArgs& args, const LogprobGradArgs& loss, GradNeeds needs, std::vector<at::Tensor> cached);
 
 struct DistillGradArgs {
@@ -29,7 +29,7 @@ struct DistillGradArgs {
   int64_t kind;  // 0 is KL(p || q), 1 KL(q || p), 2 JSD
 };
 
-// Of sum(d_loss divergence), for the student.
+// The student's gradients of sum(d_loss divergence).
 Grads distill_grads(const PairArgs& args, const DistillGradArgs& loss, GradNeeds needs);
 
 }  // namespace sgcd

@@ -8,13 +8,13 @@ namespace {
 constexpr int64_t kPackedBytes = 24 << 20;  // hidden states, packed for both products
 constexpr int64_t kMinPackedBytes = 4 << 20;
 constexpr int64_t kSumsBytes = 40 << 20;    // packed hidden states, and fp32 sums of their gradient beyond its own size
-constexpr int64_t kWeightTBytes = 3 << 20;  // W^T of a chunk; large chunks mean few places where threads wait
-constexpr int64_t kStepBytes = 256 << 10;   // weight rows, and as much of W^T, that stay in L2 while tokens pass by
+constexpr int64_t kWeightTBytes = 3 << 20;  // W^T of a chunk; large chunks need few barriers
+constexpr int64_t kStepBytes = 256 << 10;   // weight rows, and as much of W^T, that stay in L2 for all tokens
 constexpr int64_t kMaxSplits = 8;           // of a chunk, where tiles of tokens are few
 constexpr int64_t kSplitTiles = 64;         // as many tasks as this, tiles times splits, are enough
 constexpr int64_t kSplitSumsBytes = 8 << 20;  // dX of all splits
 
-// Few tokens in a group make for many packings; many for much memory.
+// Small groups of tokens repeat the packing, large ones need memory.
 int64_t plan_group(const GradSizes& s, int64_t padded_tokens, int64_t padded_width) {
   const int64_t rows_bytes = s.needs_weight ? padded_width * kTile * s.element_size : 0;
   const int64_t sums = s.needs_hidden ? s.width * (4 * padded_tokens - s.hidden_grad_size * s.tokens) : 0;

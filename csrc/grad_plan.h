@@ -1,4 +1,4 @@
-// How a gradient sweep is cut: arithmetic on sizes and memory budgets, without a tensor.
+// The tiling plan of a gradient sweep: arithmetic on sizes and memory budgets, without tensors.
 #pragma once
 
 #include <stdint.h>
@@ -9,12 +9,12 @@ namespace sgcd {
 
 constexpr int64_t kDzBytes = 8 << 20;  // dZ of a vocab chunk, beside cached tiles
 constexpr int64_t kDzTokens = 512;     // tokens of one product into dW
-constexpr int64_t kRowPad = 32;        // elements: rows a power of two apart would fall into few sets of a cache
+constexpr int64_t kRowPad = 32;        // elements: row strides of a power of two would map to few cache sets
 constexpr int64_t kDzLd = kDzTokens + kRowPad;
 
 // How the product dX^T = W^T dZ reads W^T.
 enum class WeightT {
-  kInPlace,      // from the rows of W that the logits are made of
+  kInPlace,      // from the rows of W that the logits are computed from
   kInterleaved,  // from a copy of W's rows, interleaved by pairs
   kTransposed,   // from a transposed copy
 };
@@ -30,8 +30,8 @@ struct GradSizes {
   bool needs_hidden, needs_weight, needs_bias;
 };
 
-// A sweep takes one vocab chunk after the other, and for each one group of tokens after the other. Within a group,
-// threads take `vocab_splits` parts of the chunk and tiles of tokens, and read `step` vocab ids at a time.
+// A sweep loops over vocab chunks and, for each, over groups of tokens. Within a group, threads take tasks of one of
+// `vocab_splits` parts of the chunk and some tiles of tokens, and read `step` vocab ids at a time.
 struct GradPlan {
   int64_t padded_tokens;   // whole tiles
   int64_t padded_width;    // H, whole tiles

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kBatch = 2;  // tiles of tokens per task, which share the weight rows of a step
 
-// What does not change during a sweep.
+// Constants of a sweep.
 struct Sweep {
   const std::vector<Head>& heads;
   const TokenInputs& inputs;
@@ -31,7 +31,7 @@ struct Sweep {
   Math math() const { return heads[0].math(); }
 };
 
-// The part of a call that is worked on at one time: one vocab chunk, and one group of tokens.
+// The part of a call that is processed at one time: one vocab chunk and one group of tokens.
 struct Part {
   int64_t vocab_id, vocab_count;
   int64_t token, tokens;
@@ -141,7 +141,7 @@ void sum_over_tokens(const float* dz, int64_t count, float* out) {
   }
 }
 
-// Leave dZ of a tile to the products: packed in `packed_dz` for W^T dZ, and in rows for dZ X.
+// Store dZ of a tile for the products: packed in `packed_dz` for W^T dZ, and in rows for dZ X.
 void store_dz(const Sweep& sweep, const GradWorkspace& workspace, const Part& part, const Tile& at, const float* dz,
               char* packed_dz) {
   const int count = static_cast<int>(at.count);
@@ -181,7 +181,7 @@ void add_hidden_grad(const Sweep& sweep, const GradWorkspace& workspace, const P
              packed_dz, kTile, sum + h * kTile, kTile, true);
 }
 
-// The first step: dZ of a chunk and a group, and what it adds to hidden's gradient.
+// The first step: dZ of a chunk and a group, and its contribution to hidden's gradient.
 void sweep_tokens(const Sweep& sweep, const GradWorkspace& workspace, const Part& part) {
   const int64_t tiles = part.tiles(), threads = at::get_num_threads(), step = sweep.plan.step;
   const int64_t splits = sweep.plan.vocab_splits, steps = ceil_div(part.vocab_count, step);
@@ -220,7 +220,7 @@ void sweep_tokens(const Sweep& sweep, const GradWorkspace& workspace, const Part
   });
 }
 
-// Round dW [count, padded H] to where it belongs.
+// Round dW [count, padded H] into the weight's gradient.
 void write_weight_grad(const Sweep& sweep, const float* sum, int64_t vocab_id, int64_t count, const at::Tensor& out) {
   const int64_t width = sweep.head().width();
   for (int64_t v = vocab_id; v < vocab_id + count; v++, sum += sweep.plan.padded_width) {
@@ -253,13 +253,13 @@ void add_bias_grad(const GradWorkspace& workspace, const Part& part, int64_t off
   }
 }
 
-// The second step: what dZ of a chunk and a group adds to the gradients of weight and bias. After a chunk's last group
-// its W^T has served, and the next chunk's is copied here: one place less for threads to wait at.
+// The second step: the contribution of dZ of a chunk and a group to the gradients of weight and bias. After a chunk's
+// last group its W^T is no longer needed, and the next chunk's is copied here, which saves a barrier.
 void sweep_vocab(const Sweep& sweep, const GradWorkspace& workspace, const Part& part, const Results& results) {
   const bool last = part.token + part.tokens >= sweep.plan.padded_tokens;
   if (!sweep.needs.weight && !sweep.needs.bias && !last) return;
   parallel_tasks(ceil_div(part.vocab_count, kTile), [&](auto next) {
-    at::Tensor own;  // sums of a thread, where they need not last from group to group
+    at::Tensor own;  // sums of a thread, if they need not persist between groups
     if (sweep.needs.weight && !workspace.has_weight_grad_sums())
       own = at::empty({kTile, sweep.plan.padded_width}, at::kFloat);
     for (int64_t block; (block = next()) >= 0;) {
@@ -295,7 +295,7 @@ void sweep_all(const Sweep& sweep, const GradWorkspace& workspace, const Results
   }
 }
 
-// Of dX^T [splits, tiles, H, kTile], which is used up.
+// Hidden's gradient, from dX^T [splits, tiles, H, kTile], which is overwritten.
 template <class Out>
 void write_hidden_grad(const Sweep& sweep, const GradWorkspace& workspace, Out* out) {
   const int64_t n = sweep.head().tokens(), width = sweep.head().width();
@@ -358,7 +358,7 @@ Grads grad_sweep(const std::vector<Head>& heads, const HeadArgs& args, const Tok
   if (needs.bias) results.bias = at::zeros({heads[0].vocab()}, at::kFloat);
   GradWorkspace workspace(heads, sweep.plan, needs);
   sweep_all(sweep, workspace, results);
-  workspace.release_buffers();  // hidden's gradient takes their place
+  workspace.release_buffers();  // to make room for hidden's gradient
   return {needs.hidden ? hidden_grad(sweep, workspace, hidden_type) : at::Tensor(), results.weight, results.bias};
 }
 

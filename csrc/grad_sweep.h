@@ -1,6 +1,6 @@
-// The gradient sweep, whatever the formula of a tile's gradient.
+// The gradient sweep, for any formula of a tile's gradient.
 //
-// A vocab chunk at a time, in two steps that no two threads write into the same place of:
+// One vocab chunk at a time, in two steps, in neither of which two threads write to the same place:
 //   by tiles of tokens    dZ [chunk, tokens], and dX^T += W^T dZ
 //   by blocks of vocab    dW = dZ X, over all tokens at once: summed in fp32 and rounded once
 // Every sum has one owner and one order, so results have the same bits whatever the number of threads.

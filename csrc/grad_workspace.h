@@ -1,4 +1,4 @@
-// The memory of a gradient sweep, and where things lie in it.
+// The memory of a gradient sweep, and its layout.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@ class GradWorkspace {
  public:
   GradWorkspace(const std::vector<Head>& heads, const GradPlan& plan, GradNeeds needs);
 
-  // All but the sums of hidden's gradient.
+  // Release everything but the sums of hidden's gradient.
   void release_buffers();
 
   // Hidden of a tile of the group, packed for the products with W ...

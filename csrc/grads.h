@@ -1,4 +1,4 @@
-// What the gradient operators are asked for, and what they return.
+// The requested gradients, and the results, of the gradient operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>

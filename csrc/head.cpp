@@ -21,7 +21,7 @@ at::BFloat16 element<at::BFloat16, at::BFloat16>(at::BFloat16 x) {
   return x;
 }
 
-// Call f with a null pointer of each type: (what is read, what it is multiplied in).
+// Call f with null pointers of the types (stored, multiplied).
 template <class F>
 void with_types(at::ScalarType from, Math math, F f) {
   if (math == Math::kBf16) return f(static_cast<const at::BFloat16*>(nullptr), static_cast<at::BFloat16*>(nullptr));
@@ -53,7 +53,7 @@ void transpose8(const char* src, int64_t src_bytes, char* dst, int64_t dst_bytes
 }
 #endif
 
-// The stride of a single row means nothing, and may be anything.
+// The stride of a single row has no meaning and may be anything.
 int64_t row_stride(const at::Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
 
 }  // namespace

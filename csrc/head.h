@@ -48,8 +48,8 @@ class Head {
   // Hidden of the same tile for a product over tokens: [ceil(H / kTile)][kTile tokens][kTile] (in pairs for bf16),
   // blocks of columns `block_stride` elements apart.
   void pack_token_rows(int64_t token, void* out, int64_t block_stride) const;
-  // Rows of the weight, in place where they can be multiplied as they are, else copied to `scratch`. Our own product
-  // wants a copy: it reads few columns of many rows at a time, and rows a power of two apart share few sets of a cache.
+  // Rows of the weight, in place if the product can read them there, else copied to `scratch`. Our own product needs a
+  // copy: it reads few columns of many rows at a time, and row strides of a power of two map to few cache sets.
   WeightRows weight_rows(int64_t first, int64_t count, void* scratch) const;
   // bf16 rows interleaved by pairs, [ceil(count / 2)][ld][2]; an odd last one with 0.
   void interleave_weight_rows(int64_t first, int64_t count, void* out, int64_t ld) const;

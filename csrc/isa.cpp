@@ -17,7 +17,7 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "
 
 Level processor_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();  // these ask the operating system too: registers it does not save are not usable
+  __builtin_cpu_init();  // also checks the operating system: registers that it does not save are unusable
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
@@ -32,7 +32,7 @@ Level processor_level() {
 #endif
 }
 
-// SGCD_CPU_ISA caps what is used, to measure and to test; it cannot raise it.
+// SGCD_CPU_ISA lowers the instruction set, for benchmarks and tests; it cannot raise it.
 Level chosen_level() {
   const Level has = processor_level();
   const char* cap = std::getenv("SGCD_CPU_ISA");
@@ -44,9 +44,9 @@ Level chosen_level() {
 
 Isa find_isa() {
   Level level = chosen_level();
-  // The library may have been told, or built, not to use tile units.
+  // The library may be configured or built without tile units.
   if (level == kAmx && !at::native::cpublas::could_pack(at::kBFloat16)) level = kAvx512Bf16;
-  // Another compiler may have built none of this.
+  // Another compiler may have built none of these paths.
   if (level >= kAvx512 && tile_kernels_avx512())
     return {kNames[level], tile_kernels_avx512(), level == kAmx, float_product_avx512(),
             level == kAvx512Bf16 ? bf16_product_avx512() : nullptr};

@@ -1,4 +1,4 @@
-// What this processor has, found once at run time.
+// The instruction sets of this processor, detected once at run time.
 #pragma once
 
 #include "products.h"

@@ -17,7 +17,7 @@ struct NoReduction : Reduction {
   void merge(float*, const float*, int64_t, int64_t) const override {}
 };
 
-// The forward sweep of one head, or of two that share a weight, without reading the tiles: what its products cost.
+// The forward sweep of one head, or of two with one weight, without reading the tiles: the cost of its products.
 void matmul_sweep(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& teacher_hidden) {
   const HeadArgs student{.hidden = hidden, .weight = weight, .bias = {}, .rows = {}, .temperature = {}, .softcap = 0};
   HeadArgs teacher = student;

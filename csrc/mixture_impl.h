@@ -7,8 +7,8 @@
 namespace sgcd {
 namespace {
 
-// ln(p / mixture) and ln(q / mixture) of the mixture beta q + (1 - beta) p. Beyond 80 nats apart the smaller of p and q
-// adds nothing to any sum, so its ratio may stop there; where both are 0 there is none.
+// ln(p / mixture) and ln(q / mixture) of the mixture beta q + (1 - beta) p. ln p - ln q is clamped at 80 nats: beyond
+// that the smaller of p and q adds nothing to any sum. If both are 0 the ratios are not used.
 inline void mixture_ratios(Vec log_p, Vec log_q, float beta, Vec& to_p, Vec& to_q) {
   const Vec infinity(-__builtin_inff());
   Vec delta = log_p - log_q;
@@ -25,7 +25,7 @@ void add_mixture(const float* z_p, const float* z_q, int count, const MixtureSta
     const Vec m_q = Vec::load(sums.m_q + i), log_l_q = Vec::load(sums.log_l_q + i);
     Vec jsd(0.0f), tv(0.0f), expected_log_ratio(0.0f);
     for (int v = 0; v < count; v++) {
-      // In two steps: at large logits one rounded normaliser would cost digits.
+      // Subtract m and ln l one by one: at large logits a rounded lse would cost digits.
       const Vec log_p = Vec::load(z_p + v * kTile) - m_p - log_l_p, log_q = Vec::load(z_q + v * kTile) - m_q - log_l_q;
       const Vec p = exp(log_p), q = exp(log_q);
       tv = tv + abs(p - q);

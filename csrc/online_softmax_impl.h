@@ -8,18 +8,18 @@
 namespace sgcd {
 namespace {
 
-// How far a lane's maximum moves, old - new; 0 where nothing was summed before.
+// The shift of a lane's maximum, old - new; 0 if nothing was summed before.
 inline Vec shift_of(Vec l, Vec from, Vec to) { return where(greater(l, Vec(0.0f)), from - to, Vec(0.0f)); }
 
-// shrink * sum, and 0 where shrink is: a sum may be infinite, and mass that underflows takes what it weighed with it.
+// shrink * sum, and 0 where shrink is 0, also if the sum is infinite.
 inline Vec rescale(Vec shrink, Vec sum) { return where(greater(shrink, Vec(0.0f)), shrink * sum, Vec(0.0f)); }
 
 inline Vec column_max(const float* z, int count, Vec m) {
-  for (int v = 0; v < count; v++) m = max(Vec::load(z + v * kTile), m);  // an old maximum stands against a NaN
+  for (int v = 0; v < count; v++) m = max(Vec::load(z + v * kTile), m);  // a NaN does not replace the old maximum
   return m;
 }
 
-// Bring the sums at `at` to the maximum `to`, and store it.
+// Rescale the sums at `at` to the maximum `to`, and store it.
 inline Vec rescale_head(const HeadStats& h, int64_t at, Vec to) {
   const Vec l = Vec::load(h.l + at), s = Vec::load(h.s + at);
   const Vec shift = shift_of(l, Vec::load(h.m + at), to), shrink = exp_accurate(shift);
@@ -36,8 +36,7 @@ inline void rescale_pair(const PairStats& s, int64_t at, Vec to_p, Vec to_q) {
   (Vec::load(s.overlap + at) * exp_accurate((shift_p + shift_q) * Vec(0.5f))).store(s.overlap + at);
 }
 
-// Vocab ids that are summed apart before they join a tile's sum: rounding then grows with the root of 8 + 8 additions,
-// not of 64.
+// Vocab ids in a partial sum of a tile: rounding error then grows with the root of 8 + 8 additions, not of 64.
 constexpr int kRun = 8;
 
 struct HeadSums {
@@ -91,7 +90,7 @@ struct PairSums {
   // One vocab id of both heads.
   void add(Vec z_p, Vec z_q, Vec m_p, Vec m_q) {
     const Vec half(0.5f * kLog2e), c_p = z_p - m_p, c_q = z_q - m_q, delta = z_p - z_q;
-    // Of the roots, so that the product of both needs no third exponential and underflows no sooner than it must.
+    // The roots of the exponentials: their product needs no third exponential, and underflows later than e_p e_q.
     const Vec r_p = exp2(c_p * half), r_q = exp2(c_q * half), e_p = r_p * r_p, e_q = r_q * r_q;
     const auto live_p = greater(e_p, Vec(0.0f)), live_q = greater(e_q, Vec(0.0f));
     p.l = p.l + e_p;
@@ -135,7 +134,7 @@ void update_pair(const float* z_p, const float* z_q, int count, const PairStats&
   }
 }
 
-// The sums of `from`, brought to the maximum `to`.
+// The sums of `from`, rescaled to the maximum `to`.
 struct Rescaled {
   Vec l, s, shift;
   Rescaled(const HeadStats& from, int64_t at, Vec to) : l(Vec::load(from.l + at)) {

@@ -1,4 +1,4 @@
-// The operators that Python sees, as torch.ops.sgcd_kernels.*: schemas, and the bundling of their arguments.
+// The operators for Python, torch.ops.sgcd_kernels.*: their schemas, and the bundling of their arguments.
 #include <torch/library.h>
 
 #include <array>

@@ -1,4 +1,4 @@
-// Tasks for torch's threads. Which thread takes a task never matters to the result: tasks own their outputs.
+// Dynamic scheduling on torch's threads. Results do not depend on it, because every task owns its outputs.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,8 +8,8 @@
 
 namespace sgcd {
 
-// Call `worker(next)` on each thread; `next()` gives the next task, or -1 when there is none. A thread that other
-// programs hold up takes fewer tasks.
+// Call `worker(next)` on each thread; `next()` returns the next task, or -1 when there is none. A thread that other
+// programs slow down takes fewer tasks.
 template <class Worker>
 void parallel_tasks(int64_t tasks, Worker worker) {
   std::atomic<int64_t> counter{0};

@@ -1,4 +1,4 @@
-// Sizes that every file agrees on, and arithmetic on sizes.
+// Sizes common to all files, and arithmetic on sizes.
 #pragma once
 
 #include <stdint.h>

@@ -18,7 +18,7 @@ struct Limits {
   double entropy_ratio, entropy_margin;
 };
 
-// As bytes: a bool whose byte is neither 0 nor 1 must not be undefined behaviour.
+// Read as bytes: a bool whose byte is neither 0 nor 1 would be undefined behaviour.
 const uint8_t* flags_of(const at::Tensor& x) { return static_cast<const uint8_t*>(x.const_data_ptr()); }
 
 template <class Float>

@@ -1,4 +1,4 @@
-// What credit rules need of each packed sequence: its high-credit spans and its quantiles.
+// For the credit rules: the spans and the quantiles of each packed sequence.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,8 @@ at::Tensor find_spans(const at::Tensor& u, const at::Tensor& entropy, const std:
                       const at::Tensor& eligible, const at::Tensor& cu_seqlens, double start, double reset,
                       int64_t patience, double entropy_ratio, double entropy_margin);
 
-// [2, B]: of each sequence's eligible values in rising order, NaN last, those at the indices `low` and `high` [B]
-// int64. Indices are clamped to what there is, and a sequence without values gets 0.
+// [2, B]: each sequence's eligible values, in ascending order with NaN last, at the indices `low` and `high` [B] int64.
+// Indices are clamped to the last value, and a sequence without values gets 0.
 at::Tensor order_statistics(const at::Tensor& x, const at::Tensor& eligible, const at::Tensor& cu_seqlens,
                             const at::Tensor& low, const at::Tensor& high);
 

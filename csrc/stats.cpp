@@ -14,7 +14,7 @@
 namespace sgcd {
 namespace {
 
-// Merging only reads what it merges from.
+// Merging only reads its source.
 float* readable(const float* state) { return const_cast<float*>(state); }
 
 struct HeadReduction : Reduction {
@@ -31,7 +31,7 @@ struct HeadReduction : Reduction {
   }
 };
 
-// The same, leaving tiles for the gradient.
+// The same, and cache tiles for the gradient.
 struct CachingReduction : HeadReduction {
   const CachedTiles& cached;
   explicit CachingReduction(const CachedTiles& tiles) : cached(tiles) {}

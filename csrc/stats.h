@@ -22,8 +22,7 @@ inline PairStats pair_stats_at(float* state, int64_t stride) {
 // [4, n]: m, l, s, target logit
 at::Tensor head_stats(const HeadArgs& args, const at::Tensor& targets);
 
-// And what logprob_grads takes as `cached`, see cached_tiles.h; `weight_grad` says whether that gradient will be
-// wanted.
+// Also the `cached` argument of logprob_grads, see cached_tiles.h; `weight_grad`: that gradient will be requested.
 std::tuple<at::Tensor, std::vector<at::Tensor>> head_stats_cached(const HeadArgs& args, const at::Tensor& targets,
                                                                   bool weight_grad);
 

@@ -1,8 +1,8 @@
 // The inner loops on tiles of logits, compiled once for each instruction set and chosen at run time.
 //
-// A tile is z[vocab id][token], kTile tokens to a row, so that tokens are lanes: every statistic is a plain vector, and
-// nothing is ever summed across lanes. `count` is the number of vocab ids in a tile, at most kTile. Statistics are
-// arrays over tokens, at least kTile long from where a tile begins.
+// A tile is z[vocab id][token] with kTile tokens per row, so that tokens are vector lanes: every statistic is a vector,
+// and nothing is summed across lanes. `count` is the number of vocab ids in a tile, at most kTile. Statistics are
+// arrays over tokens, at least kTile long from the first token of a tile.
 //
 // Letters, here and in every *_impl.h: z is a logit, m a running maximum, l = sum e^(z-m), s = sum e^(z-m) (z-m);
 // _p is the student's, _q the teacher's.
@@ -27,14 +27,14 @@ struct PairStats {
   float *a_p, *a_q, *overlap;
 };
 
-// What turns a product into final logits: + bias, softcap, then temperature.
+// The logit transform, from a product to final logits: + bias, softcap, then temperature.
 struct LogitTransform {
   const float* bias;         // [count] or null
   float softcap;             // 0 is none
   const float* temperature;  // [kTile] or null
 };
 
-// What dZ is made of: p (scale - d_entropy (ln p + entropy)), and d_logp at the target, which the caller adds.
+// The inputs of dZ = p (scale - d_entropy (ln p + entropy)); the caller adds d_logp at the target.
 struct LogprobGrad {
   const float *lse, *scale;          // [kTile]
   const float *entropy, *d_entropy;  // [kTile] or null
@@ -66,7 +66,7 @@ struct TileKernels {
   // Online-softmax updates by one tile.
   void (*update_head)(const float* z, int count, const HeadStats&);
   void (*update_pair)(const float* z_p, const float* z_q, int count, const PairStats&);
-  // The same, leaving e^(z-m) in bf16, rows `ld` elements apart, and the m [kTile] that it is relative to.
+  // The same, and store e^(z-m) in bf16, rows `ld` elements apart, with its m [kTile].
   void (*update_head_and_cache)(const float* z, int count, const HeadStats&, uint16_t* e, int64_t ld, float* m);
   // Merge statistics over disjoint vocab ids into `into`, of `tokens` tokens, a multiple of 16.
   void (*merge_head)(const HeadStats& into, const HeadStats& from, int64_t tokens);
@@ -76,7 +76,7 @@ struct TileKernels {
   // Replace logits by their gradient; for two heads, the student's.
   void (*logprob_grad)(float* z, int count, const LogprobGrad&);
   void (*distill_grad)(float* z_p, const float* z_q, int count, const DistillGrad&);
-  // The gradient without entropies, from what update_head_and_cache left.
+  // The gradient without entropies, from the output of update_head_and_cache.
   void (*cached_logprob_grad)(const uint16_t* e, int64_t ld, int count, const float* m, const LogprobGrad&, float* dz);
 
   // Round a gradient tile to bf16: to rows `ld` elements apart, and interleaved by pairs of vocab ids, an odd last one

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SGCD_AVX512  // the compiler does not define its own macro for a pragma
-// GCC 12 takes its own intrinsics' undefined operands for our mistakes (GCC bug 105593).
+// GCC 12 warns about undefined operands in its own intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
