@@ -60,12 +60,14 @@ test: $(READY) $(READY_TAU3)
 test-slow: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough $(ARGS)
 
+BACKEND_TESTS := tests/sgcd_kernels/backends
+
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
 test-gpu:
 	@$(PY) -c 'import torch, triton, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "$(PY) needs pytest, triton, and torch with a CUDA device (PY=... chooses another)" >&2; exit 2; }
-	@$(PY) -m pytest -q -k "not cpp" tests/sgcd_kernels/backends/triton tests/kernels/test_kernel_*.py \
-	  tests/kernels/test_topk.py tests/kernels/test_waits.py tests/kernels/test_vocab_parallel.py $(ARGS)
+	@$(PY) -m pytest -q -k "not cpp" $(addprefix $(BACKEND_TESTS)/,triton test_values.py test_gradients.py test_topk.py \
+	  test_waits.py test_vocab_parallel.py) $(ARGS)
 
 # The trainer beside vLLM's server, then inside vLLM's own environment.
 SMOLLM2_BASE := .cache/models/smollm2-135m-instruct
@@ -112,10 +114,10 @@ sanitize: $(READY)
 	  --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	@export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED); \
-	$(PY) tests/sgcd_kernels/backends/cpp/fuzz.py 10000; \
-	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/sgcd_kernels/backends/cpp/test_values.py \
-	  tests/sgcd_kernels/backends/cpp/test_gradients.py tests/sgcd_kernels/backends/cpp/test_cached_tiles.py \
-	  tests/sgcd_kernels/credit/test_eligible.py tests/kernels/test_kernel_*.py
+	$(PY) $(BACKEND_TESTS)/cpp/fuzz.py 10000; \
+	$(PY) -m pytest -q -o pythonpath="$(SANITIZED) ." -k "not triton" tests/sgcd_kernels/credit/test_eligible.py \
+	  $(addprefix $(BACKEND_TESTS)/,cpp/test_values.py cpp/test_gradients.py cpp/test_cached_tiles.py test_values.py \
+	  test_gradients.py)
 
 # ARGS choose what is measured: ARGS='--op divergence --tokens 512'. The budget keeps it under ten minutes anywhere.
 bench: $(READY_BENCH)

@@ -13,7 +13,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection
     from sgcd_kernels.core.statistics import LogprobValues
-    from sgcd_kernels.credit.config import CreditConfig
 
 
 IMPLS = ("auto", "triton", "cpp", "torch")  # what `impl=` may be
@@ -41,6 +40,16 @@ class CreditTokens(NamedTuple):
     eligible: Tensor  # bool
     cu_seqlens: Tensor  # [B + 1] int64
     turns: Tensor | None  # int64
+
+
+class SpanLimits(NamedTuple):
+    """Where a span of credit starts and ends: fields of `CreditConfig`."""
+
+    start: float
+    reset: float
+    patience: int
+    entropy_ratio: float
+    entropy_margin: float
 
 
 class Backend(Protocol):
@@ -95,7 +104,7 @@ class Backend(Protocol):
         u: Tensor,  # [N] normalised divergence, fp32 or fp64
         entropy: Tensor,  # [N] the teacher's, of the same dtype
         tokens: CreditTokens,
-        config: CreditConfig,
+        limits: SpanLimits,
     ) -> Tensor:  # [N] int64
         """The packed index of the onset of the span that a token lies in, or -1 outside spans.
 

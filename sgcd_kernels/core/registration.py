@@ -80,9 +80,7 @@ class _Op:
         self.qualified = f"{NAMESPACE}::{name}"
         tags = (torch.Tag.pt2_compliant_tag,)
         torch.library.define(self.qualified, self.schema(), lib=_LIBRARY, tags=tags)
-        torch.library.impl(
-            self.qualified, "CompositeExplicitAutograd", _untraced(self.run), lib=_LIBRARY
-        )
+        torch.library.impl(self.qualified, "CompositeExplicitAutograd", _untraced(self.run), lib=_LIBRARY)
         torch.library.register_fake(self.qualified, self.run_fake, lib=_LIBRARY)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends.protocol import Backend
+from sgcd_kernels.backends.protocol import Backend, SpanLimits
 from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.credit.eligible import EligibleTokens
 
@@ -54,7 +54,8 @@ def _normalise(d: Tensor, batch: Batch, cfg: CreditConfig) -> Tensor:
 
 def _span_saliency(u: Tensor, batch: Batch, cfg: CreditConfig, outside: Tensor) -> tuple[Tensor, Tensor]:
     """(saliency, span ids)"""
-    onset = batch.backend.find_spans(u, batch["teacher_entropy"], batch.tokens.for_backend, cfg)
+    limits = SpanLimits(cfg.start, cfg.reset, cfg.patience, cfg.entropy_ratio, cfg.entropy_margin)
+    onset = batch.backend.find_spans(u, batch["teacher_entropy"], batch.tokens.for_backend, limits)
     inside, at = onset >= 0, onset.clamp(min=0)
     number = (onset == torch.arange(onset.numel(), device=onset.device)).cumsum(0) - 1
     saliency = torch.where(inside, u.index_select(0, at) if cfg.span_value == "onset" else u, outside)

@@ -24,7 +24,7 @@ from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
 from sgcd_kernels.ops.divergence import DivergenceStats, divergence_op, teacher_head
 from sgcd_kernels.ops.policy_inputs import PolicyOptions, PolicyTokens, Settings, check_policy_inputs
 from sgcd_kernels.ops.policy_loss import KnownLse, policy_loss
-from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher, batch_op, check_credit_inputs, weigh_op
+from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher, batch_op, check_credit_inputs, masked_mean_op, weigh_op
 
 
 class SGCDOptions(PolicyOptions, total=False):
@@ -175,7 +175,7 @@ def weighted_policy_loss(
     result = policy_loss(hidden, tokens, settings, known)
     per_token = scored.tokens(result.logp, result.entropy)
     loss_tokens = scored.targets != settings.ignore_index
-    entropy = torch.where(loss_tokens, per_token.student_entropy, 0.0).sum() / loss_tokens.sum().clamp(min=1)
+    entropy = masked_mean_op(per_token.student_entropy, loss_tokens)
     metrics = result.metrics.named() | {"entropy": entropy} | credit_summary(scored.sums)
     return SGCDResult(result.loss, metrics, per_token)
 

@@ -131,3 +131,13 @@ def weigh_op(
     if warn:
         warn_if_inert(sums)
     return Weighed(batch.advantages * credit.weights, batch.has_teacher & (sums.weighted > 0), sums)
+
+
+def _fake_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_empty(())
+
+
+@register(_fake_masked_mean)
+def masked_mean_op(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values under the mask; 0 of none. An op, because compiled code would sum in another order."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

@@ -26,7 +26,9 @@ from sgcd_kernels.ops.policy_inputs import Settings
 ROOT = Path(__file__).resolve().parents[2]
 api = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "api.py")))
 INTEGRATIONS = ("cut_cross_entropy", "liger", "verl.linear_cross_entropy")
-MODULES = [*sorted({getattr(sgcd_kernels, name).__module__ for name in sgcd_kernels.__all__} - {"sgcd_kernels.credit.rules"})]
+MODULES = [
+    *sorted({getattr(sgcd_kernels, name).__module__ for name in sgcd_kernels.__all__} - {"sgcd_kernels.credit.rules"})
+]
 
 N, H, V = 96, 16, 500
 G = torch.Generator().manual_seed(0)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends.protocol import CreditTokens
+from sgcd_kernels.backends.protocol import CreditTokens, SpanLimits
 from sgcd_kernels.backends.torch import credit as plain
-from sgcd_kernels.credit.config import CreditConfig
 
 
-def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditConfig) -> Tensor:
+def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, limits: SpanLimits) -> Tensor:
     """Tensors of another device are scanned on the host."""
     turns = None if tokens.turns is None else tokens.turns.cpu()
     inputs = u.cpu(), entropy.cpu(), turns, tokens.eligible.cpu(), tokens.cu_seqlens.cpu()
-    limits = config.start, config.reset, config.patience, config.entropy_ratio, config.entropy_margin
-    onsets: Tensor = torch.ops.sgcd_kernels.find_spans(*inputs, *limits)
+    bounds = limits.start, limits.reset, limits.patience, limits.entropy_ratio, limits.entropy_margin
+    onsets: Tensor = torch.ops.sgcd_kernels.find_spans(*inputs, *bounds)
     return onsets.to(u.device)
 
 

@@ -7,18 +7,14 @@ token.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sgcd_kernels.backends.protocol import CreditTokens
-
-if TYPE_CHECKING:
-    from sgcd_kernels.credit.config import CreditConfig
+from sgcd_kernels.backends.protocol import CreditTokens, SpanLimits
 
 
-def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditConfig) -> Tensor:
+def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, limits: SpanLimits) -> Tensor:
     turns = [0] * u.numel() if tokens.turns is None else tokens.turns.tolist()
     rows = list(zip(u.tolist(), entropy.tolist(), turns, tokens.eligible.tolist(), strict=True))
     out = [-1] * u.numel()
@@ -29,12 +25,12 @@ def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditC
             if not eligible:
                 continue
             if onset >= 0:
-                quiet = quiet + 1 if spike < config.reset else 0
-                if h > ceiling or turn != onset_turn or quiet == config.patience:
+                quiet = quiet + 1 if spike < limits.reset else 0
+                if h > ceiling or turn != onset_turn or quiet == limits.patience:
                     onset = -1
-            if onset < 0 and spike > config.start:
+            if onset < 0 and spike > limits.start:
                 onset, onset_turn, quiet = t, turn, 0
-                ceiling = max(config.entropy_ratio * h, h + config.entropy_margin)
+                ceiling = max(limits.entropy_ratio * h, h + limits.entropy_margin)
             out[t] = onset
     return torch.tensor(out, dtype=torch.long, device=u.device)
 

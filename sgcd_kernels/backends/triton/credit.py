@@ -7,22 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgcd_kernels.backends.protocol import CreditTokens
+from sgcd_kernels.backends.protocol import CreditTokens, SpanLimits
 from sgcd_kernels.backends.torch.credit import order_statistics
-from sgcd_kernels.credit.config import CreditConfig
 
 __all__ = ["find_spans", "order_statistics"]
 
 
-def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, config: CreditConfig) -> Tensor:
+def find_spans(u: Tensor, entropy: Tensor, tokens: CreditTokens, limits: SpanLimits) -> Tensor:
     onset = torch.full(u.shape, -1, dtype=torch.long, device=u.device)
     sequences = tokens.cu_seqlens.numel() - 1
     if sequences and u.numel():
         scan_kernel[(sequences,)](
             u.contiguous(), entropy.contiguous(), None if tokens.turns is None else tokens.turns.contiguous(),
             tokens.eligible.to(torch.uint8), tokens.cu_seqlens.to(u.device), onset,
-            START=config.start, RESET=config.reset, PATIENCE=config.patience,
-            RATIO=config.entropy_ratio, MARGIN=config.entropy_margin, num_warps=1,
+            START=limits.start, RESET=limits.reset, PATIENCE=limits.patience,
+            RATIO=limits.entropy_ratio, MARGIN=limits.entropy_margin, num_warps=1,
         )  # fmt: skip
     return onset
 

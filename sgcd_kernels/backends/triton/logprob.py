@@ -71,7 +71,7 @@ def logprob_backward(
     per_token = PerToken(x.local_targets(targets), as_fp32(lse), scale, d_logp, entropy, d_entropy)
 
     def writer(part: Projection, tokens: slice) -> Write:
-        return _logit_grad_writer(part, PerToken(*(None if v is None else v[tokens] for v in per_token)))
+        return _logit_grad_writer(part, PerToken._make(None if v is None else v[tokens] for v in per_token))
 
     return sweep_gradients(x, needs, writer, loss_scale)
 
@@ -142,12 +142,12 @@ def sum_tile(z, m, GUARD: tl.constexpr):
 
 
 class PerToken(NamedTuple):
-    """What the gradient of the logits takes per token, [n]; lse, scale and d_logp are never None."""
+    """What the gradient of the logits takes per token, [n]."""
 
-    targets: Tensor | None
-    lse: Tensor | None
-    scale: Tensor | None  # d_lse - d_logp
-    d_logp: Tensor | None
+    targets: Tensor  # rows of this rank's weight
+    lse: Tensor
+    scale: Tensor  # d_lse - d_logp
+    d_logp: Tensor
     entropy: Tensor | None
     d_entropy: Tensor | None
 

@@ -14,7 +14,7 @@ from sgcd_kernels.backends import registry
 
 CPP = backend_status()["cpp"]
 COMPILED = {"find_spans", "order_statistics"}  # operators of csrc/ that credit uses
-OWN = {"batch", "credit", "divergence", "policy_loss", "weigh"}  # ops that are written in Python
+OWN = {"batch", "credit", "divergence", "masked_mean", "policy_loss", "weigh"}  # ops that are written in Python
 N, CU = 40, torch.tensor([0, 15, 40])
 
 

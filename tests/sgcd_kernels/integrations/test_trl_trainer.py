@@ -268,7 +268,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tests.kernels.test_memory import BODIES
+        from tests.sgcd_kernels.backends.test_memory import BODIES
 
         if func.namespace == "sgcd" and func.overloadpacket.__name__ in BODIES:
             with self:

@@ -38,7 +38,7 @@ from sgcd_kernels.ops.divergence import divergence_op
 from sgcd_kernels.ops.logprob import logprob_backward_op, logprob_op
 from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
 from sgcd_kernels.ops.policy_loss import KnownLse, policy_loss_op
-from sgcd_kernels.ops.sgcd_batch import batch_op, weigh_op
+from sgcd_kernels.ops.sgcd_batch import batch_op, masked_mean_op, weigh_op
 
 H, V = 8, 60
 CONFIG = CreditConfig(gamma=0.7, d_floor=0.05, rule="permuted", seed=-3)
@@ -348,6 +348,7 @@ class TestOpcheck:
         batch = batch_op(head, every, None, None, -100)
         credit = Credit(1 + d, d.clone(), (torch.arange(n) // 3 - 1).reshape(d.shape))
         check(weigh_op, batch, credit, d, d.clone(), 2.0, False)
+        check(masked_mean_op, d, i["mask"])
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])

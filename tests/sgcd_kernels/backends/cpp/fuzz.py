@@ -167,17 +167,17 @@ def mixture_stats(c: Call) -> tuple[Any, ...]:
 
 def logprob_grads(c: Call) -> tuple[Any, ...]:
     head = *c.head(), c.rows, c.targets(), *c.shared()
-    values, needs, kept = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
+    values, needs, cached = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
     if c.draw.of(True, False):
         try:
-            kept = list(ops.head_stats_cached(*head, needs[1] != c.draw.flaw())[1])
+            cached = list(ops.head_stats_cached(*head, needs[1] != c.draw.flaw())[1])
         except (ValueError, NotImplementedError, RuntimeError):
-            kept = [c.each()] * 5
-        if kept and c.draw.flaw():
-            kept[c.draw.of(*range(len(kept)))] = c.draw.tensor([c.v, c.h], c.dtype)
+            cached = [c.each()] * 5
+        if cached and c.draw.flaw():
+            cached[c.draw.of(*range(len(cached)))] = c.draw.tensor([c.v, c.h], c.dtype)
         if c.draw.flaw():
-            kept = kept[1:]
-    return (*head, *values, needs, c.draw.of(True, False), kept)
+            cached = cached[1:]
+    return (*head, *values, needs, c.draw.of(True, False), cached)
 
 
 def distill_grads(c: Call) -> tuple[Any, ...]:

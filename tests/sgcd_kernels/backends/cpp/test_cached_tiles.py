@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_policy_loss
-from tests.kernels.cases import Case, case, weights
+from tests.sgcd_kernels.backends.cases import Case, case, weights
 
 STATUS = backend_status()["cpp"]
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)]
@@ -25,16 +25,21 @@ SHAPES = {
 
 
 def gradients(
-    c: Case, needs: list[bool], *, keep: bool, bias: torch.Tensor | None = None, temperature: torch.Tensor | None = None
+    c: Case,
+    needs: list[bool],
+    *,
+    cache: bool,
+    bias: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(those of sum weights logp that were asked for, what was kept: copies, because the gradient uses it up)"""
+    """(those of sum weights logp that were asked for, what was cached: copies, because the gradient uses it up)"""
     ops: Any = torch.ops.sgcd_kernels
     arguments = (c.x, c.w, bias, None, c.y, temperature, 0.0)
-    stats, kept = ops.head_stats_cached(*arguments, needs[1]) if keep else (ops.head_stats(*arguments), [])
+    stats, cached = ops.head_stats_cached(*arguments, needs[1]) if cache else (ops.head_stats(*arguments), [])
     d = weights(c.x.shape[0])
     lse = stats[0] + stats[1].log()
-    copies = [x.clone() for x in kept]
-    grads = ops.logprob_grads(*arguments, lse, -d, d, None, None, needs, False, kept)
+    copies = [x.clone() for x in cached]
+    grads = ops.logprob_grads(*arguments, lse, -d, d, None, None, needs, False, cached)
     return [g for g, need in zip(grads, needs, strict=True) if need], copies
 
 
@@ -51,9 +56,9 @@ def exact(c: Case, bias: torch.Tensor | None, temperature: torch.Tensor | None) 
 def test_fp32_sums_the_same_numbers(shape: str, needs: list[bool]) -> None:
     """The weight's gradient to the bit; hidden's is summed over the vocabulary in another order."""
     c = case(*SHAPES[shape], torch.float32)
-    again, _ = gradients(c, needs, keep=False)
-    got, kept = gradients(c, needs, keep=True)
-    tokens = kept[2].shape[1] if needs[1] else kept[1].shape[2]
+    again, _ = gradients(c, needs, cache=False)
+    got, cached = gradients(c, needs, cache=True)
+    tokens = cached[2].shape[1] if needs[1] else cached[1].shape[2]
     assert tokens >= len(c.x) or shape == "some do not fit"
     for one, other in zip(got, again, strict=True):
         assert torch.equal(one, other) or (len(one) == len(c.x) and float((one - other).norm() / other.norm()) < 3e-6)
@@ -65,8 +70,8 @@ def test_bf16_is_as_near_to_the_truth(shape: str) -> None:
     bias, temperature = torch.linspace(-1, 1, len(c.w)), torch.linspace(0.5, 2, len(c.x))
     for extras in ({}, {"bias": bias, "temperature": temperature}):
         truth = exact(c, extras.get("bias"), extras.get("temperature"))
-        again, _ = gradients(c, [True, True, True], keep=False, **extras)
-        got, _ = gradients(c, [True, True, True], keep=True, **extras)
+        again, _ = gradients(c, [True, True, True], cache=False, **extras)
+        got, _ = gradients(c, [True, True, True], cache=True, **extras)
         errors = [
             [float((g.double() - true).norm() / true.norm()) for g, true in zip(grads, truth, strict=True)]
             for grads in (got, again)
@@ -84,13 +89,13 @@ def test_a_nearly_certain_token_keeps_its_gradient() -> None:
     c = Case((w[y] / h * 12.0).bfloat16(), w.bfloat16(), y, w[y])
     assert (c.x.double() @ c.w.double().T).softmax(1)[y, y].median() > 0.95
     truth = exact(c, None, None)
-    got, _ = gradients(c, [True, True, False], keep=True)
+    got, _ = gradients(c, [True, True, False], cache=True)
     for one, true in zip(got, truth, strict=False):
         assert ((one.double() - true).norm() / true.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_policy_loss_keeps_and_its_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+def test_the_policy_loss_caches_and_its_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     c, threads, results = case(300, 48, 1000, dtype), torch.get_num_threads(), []
     for count in (1, 2, 8):
         torch.set_num_threads(count)
@@ -102,15 +107,15 @@ def test_the_policy_loss_keeps_and_its_bits_do_not_depend_on_threads(dtype: torc
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_what_was_kept_for_something_else_is_refused() -> None:
+def test_what_was_cached_for_something_else_is_refused() -> None:
     c, ops = case(70, 16, 100, torch.float32), torch.ops.sgcd_kernels
     arguments = (c.x, c.w, None, None, c.y, None, 0.0)
-    _, kept = ops.head_stats_cached(*arguments, True)
+    _, cached = ops.head_stats_cached(*arguments, True)
     each = torch.zeros(70)
     for wrong in (
-        (*arguments, each, each, each, None, None, [True, False, False], False, kept),
-        (*arguments, each, each, each, each, each, [True, True, False], False, kept),
-        (*arguments, each, each, each, None, None, [True, True, False], False, kept[:4]),
+        (*arguments, each, each, each, None, None, [True, False, False], False, cached),
+        (*arguments, each, each, each, each, each, [True, True, False], False, cached),
+        (*arguments, each, each, each, None, None, [True, True, False], False, cached[:4]),
         (
             c.x[:64],
             c.w,
@@ -124,7 +129,7 @@ def test_what_was_kept_for_something_else_is_refused() -> None:
             None,
             [True, True, False],
             False,
-            kept,
+            cached,
         ),
     ):
         with pytest.raises(ValueError, match="cached"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_logprob, linear_policy_loss
-from tests.kernels.cases import case, grads, leaves_of, weights
+from tests.sgcd_kernels.backends.cases import case, grads, leaves_of, weights
 
 STATUS = backend_status()["cpp"]
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_divergence
-from tests.kernels.cases import Case, case
+from tests.sgcd_kernels.backends.cases import Case, case
 
 STATUS = backend_status()["cpp"]
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(not STATUS.usable, reason=STATUS.reason)]
@@ -61,7 +61,7 @@ def test_every_path_gives_the_same_values(isa: str) -> None:
     """Each path that this machine can also run, in a process of its own (the choice is made once)."""
     code = (
         "import torch\n"
-        "from tests.kernels.cases import case, exact\n"
+        "from tests.sgcd_kernels.backends.cases import case, exact\n"
         "from sgcd_kernels import backend_status, linear_divergence, linear_logprob\n"
         "print(backend_status()['cpp'].reason.split()[1])\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"

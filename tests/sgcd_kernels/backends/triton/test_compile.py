@@ -18,7 +18,7 @@ from sgcd_kernels import (
     linear_policy_loss,
     sgcd_loss,
 )
-from tests.kernels.cases import DEVICES
+from tests.sgcd_kernels.backends.cases import DEVICES
 
 pytest.importorskip("triton")
 N, H, V = 12, 8, 70
@@ -99,7 +99,8 @@ class OpCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "sgcd_kernels":
-            self.found.append((func, args))
+            recording = torch.is_grad_enabled()  # not everywhere: some ops have no gradient
+            self.found.append((func, tuple(a if recording or not torch.is_tensor(a) else a.detach() for a in args)))
         return func(*args, **(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sgcd_kernels import CreditConfig, reference
 from sgcd_kernels.backends.protocol import CreditTokens
-from tests.kernels.cases import DEVICES
+from tests.sgcd_kernels.backends.cases import DEVICES
 
 pytest.importorskip("triton")
 

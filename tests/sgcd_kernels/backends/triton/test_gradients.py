@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sgcd_kernels import linear_distill_loss, linear_logprob
 from sgcd_kernels.core.lm_head import LMHead, Needs, Projection
-from tests.kernels.cases import DEVICES
-from tests.kernels.test_memory import LiveBytes
+from tests.sgcd_kernels.backends.cases import DEVICES
+from tests.sgcd_kernels.backends.test_memory import LiveBytes
 
 pytest.importorskip("triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob
-from tests.kernels.cases import DEVICES, case, exact, grads, leaves_of, on, weights
+from tests.sgcd_kernels.backends.cases import DEVICES, case, exact, grads, leaves_of, on, weights
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")

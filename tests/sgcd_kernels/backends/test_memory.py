@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss
 from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.core.lm_head import LMHead, Projection
-from tests.kernels.cases import run_body
+from tests.sgcd_kernels.backends.cases import run_body
 
 BUDGET = 1 << 20  # small, so that a small shape has far more logits than fit
 N, H, V = 300, 16, 3000  # 3.6 MB of fp32 logits

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sgcd_kernels.logit_transform import check_unscaled, logit_transform
+from sgcd_kernels.models import check_unscaled, logit_transform
 
 SIZES = {
     "vocab_size": 32,
@@ -64,7 +64,7 @@ def test_it_is_what_the_model_does(kind: str) -> None:
     [
         ({"logits_mup_width_multiplier": 24.0}, "logits_mup_width_multiplier of Model is 24.0, needs 1"),
         ({"output_multiplier_scale": 0.5}, "output_multiplier_scale of Model is 0.5, needs 1"),
-        ({"unpadded_vocab_size": 30, "vocab_size": 32}, "the head of Model has 32 rows for 30 words"),
+        ({"unpadded_vocab_size": 30, "vocab_size": 32}, "the head of Model has 32 rows for 30 vocab ids"),
         ({"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"}, "logit_scale of Model is 'inv_sqrt_d_model'"),
     ],
 )

@@ -22,7 +22,7 @@ from sgcd_kernels import (
     sgcd_loss,
 )
 from sgcd_kernels.core.surrogate import LOSS_TYPES
-from tests.kernels.cases import DEVICES
+from tests.sgcd_kernels.backends.cases import DEVICES
 
 N, H, V, SPLIT = 12, 5, 70, 4  # shards of very different size
 CU = torch.tensor([0, 5, N])

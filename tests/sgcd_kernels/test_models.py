@@ -53,7 +53,7 @@ def with_adapter(**options: Any) -> Any:
 
 def test_an_adapter_on_the_head_would_be_left_out() -> None:
     with pytest.raises(
-        ValueError, match="the head has an adapter on it, needs none: its weight is the frozen one alone"
+        ValueError, match="the head has an adapter on it, needs none: its own weight is only the frozen part"
     ):
         check_model(with_adapter(target_modules=["q_proj", "lm_head"]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[4] / "csrc"
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 MAIN = r"""
 #include <iostream>

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgcd_kernels import linear_divergence, reference
-from tests.kernels.cases import DEVICES, Case, case, on
+from tests.sgcd_kernels.backends.cases import DEVICES, Case, case, on
 
 pytestmark = [pytest.mark.usefixtures("poison")]
 IMPLS = ("torch", "cpp", "triton")

@@ -22,7 +22,7 @@ from sgcd_kernels import (
     sgcd_loss,
 )
 from sgcd_kernels.core.lm_head import indices_of
-from tests.kernels.cases import DEVICES, case, run_body
+from tests.sgcd_kernels.backends.cases import DEVICES, case, run_body
 
 pytest.importorskip("triton")
 # Those whose result, or its size, the host must know. Indexing by a mask and unique come down to these too.
@@ -85,7 +85,7 @@ def test_looks(masked: bool) -> None:
 
 
 def test_looks_of_the_whole_step() -> None:
-    """As the scoring pass and the loss by themselves, and at the targets once more, and for the warning of inert credit.
+    """As the scoring pass and the loss by themselves, at the targets once more, and for the warning of inert credit.
 
     With `reuse_lse` also for the number of tokens whose lse is not known. Where credit cannot act, only the loss runs.
     """

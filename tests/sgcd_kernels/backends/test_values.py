@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import linear_divergence, linear_logprob, reference
-from tests.kernels.cases import DEVICES, IMPLS, Case, case, exact, on, skip_if_slow
+from tests.sgcd_kernels.backends.cases import DEVICES, IMPLS, Case, case, exact, on, skip_if_slow
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.parametrize("impl", IMPLS, indirect=True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sgcd_kernels import linear_distill_loss, linear_divergence, linear_logprob, linear_policy_loss, reference
-from tests.kernels.cases import DEVICES, IMPLS, case, grads, leaves_of, on, skip_if_slow, weights
+from tests.sgcd_kernels.backends.cases import DEVICES, IMPLS, case, grads, leaves_of, on, skip_if_slow, weights
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.parametrize("impl", IMPLS, indirect=True)]
 F64 = torch.float64
