@@ -231,7 +231,7 @@ class _Bundle(_Codec):
         return [x for field, codec in self.fields for x in codec.split(getattr(value, field))]
 
     def join(self, flat: Iterator[Any]) -> Any:
-        return self.bundle(**{field: codec.join(flat) for field, codec in self.fields})
+        return self.bundle(*[codec.join(flat) for _, codec in self.fields])  # in the bundle's own order
 
 
 _SCHEMA_TYPES = {
