@@ -2,7 +2,15 @@
 
 The dispatcher takes flat lists of tensors and plain values. `register` derives them from the annotations of the body:
 each bundle is flattened into its fields, named `<argument>_<field>`, and rebuilt for the body, its fake kernel and its
-backward pass, so that none of them counts positions.
+backward pass, so that none of them counts positions. For example
+
+    logprob_op(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str) -> LogprobStats
+
+is registered as
+
+    logprob(Tensor hidden, Tensor head_weight, Tensor? head_bias, float? head_softcap, Tensor? head_temperature,
+            float? head_temperature_number, str head_group, Tensor targets, SymInt ignore_index, str impl)
+        -> (Tensor, Tensor, Tensor)
 
 Not `torch.library.custom_op`, which does the same for flat arguments only: its first call imports torch._dynamo, which
 takes a second and is of use only under torch.compile.
@@ -231,7 +239,7 @@ class _Bundle(_Codec):
         return [x for field, codec in self.fields for x in codec.split(getattr(value, field))]
 
     def join(self, flat: Iterator[Any]) -> Any:
-        return self.bundle(**{field: codec.join(flat) for field, codec in self.fields})
+        return self.bundle(*[codec.join(flat) for _, codec in self.fields])  # in the bundle's own order
 
 
 _SCHEMA_TYPES = {

@@ -70,6 +70,8 @@ def test_arms_without_credit_are_grpo_bit_by_bit(folder: Path, tmp_path: Path) -
     assert identical(tmp_path / "grpo", tmp_path / "gamma")
     assert not identical(tmp_path / "grpo", tmp_path / "sgcd")
     assert not any(k.startswith(("credit/", "reference/")) for line in records(tmp_path / "grpo") for k in line)
+    of_gamma = {k for line in records(tmp_path / "gamma") for k in line if k.startswith("credit/")}
+    assert of_gamma == {"credit/invalid"}  # nothing was scored, so there is nothing to say of a divergence
 
 
 @pytest.mark.parametrize("arm", ["grpo", "sgcd"])

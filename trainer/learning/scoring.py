@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import CreditConfig, PolicyLossConfig, linear_logprob
+from sgcd_kernels import CreditConfig, PolicyLossConfig, linear_divergence, linear_logprob
 from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.ops import sgcd
-from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
+from sgcd_kernels.ops.policy_inputs import HeadOptions, PolicyTokens, Settings
 from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher
 from trainer.data import Group, Rollout, Scored
 from trainer.learning.model import head as output_head
@@ -27,6 +27,7 @@ from trainer.protocols import Renderer, Suite
 from trainer.references.teacher_context import literal_mask, teacher_prompt
 
 IGNORE_INDEX = -100  # no token of ours is ignored
+AS_MEASURED = ("student_logp", "teacher_logp", "student_entropy", "teacher_entropy")  # fields of DivergenceStats
 AT_OBSERVATIONS = {"weights": 1.0, "span_ids": -1}  # values at observed tokens; other fields are 0
 
 
@@ -141,11 +142,19 @@ class Scorer:
     @torch.no_grad()
     def without_loss(self, batch: MicroBatch, scored: sgcd.Scored | None) -> sgcd.SGCDTokens:
         """The statistics of every token if no policy loss computes those of tokens without a teacher."""
-        targets, settings = batch.tokens.targets, self.settings()
+        targets, has_teacher, head = batch.tokens.targets, batch.has_teacher, self.settings().head
+        if batch.teacher is not None:
+            targets = targets.masked_fill(has_teacher, IGNORE_INDEX)
+        transform = HeadOptions(bias=head.bias, temperature=head.temperature)
+        alone = linear_logprob(batch.student, head.weight, targets, **transform)
         if scored is not None:
-            targets = targets.masked_fill(scored.has_teacher, IGNORE_INDEX)
-        head = settings.head
-        alone = linear_logprob(batch.student, head.weight, targets, bias=head.bias, temperature=head.temperature)
-        if scored is None:
-            return sgcd.unscored_tokens(alone.logp, alone.entropy)
-        return scored.tokens(alone.logp, alone.entropy)
+            return scored.tokens(alone.logp, alone.entropy)
+        tokens = sgcd.unscored_tokens(alone.logp, alone.entropy)
+        if batch.teacher is None:
+            return tokens
+        # A loss that distils has a teacher also where the credit rule cannot act.
+        targets = batch.tokens.targets.masked_fill(~has_teacher, IGNORE_INDEX)
+        stats = linear_divergence(batch.student, head.weight, targets, batch.teacher, **transform)
+        compared = {name: getattr(stats, name) for name in AS_MEASURED} | {"divergence": stats.reverse_kl}
+        own = tokens._asdict()
+        return tokens._replace(**{name: torch.where(has_teacher, x, own[name]) for name, x in compared.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from sgcd_kernels.credit.rules import never_acts
 from trainer.data import Group, Scored
 from trainer.records.credit_metrics import credit_metrics, mean_entropy
 from trainer.records.credit_validity import invalid_credit, scarce_references
@@ -55,11 +56,15 @@ def warn_of_update(step: int, losses: Mapping[str, float]) -> list[str]:
 def report_credit(
     config: Config, step: int, groups: Sequence[Group], scored: Sequence[Sequence[Scored]]
 ) -> tuple[dict[str, float], list[str]]:
-    """The metrics of credit and references, and a warning if the credit cannot be what the config asked for."""
+    """The metrics of credit and references, and a warning if the credit cannot be what the config asked for.
+
+    Where the credit rule cannot act nothing is scored, and there is nothing to say of divergences and weights.
+    """
     entropy = mean_entropy(scored)
     if config.arm == "grpo":
         return entropy, []
-    with_teacher = [s for group, row in zip(groups, scored) if group.reference for s in row]
+    was_scored = config.arm == "direct_sd" or not never_acts(config.credit)
+    with_teacher = [s for group, row in zip(groups, scored) if group.reference and was_scored for s in row]
     problem = invalid_credit(groups, scored, config)
     metrics = {
         **credit_metrics(with_teacher, config.credit.clip),

@@ -90,6 +90,17 @@ def test_scores_are_those_of_a_naive_pass_one_rollout_at_a_time(model: Any, made
         assert bool((s.divergence[at] > 0).any())
 
 
+def test_a_distillation_measures_its_teacher_also_where_credit_cannot_act(model: Any, made: list[Group]) -> None:
+    """Else every divergence would be 0, and the run be reported as invalid."""
+    made[0].reference = REFERENCE  # the other group has no teacher
+    samples = prepare_samples(made, group_advantages(made, scale=True), toy.ParitySuite(), RENDERER)
+    off = Scorer(model, RENDERER.pad_id, 0.7, CreditConfig(gamma=0.0), always=True)
+    for got, expected in zip(score_samples(off, samples), score(model, made, temperature=0.7), strict=True):
+        for name in ("student_logp", "teacher_logp", "student_entropy", "teacher_entropy", "divergence"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+        assert bool((got.weights == 1).all()) and bool((got.saliency == 0).all()) and bool((got.span_ids == -1).all())
+
+
 def test_observed_tokens_have_no_scores(model: Any, made: list[Group]) -> None:
     made[0].reference = made[1].reference = REFERENCE
     scored = score(model, made)
