@@ -23,6 +23,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sgcd_kernels.integrations.trl import linear_distillation
+from tests.sgcd_kernels.backends.cases import run_body
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
@@ -132,11 +133,9 @@ class Logits(torch.utils._python_dispatch.TorchDispatchMode):
         self.size, self.found = tokens * vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tests.sgcd_kernels.backends.test_memory import BODIES
-
-        if func.namespace == "sgcd" and func.overloadpacket.__name__ in BODIES:
+        if func.namespace == "sgcd_kernels":
             with self:
-                out = BODIES[func.overloadpacket.__name__](*args)
+                out = run_body(func, args)
         else:
             out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):

@@ -22,6 +22,7 @@ from sgcd_kernels import CreditConfig, reference
 from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer
 from sgcd_kernels.integrations.trl import trainer as integration
+from tests.sgcd_kernels.backends.cases import run_body
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
@@ -268,11 +269,9 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tests.sgcd_kernels.backends.test_memory import BODIES
-
-        if func.namespace == "sgcd" and func.overloadpacket.__name__ in BODIES:
+        if func.namespace == "sgcd_kernels":
             with self:
-                out = BODIES[func.overloadpacket.__name__](*args)
+                out = run_body(func, args)
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
