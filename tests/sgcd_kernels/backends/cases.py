@@ -38,6 +38,13 @@ def skip_if_slow(impl: str, n: int, v: int) -> None:
         pytest.skip("takes too long in the interpreter")
 
 
+def has_body(op: torch._ops.OpOverload) -> bool:
+    """Whether this is one of our ops that are made of others, and not an operator of csrc/."""
+    return op.namespace == "sgcd_kernels" and op.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeExplicitAutograd
+    )
+
+
 def run_body(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
     """What one of our ops does, as ops of PyTorch: a dispatch mode sees these where it is on."""
     return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)

@@ -23,7 +23,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from sgcd_kernels.integrations.trl import linear_distillation
-from tests.sgcd_kernels.backends.cases import run_body
+from tests.sgcd_kernels.backends.cases import has_body, run_body
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
@@ -133,7 +133,7 @@ class Logits(torch.utils._python_dispatch.TorchDispatchMode):
         self.size, self.found = tokens * vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sgcd_kernels":
+        if has_body(func):
             with self:
                 out = run_body(func, args)
         else:

@@ -22,7 +22,7 @@ from sgcd_kernels import CreditConfig, reference
 from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.integrations.trl import SGCDConfig, SGCDTrainer
 from sgcd_kernels.integrations.trl import trainer as integration
-from tests.sgcd_kernels.backends.cases import run_body
+from tests.sgcd_kernels.backends.cases import has_body, run_body
 from tests.sgcd_kernels.integrations import trl_world as world
 from tests.sgcd_kernels.integrations.trl_world import quick_collection  # noqa: F401
 
@@ -269,7 +269,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sgcd_kernels":
+        if has_body(func):
             with self:
                 out = run_body(func, args)
         else:
