@@ -8,7 +8,7 @@ head. Divergences are exact over the full vocabulary and computed from hidden st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from trainer.learning.model import head as output_head
 from trainer.learning.packing import LossTokens, forward
 from trainer.protocols import Renderer, Suite
 from trainer.references.teacher_context import literal_mask, teacher_prompt
+from trainer.stage_clock import Clock
 
 IGNORE_INDEX = -100  # no token of ours is ignored
 AS_MEASURED = ("student_logp", "teacher_logp", "student_entropy", "teacher_entropy")  # fields of DivergenceStats
@@ -96,6 +97,7 @@ class Scorer:
     pad_id: int
     temperature: float
     config: CreditConfig
+    clock: Clock = field(default_factory=Clock)
     always: bool = False
 
     def forward(self, samples: Sequence[Sample]) -> MicroBatch:
@@ -104,7 +106,9 @@ class Scorer:
         student = forward(self.model, [r.prompt_ids for r in rollouts], rollouts, self.pad_id)
         tokens = LossTokens.of(rollouts, student.device)
         has_teacher = tokens.spread(torch.tensor([sample.teacher_prompt is not None for sample in samples]))
-        return MicroBatch(list(samples), tokens, student, self._teacher(samples, student, has_teacher), has_teacher)
+        with self.clock("score"):
+            teacher = self._teacher(samples, student, has_teacher)
+        return MicroBatch(list(samples), tokens, student, teacher, has_teacher)
 
     @torch.no_grad()
     def _teacher(self, samples: Sequence[Sample], student: Tensor, has_teacher: Tensor) -> Tensor | None:
@@ -137,7 +141,8 @@ class Scorer:
             warn=False,  # one micro-batch may have no spikes; the step is checked as a whole
         )
         given = PolicyTokens(tokens.targets, batch.advantages(), cu_seqlens=tokens.cu_seqlens)
-        return sgcd.score_and_weigh(batch.student, settings, given, inputs)
+        with self.clock("score"):
+            return sgcd.score_and_weigh(batch.student, settings, given, inputs)
 
     @torch.no_grad()
     def without_loss(self, batch: MicroBatch, scored: sgcd.Scored | None) -> sgcd.SGCDTokens:

@@ -115,15 +115,13 @@ class Learner:
     def _accumulate(self, samples: list[Sample], step: int, clock: Clock) -> tuple[dict[str, float], list[Scored]]:
         """Accumulate the batch's gradients; give its loss, its clip ratios and every rollout's scores in order."""
         config = self.config
-        scorer = Scorer(
-            self.model, self.renderer.pad_id, config.temperature, config.credit, always=config.arm == "direct_sd"
-        )
+        distils = config.arm == "direct_sd"
+        scorer = Scorer(self.model, self.renderer.pad_id, config.temperature, config.credit, clock, always=distils)
         items = self._items([s.rollout for s in samples])
         total, clipped, scores = 0.0, defaultdict[str, float](float), dict[int, Scored]()
         for number, indices in enumerate(microbatches([s.rollout for s in samples], config.tokens_per_microbatch)):
-            with clock("score"):
-                batch = scorer.forward([samples[i] for i in indices])
-                scored = scorer.score(batch, salt=1_000 * step + number)
+            batch = scorer.forward([samples[i] for i in indices])
+            scored = scorer.score(batch, salt=1_000 * step + number)
             loss, found, tokens = self._loss(scorer, batch, scored, items)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()

@@ -15,7 +15,9 @@ from tests.trainer import toy
 from tests.trainer.learning.test_scoring import REFERENCE, groups
 from trainer.config import Config, EngineConfig, ModelConfig
 from trainer.data import Group, Rollout, Scored
+from trainer.learning import scoring
 from trainer.learning.model import head, hidden_states
+from trainer.learning.packing import forward
 from trainer.learning.update import Learner, group_advantages, mismatch
 from trainer.stage_clock import Clock
 
@@ -247,3 +249,18 @@ def test_differences_of_engine_and_trainer_are_corrected_up_to_a_cap(model: Any,
     assert loss(2.0, vllm_importance_sampling_clip_max=3.0, **served) == pytest.approx(exact * 3.0, rel=1e-3)
     uncorrected = loss(2.0, vllm_importance_sampling_correction=False, **served)
     assert uncorrected == pytest.approx(loss(2.0, max_grad_norm=1e9), rel=1e-6), "then vllm is treated as hf is"
+
+
+def test_the_training_forward_is_not_charged_to_credit(
+    model: Any, sampled: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`time/sgcd_overhead` is the teacher's forward and scoring, not the forward that any arm needs."""
+    clock, charged = Clock(), list[tuple[str, bool]]()
+
+    def observed(*args: Any) -> torch.Tensor:
+        charged.append((clock._stack[-1], torch.is_grad_enabled()))
+        return forward(*args)
+
+    monkeypatch.setattr(scoring, "forward", observed)
+    learner(model).update(referenced(sampled), 1, clock)
+    assert set(charged) == {("update", True), ("score", False)}
