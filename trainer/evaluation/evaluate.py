@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from trainer import randomness
 from trainer.concurrency import run_together
 from trainer.data import Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
@@ -48,8 +46,8 @@ async def evaluate(
 ) -> Evaluation:
     """Play `config.eval_samples` attempts at every task of `split` (default `env.eval_split`).
 
-    `advance(1)` is called when a task is finished. The engine's own randomness is put back afterwards, so that a run
-    trains the same whether it is evaluated or not.
+    `advance(1)` is called when a task is finished. All randomness is put back afterwards, so that a run trains the
+    same whether it is evaluated or not.
 
     Raises:
         EnvironmentLost: every attempt broke: there is nothing to report.
@@ -58,7 +56,8 @@ async def evaluate(
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
     setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length)
     sample = GroupSampler(setup, config.eval_samples, advance)
-    with _separate_randomness(engine, config.seed):
+    generator = getattr(engine, "generator", None)  # a server has none
+    with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
@@ -102,18 +101,3 @@ async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 
         return (await asyncio.wait_for(environment.outcome(), timeout)).reward
     finally:
         await environment.close()
-
-
-@contextmanager
-def _separate_randomness(engine: Engine, seed: int) -> Iterator[None]:
-    """Evaluate from a separate seed, the same each time, and restore the engine's generator afterwards."""
-    generator: torch.Generator | None = getattr(engine, "generator", None)
-    if generator is None:
-        yield
-        return
-    state = generator.get_state()
-    generator.manual_seed(seed + EVALUATION_SEED)
-    try:
-        yield
-    finally:
-        generator.set_state(state)

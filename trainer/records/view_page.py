@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from trainer import files
 from trainer.data import TokenClass
 from trainer.errors import UserError
 from trainer.records.rollout_files import SCORES, read_step
@@ -56,9 +57,7 @@ def write(run_dir: Path) -> Path:
         "notes": notes,
     }
     page = run_dir / "view.html"
-    draft = page.with_name(page.name + ".tmp")
-    draft.write_text(render(data), encoding="utf-8")
-    draft.replace(page)
+    files.write(page, render(data))
     return page
 
 
