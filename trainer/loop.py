@@ -129,16 +129,15 @@ class Run:
                 damaged.append(error)
                 continue
             config_file.refuse_difference(self.config, extra.get("config", {}), str(path))
-            for each in damaged:
-                kept = checkpoint_folder.set_aside(each.path)
-                self.notes.append(f"WARNING: {each.path} is damaged ({each.why}) and is now {kept.name}")
-            if damaged:
-                self.notes.append(f"WARNING: resumed from {path}, the newest checkpoint that is whole")
+            renamed = [f"{e.path.name} ({e.why}) is now {checkpoint_folder.set_aside(e.path).name}" for e in damaged]
+            if renamed:
+                self.notes.append(f"WARNING: resumes from {path}, the newest whole checkpoint: {', '.join(renamed)}")
             self.step = step
             self.order.load_state_dict(extra["order"])
             if "writer" in extra:
                 self.writer.load_state_dict(extra["writer"])
             self.saved = self.step, self.writer.state_dict()
+            checkpoint_folder.keep_newest(self.config.output_dir, self.config.save_total_limit)
             return extra
         if damaged:
             raise damaged[0]

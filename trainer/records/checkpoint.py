@@ -78,8 +78,7 @@ def save(
         raise
     target = checkpoint_folder.publish(beside, output_dir)
     if save_total_limit is not None:
-        for old in checkpoint_folder.found(output_dir)[:-save_total_limit]:
-            checkpoint_folder.remove(old)
+        checkpoint_folder.keep_newest(output_dir, save_total_limit)
     return target
 
 

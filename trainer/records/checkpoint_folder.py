@@ -149,11 +149,12 @@ def recover(output_dir: Path) -> None:
         _delete(leftover)
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint: renamed first, so that no folder step_N is ever in parts."""
-    gone = path.with_name(_OLD + path.name)
-    path.rename(gone)
-    _delete(gone)
+def keep_newest(output_dir: Path, limit: int) -> None:
+    """Remove the oldest checkpoints, so that `limit` are left. Renamed first, so that no folder step_N is in parts."""
+    for path in found(output_dir)[:-limit]:
+        gone = path.with_name(_OLD + path.name)
+        path.rename(gone)
+        _delete(gone)
 
 
 def set_aside(path: Path) -> Path:

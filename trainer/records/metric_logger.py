@@ -97,7 +97,7 @@ class MetricLogger:
 
     def note(self, text: str) -> None:
         """Print a line that is no metric: a warning, where a checkpoint went."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
