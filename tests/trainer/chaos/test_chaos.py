@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.chaos import harness
-from tests.trainer.chaos.harness import FAIL, FAIL_FROM, KILL, SIGNAL, Ended, Fault, Runs, copy, differences, left
+from tests.trainer.chaos.harness import FAIL, FAIL_FROM, KILL, NONE, SIGNAL, Ended, Fault, Runs, copy, differences, left
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 PARTS = range(8)  # of a sweep: pytest-xdist runs them side by side
@@ -36,7 +36,7 @@ class Scenario:
         self.events = [self.kind_and_name(line) for line in ended.events]
         self.points = [k for k in range(1, len(self.events) + 1) if not self.inside_a_file(k)]
 
-    def play(self, run: Path, fault: Fault = Fault()) -> Ended:
+    def play(self, run: Path, fault: Fault = NONE) -> Ended:
         return self.runs.train(run, fault, times=2, writer_fails_at=3)
 
     def resume(self, run: Path) -> Ended:
