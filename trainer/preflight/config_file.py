@@ -156,6 +156,7 @@ def dump(config: Config) -> dict[str, Any]:
 def claim(config: Config) -> None:
     """Write the config into its output directory, or refuse when another run lives there."""
     refuse_another(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     files.write(config.output_dir / RESOLVED, yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
 
 

@@ -223,6 +223,30 @@ def damaged(scenario: Scenario, stopped: Path, run: Path, name: str, kind: str) 
         assert re.search(r"^WARNING: resumes from .*step_1, .* step_2 \(.*\) is now damaged-step_2$", ended.said, re.M)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_what_cannot_be_read(scenario: Scenario, stopped: Path, tmp_path: Path, number: int) -> None:
+    unreadable(scenario, stopped, tmp_path / "run", number, sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_everything_that_cannot_be_read(scenario: Scenario, stopped: Path, tmp_path: Path, number: int) -> None:
+    unreadable(scenario, stopped, tmp_path / "run", number, lambda points, n: points)
+
+
+def unreadable(
+    scenario: Scenario, stopped: Path, run: Path, number: int, choose: Callable[[list[int], int], list[int]]
+) -> None:
+    """A resume that may not read something ends in one line and takes nothing for gone or damaged."""
+    ended = scenario.runs.train(copy(stopped, run), Fault(kinds=harness.READ))
+    for k in choose(list(range(1, len(ended.events) + 1)), 2):
+        copy(stopped, run)
+        ended = scenario.runs.train(run, Fault(FAIL, k, number, harness.READ))
+        ended.check_lines()
+        assert "damaged" not in ended.said and "gone" not in ended.said, (k, ended.said)
+        scenario.assert_same(run, f"{errno.errorcode[number]} at read {k}: {ended.said}")
+
+
 def names(run: Path) -> list[str]:
     return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
 
