@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ def write_step(path: Path, groups: Sequence[Group], scored: Sequence[Sequence[An
     draft.replace(path)
 
 
-def read_step(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_step` wrote."""
+def read_step(path: Path) -> Iterator[dict[str, Any]]:
+    """Read what `write_step` wrote, group by group: a step of long rollouts is larger than memory should hold."""
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.strip()]
+        for line in lines:
+            if line.strip():
+                yield json.loads(line, parse_constant=lambda _: None)
 
 
 def describe(group: Group, scored: Sequence[Any], pieces: Pieces) -> dict[str, Any]:
