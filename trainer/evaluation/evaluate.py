@@ -77,7 +77,8 @@ async def evaluate(
 async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:
     """Task id -> success (1 or 0) of refusing politely until the episode is over, or `max_turns` times.
 
-    It is the verifier's word, or its full reward. Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
+    It is the verifier's word, or its full reward. Tasks whose environment broke, or took longer than `timeout` seconds
+    for a call, are left out.
     """
 
     async def one(task: Task) -> float | None:

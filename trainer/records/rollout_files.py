@@ -1,9 +1,10 @@
 """The rollouts of one step on disk: `rollouts/step_N.jsonl`, one line per group, read by `view` and by people.
 
 A line is {"schema", "task": {id, env, split, scenario, class, instruction}, "reference", "reference_info", "siblings"};
-a sibling is {"reward", "success", "components", "reason", "stop", "messages", "prompt", "pieces", "ids", "generated",
-"turns", "classes", "logprobs"} and, when it was scored, {"student_logp", "teacher_logp", "student_entropy",
-"teacher_entropy", "d", "W", "s", "span"}: lists that run parallel to `ids`. `span` is -1 outside a span. Task data and verifier details stay out: files are shared.
+a sibling is {"reward", "success", "components" (of the reward, by name), "reason" (of a failure), "stop", "messages",
+"prompt", "pieces", "ids", "generated", "turns", "classes", "logprobs"} and, when it was scored, {"student_logp",
+"teacher_logp", "student_entropy", "teacher_entropy", "d", "W", "s", "span"}: lists that run parallel to `ids`, where a
+`span` of -1 means none. Task data and verifier details stay out: files are shared.
 """
 
 from __future__ import annotations

@@ -279,6 +279,9 @@ def tokens(sibling: dict[str, Any], has_teacher: bool, limit: int) -> dict[str, 
         raise ValueError("the lists of a sibling differ in length")
     return {
         "reward": number(sibling["reward"]),
+        "success": bool(sibling.get("success", sibling["reward"] >= 1)),  # older traces have none
+        "components": {clip(str(k), 80): number(v) for k, v in sibling.get("components", {}).items()},
+        "reason": clip(str(sibling.get("reason", "")), 300),
         "stop": clip(str(sibling["stop"] or "")),
         "cut": len(sibling["generated"]) - len(own),
         **lists,

@@ -120,7 +120,7 @@ def load(configs: Sequence[RewardConfig], success_threshold: float | None) -> Gr
     if not configs:
         return Grading(success_threshold=success_threshold)
     rewards: list[Reward] = []
-    all_of(*(lambda c=c: rewards.append(_load_one(c)) for c in configs))  # type: ignore[misc]
+    all_of(*(lambda c=c: rewards.append(_load_one(c)) for c in configs))
     names = [reward.name for reward in rewards]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"rewards: {', '.join(twice)} occurs twice; give each a name of its own")

@@ -205,13 +205,18 @@ def test_hidden_and_bidirectional_characters_are_shown(tmp_path: Path, monkeypat
 
 
 def test_graded_rewards_and_empty_steps_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, rewards=(0.5, -1.0))
+    run = make_run(tmp_path, rewards=(0.5, -1.0, 1.0, 0.0))
     (run / "rollouts" / "step_6.jsonl").write_text("")
     question = """
     const last = $("columns").textContent;
     $("step").value = 1; $("step").dispatchEvent(new Event("change"));
-    report({ last, said: [...document.querySelectorAll(".sibling h3 span:first-child")].map((n) => n.textContent) });
+    report({ last, said: [...document.querySelectorAll(".sibling h3 span:first-child")].map((n) => n.textContent),
+      kinds: [...document.querySelectorAll(".sibling")].map((n) => n.className.split(" ").pop()),
+      facts: $("columns").textContent });
     """
     found = ask(run, question, monkeypatch)
     assert found["last"] == "No group was traced in step 6."
-    assert found["said"] == ["◐ reward 0.5", "✗ failed, reward -1"]
+    assert found["said"] == ["✗ failed, reward 0.5", "✗ failed, reward -1", "✓ succeeded", "✗ failed"]
+    assert found["kinds"] == ["part", "bad", "good", "bad"]
+    assert found["facts"].count("brevity 0.25") == 4
+    assert found["facts"].count("why: wrong_argument") == 3

@@ -27,7 +27,8 @@ def sampled(length: int, reward: float) -> Rollout:
     made.ids = list(range(length))
     made.generated = [i % 3 != 0 for i in range(length)]
     made.logprobs, made.turns, made.classes = [-0.5] * length, [i // 3 for i in range(length)], [1] * length
-    made.stop = "answer"
+    made.stop, made.success = "answer", reward >= 1
+    made.components, made.reason = {"verifier": reward, "brevity": 0.25}, "" if made.success else "wrong_argument"
     return made
 
 

@@ -60,21 +60,22 @@ function drawToken(sibling, i, scale) {
   return node;
 }
 
-function outcome(reward) {
-  if (!known(reward)) return ["none", "reward –"];
-  if (reward >= 1) return ["good", "✓ succeeded"];
-  return reward > 0 ? ["part", `◐ reward ${show(reward)}`] : ["bad", reward < 0 ? `✗ failed, reward ${show(reward)}` : "✗ failed"];
+function outcome({ reward, success }) {
+  const said = (success ? "✓ succeeded" : "✗ failed") + (reward === Number(success) ? "" : `, reward ${show(reward)}`);
+  return [success ? (reward < 1 ? "part" : "good") : reward > 0 ? "part" : "bad", said];
 }
 
 function drawSibling(sibling, number, scale, group) {
   const own = sibling.generated.filter(Boolean).length, weights = (sibling.W || []).filter(known);
-  const [kind, said] = outcome(sibling.reward);
+  const [kind, said] = outcome(sibling);
+  const parts = Object.entries(sibling.components).map(([name, value]) => ` · ${name} ${show(value)}`).join("");
   const mean = weights.reduce((a, b) => a + b, 0) / weights.length;
   const weight = weights.length ? ` · W mean ${show(mean)}, max ${show(largest(weights, -Infinity))}` : "";
   const card = el("article", { class: `card sibling ${kind}` },
     el("h3", {}, el("span", {}, said), el("span", {}, `sibling ${number}`)),
     el("div", { class: "facts" }, `${group.task.class.replaceAll("_", " ")} · stop: ${sibling.stop || "–"}`
-      + ` · ${own} tokens generated, ${sibling.pieces.length - own} observed${weight}`));
+      + ` · ${own} tokens generated, ${sibling.pieces.length - own} observed${weight}${parts}`));
+  if (sibling.reason) card.append(el("div", { class: "facts" }, `why: ${sibling.reason}`));
   card.sibling = sibling;
   let turn = null, run = null, now = null, mode = null;
   for (let i = 0; i < sibling.pieces.length; i++) {
@@ -181,7 +182,7 @@ function drawGroup() {
 function drawStep() {
   const step = data.steps[$("step").value];
   $("group").replaceChildren(...step.groups.map((g, i) => {
-    const good = g.siblings.filter((s) => s.reward >= 1).length;
+    const good = g.siblings.filter((s) => s.success).length;
     return el("option", { value: i }, `${g.task.id}: ${good} of ${g.siblings.length} succeeded${g.reference ? "" : ", no reference"}`);
   }));
   drawGroup();
