@@ -268,6 +268,16 @@ def check_writer(probe: Probe) -> str:
     return answers[0]
 
 
+def check_rewards(probe: Probe) -> str:
+    from trainer.rollout import rewards
+
+    config = probe.config
+    grading = rewards.load(config.rewards, config.success_threshold)
+    threshold = config.success_threshold
+    success = "as the verifier says, else above the group's mean" if threshold is None else f"from {threshold:g}"
+    return f"{' + '.join(f'{r.weight:g} x {r.name}' for r in grading.rewards)}; success {success}"
+
+
 def check_disk(probe: Probe) -> str:
     config, facts = probe.config, require(probe.facts, "memory")
     need = sum(part.size for part in run_costs.disk(config, facts))
@@ -291,6 +301,7 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "model": check_model,
     "user simulator": check_user_simulator,
     "environment": check_environment,
+    "rewards": check_rewards,
     "renderer": check_renderer,
     "engine": check_engine,
     "scoring": check_scoring,
