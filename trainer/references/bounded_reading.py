@@ -15,7 +15,7 @@ from trainer.references.request_shape import COMPLAINS
 
 MAX_BODY = 4 << 20  # bytes of an answer, unpacked
 MAX_COMPLAINT = 16 << 10  # bytes of an error's body that are read
-COMPLAINT_TIME = 5.0  # seconds in which they must come
+COMPLAINT_TIME = 2.0  # seconds in which they must come
 
 
 class TooLong(Exception):

@@ -41,6 +41,7 @@ class Completion:
     truncated: bool = False
     refused: bool = False
     total_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 def read_completion(body: bytes) -> Completion:
@@ -81,14 +82,15 @@ def _values(text: str, *, skip: bool = False) -> Iterator[Any]:
 def completion_of(documents: list[Any]) -> Completion:
     """One completion of the parts in which it came; see `read_completion`."""
     messages, deltas = _Parts(), _Parts()
-    finish, total, found = "", None, False
+    finish, total, written, found = "", None, None, False
     for document in documents:
         if not isinstance(document, Mapping):
             continue
         choice = _first_choice(document)
         if error := document.get("error") or (choice or {}).get("error"):
             raise ErrorInBody(error)
-        total = _count(document) or total
+        total = _count(document, "total_tokens") or total
+        written = _count(document, "completion_tokens") or written
         if choice is None:
             continue
         found = True
@@ -103,7 +105,7 @@ def completion_of(documents: list[Any]) -> Completion:
     if not found:
         raise NotACompletion
     text = messages.text() or deltas.text()
-    return Completion(text, finish.lower() in TRUNCATED, messages.refused or deltas.refused, total)
+    return Completion(text, finish.lower() in TRUNCATED, messages.refused or deltas.refused, total, written)
 
 
 def _first_choice(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -146,10 +148,10 @@ def text_of_content(content: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _count(document: Mapping[str, Any]) -> int | None:
-    """Tokens of prompt and completion as the server counts them."""
+def _count(document: Mapping[str, Any], what: str) -> int | None:
+    """Tokens as the server counts them."""
     usage = document.get("usage")
     if not isinstance(usage, Mapping):
         return None
-    total = usage.get("total_tokens")
+    total = usage.get(what)
     return total if type(total) is int else None  # no bool

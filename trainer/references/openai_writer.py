@@ -181,7 +181,7 @@ class OpenAIWriter:
             start = time.monotonic()
             try:
                 completion = await self._try(client, shape, messages, most, left, info)
-                self.shape = shape
+                self.shape = shape.after(completion.completion_tokens, self.config.max_tokens)
                 return completion
             except openai.APIError as error:
                 left -= time.monotonic() - start
@@ -256,7 +256,9 @@ class OpenAIWriter:
                     try:
                         call = self._call(client, self.shape.arguments(self.config.model, PROBE, PROBE_TOKENS))
                         completion = await asyncio.wait_for(call, self.config.timeout)
-                        break
+                        before, self.shape = self.shape, self.shape.after(completion.completion_tokens, PROBE_TOKENS)
+                        if self.shape == before:
+                            break
                     except openai.APIError as error:
                         words = complaint_of(error)
                         if (changed := self.shape.without(words)) is None:

@@ -12,7 +12,7 @@ import openai
 
 from trainer.data import Message
 
-COMPLAINS = (400, 422)  # the statuses of a request that is not understood
+COMPLAINS = (400, 422, 500)  # of a request that is not understood; llama-cpp-python says 500
 LIMIT = re.compile(r"(?i)max_?(?:completion_?|new_?)?tokens")
 STREAM = re.compile(r"(?i)\bstream\b")
 SYSTEM = re.compile(r"(?i)\bsystem.{0,40}\b(?:role|message|prompt)|\broles?\b.{0,40}\b(?:system|alternate)", re.DOTALL)
@@ -34,6 +34,10 @@ class RequestShape:
             shown = [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *rest]
         stream = {"stream": False} if self.stream else {}
         return {"model": model, "messages": shown, self.limit: max_tokens, **stream}
+
+    def after(self, written: int | None, limit: int) -> RequestShape:
+        """The shape after an answer of `written` tokens: more than `limit` show that the limit was ignored."""
+        return replace(self, limit="max_tokens") if written is not None and written > limit else self
 
     def without(self, complaint: str) -> RequestShape | None:
         """A shape without what `complaint` names; None if it names nothing that can be changed."""

@@ -195,7 +195,7 @@ def without_thought(text: str) -> str:
 def replies_in(text: str) -> Iterator[Reply]:
     """Every object in a text that has the form of a reply: after a fence, among words, inside another object."""
     decoder, end = json.JSONDecoder(strict=False), 0  # small models write line breaks inside strings
-    for brace in re.finditer(r"\{", text):
+    for brace in re.finditer(r"\{(?=\s*\")", text):
         if brace.start() < end:
             continue
         try:
