@@ -251,6 +251,7 @@ async def _sample_short_group(probe: Probe) -> Group:
 
 
 def check_writer(probe: Probe) -> str:
+    """The endpoint is there, has the model, and answers a short request of the kind that asks for a reference."""
     from trainer.references import writers
     from trainer.references.endpoint import reach
 
@@ -260,12 +261,13 @@ def check_writer(probe: Probe) -> str:
     if config.name != "openai":
         return f"{config.name}: offline"
     answers: list[str] = []
+    loaded: list[Any] = []
     suite: Any = probe.suite  # the writer asks it for the key of its endpoint, if there is a suite
     all_of(
-        lambda: writers.load(config, suite, probe.renderer),
+        lambda: loaded.append(writers.load(config, suite, probe.renderer)),
         lambda: answers.append(reach("writer.base_url", config.base_url, config.model, config.api_key_env)),
     )
-    return answers[0]
+    return f"{answers[0]}; {asyncio.run(loaded[0].probe())}"
 
 
 def check_rewards(probe: Probe) -> str:
