@@ -193,6 +193,7 @@ class Config(Section):
     save_steps: int = Field(20, ge=0)  # 0: only at the end
     save_total_limit: int = Field(2, gt=0)
     trace_steps: int = Field(5, ge=0)  # every how many steps all siblings are written to rollouts/
+    trace_total_limit: int = Field(100, gt=0)  # of these files, the newest are kept
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
     @model_validator(mode="after")

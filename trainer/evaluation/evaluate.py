@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from trainer import randomness
 from trainer.concurrency import run_together
 from trainer.data import Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
@@ -49,8 +47,8 @@ async def evaluate(
 ) -> Evaluation:
     """Play `config.eval_samples` attempts at every task of `split` (default `env.eval_split`).
 
-    `advance(1)` is called when a task is finished. The engine's own randomness is put back afterwards, so that a run
-    trains the same whether it is evaluated or not.
+    `advance(1)` is called when a task is finished. All randomness is put back afterwards, so that a run trains the
+    same whether it is evaluated or not.
 
     Raises:
         EnvironmentLost: every attempt broke: there is nothing to report.
@@ -60,7 +58,8 @@ async def evaluate(
     grading = load(config.rewards, config.success_threshold)
     setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length, grading)
     sample = GroupSampler(setup, config.eval_samples, advance)
-    with _separate_randomness(engine, config.seed):
+    generator = getattr(engine, "generator", None)  # a server has none
+    with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
@@ -106,18 +105,3 @@ async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 
         return float(outcome.reward >= FULL_REWARD if outcome.success is None else outcome.success)
     finally:
         await environment.close()
-
-
-@contextmanager
-def _separate_randomness(engine: Engine, seed: int) -> Iterator[None]:
-    """Evaluate from a separate seed, the same each time, and restore the engine's generator afterwards."""
-    generator: torch.Generator | None = getattr(engine, "generator", None)
-    if generator is None:
-        yield
-        return
-    state = generator.get_state()
-    generator.manual_seed(seed + EVALUATION_SEED)
-    try:
-        yield
-    finally:
-        generator.set_state(state)

@@ -61,11 +61,11 @@ def check_run_directory(probe: Probe) -> str:
     from trainer.records import checkpoint
 
     config_file.refuse_another(probe.config)
-    newest = checkpoint.latest(probe.config.output_dir)
+    notes: list[str] = []
+    newest = checkpoint.latest(probe.config.output_dir, notes.append)
     if newest is None:
         return f"{probe.config.output_dir}: a new run"
-    manifest = checkpoint.verify(newest)
-    return f"{probe.config.output_dir}: resumes after step {manifest['step']}"
+    return "; ".join([f"{probe.config.output_dir}: resumes after {newest.name}", *notes])
 
 
 def check_reports(probe: Probe) -> str:

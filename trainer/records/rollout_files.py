@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer import files
 from trainer.data import Group, Rollout
 
 SCHEMA = 1
@@ -34,18 +35,15 @@ Pieces = Callable[[Sequence[int]], list[str]]
 
 
 def write_step(path: Path, groups: Sequence[Group], scored: Sequence[Sequence[Any]] | None, pieces: Pieces) -> None:
-    """Write the groups of one step, beside and renamed.
+    """Write the groups of one step, whole or not at all.
 
     `scored[g][i]` holds the 1-D tensors of rollout i of group g, aligned with its `ids` (attributes named in `SCORES`),
     or None where it was not scored. `pieces` gives the text of each token (`renderer.pieces`).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as out:
+    with files.replacing(path) as out:
         for g, group in enumerate(groups):
             record = describe(group, scored[g] if scored else [None] * len(group.rollouts), pieces)
             out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    draft.replace(path)
 
 
 def read_step(path: Path) -> Iterator[dict[str, Any]]:

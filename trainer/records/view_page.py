@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from trainer import files
 from trainer.data import TokenClass
 from trainer.errors import UserError
 from trainer.records.rollout_files import SCORES, read_step
@@ -68,9 +69,7 @@ def write(run_dir: Path) -> Path:
         "notes": brief_list(notes),
     }
     page = run_dir / "view.html"
-    draft = page.with_name(page.name + ".tmp")
-    draft.write_text(render(data), encoding="utf-8")
-    draft.replace(page)
+    files.write(page, render(data))
     return page
 
 
