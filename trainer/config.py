@@ -82,6 +82,23 @@ class EngineConfig(Section):
         return self
 
 
+class RewardConfig(Section):
+    """One component of the reward: a function of the finished rollout, or `verifier`, the environment's own."""
+
+    path: str  # module:function, importable from the working directory or installed; or verifier
+    weight: float = 1.0
+    name: str = Field("", pattern=r"^[\w.-]*$")  # in metrics and traces; default: the function's
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, value: str) -> str:
+        module, colon, function = value.partition(":")
+        parts = [*module.split("."), function]
+        if value != "verifier" and not (colon and all(part.isidentifier() for part in parts)):
+            raise ValueError(f"needs module:function or verifier, got {value!r}")
+        return value
+
+
 class WriterConfig(Section):
     """The writer of references. Its API key is read from the environment variable named here, and never stored."""
 
@@ -141,6 +158,12 @@ class Config(Section):
     max_completion_length: int = Field(64, gt=0)  # tokens of one assistant turn
     dynamic_sample: bool = True  # keep sampling until groups_per_step groups are mixed
     max_resample_times: int = Field(3, ge=0)  # R: then train on the mixed groups found
+
+    # reward
+    rewards: list[RewardConfig] = []  # their weighted sum trains; none: the environment's verifier alone
+    # Reward from which a rollout counts as a success, for references and figures. Default: the verifier's word where it
+    # gives one, else above the mean of its group.
+    success_threshold: float | None = None
 
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"

@@ -91,7 +91,14 @@ class EnvironmentBroken(Exception):
 
 
 class PolicyCrashed(Exception):
-    """The policy's own code ended its world: the episode ends there and fails. Raised by `step` alone."""
+    """The policy's own code ended its world: the episode ends there and fails. Raised by `step` alone.
+
+    `reward` is what such a failure is worth; an environment whose rewards go below 0 gives its lowest.
+    """
+
+    def __init__(self, message: str = "", *, reward: float = 0.0) -> None:
+        super().__init__(message)
+        self.reward = reward
 
 
 def all_of(*checks: Callable[[], object]) -> None:

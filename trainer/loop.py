@@ -26,8 +26,10 @@ from trainer.records import checkpoint, checkpoint_folder, rollout_files, run_re
 from trainer.records.metric_logger import MetricLogger
 from trainer.records.step_report import report_step
 from trainer.references import writers
+from trainer.rollout import rewards
 from trainer.rollout.dynamic_sampling import Batch, sample_batch
 from trainer.rollout.episode import RolloutSetup
+from trainer.rollout.rewards import Grading
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 from trainer.rollout.task_order import TaskOrder
 from trainer.stage_clock import Clock
@@ -59,6 +61,7 @@ class Run:
     order: TaskOrder
     learner: Learner
     monitor: EnvironmentMonitor
+    grading: Grading
     step: int = 0  # steps that are finished
     saved: tuple[int, Any] = (0, None)  # step and writer's state of the newest checkpoint
     unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
@@ -88,6 +91,7 @@ class Run:
             TaskOrder(tasks, config.seed),
             Learner.of(config, model, renderer, suite),
             EnvironmentMonitor(len(tasks)),
+            rewards.load(config.rewards, config.success_threshold),
         )
         run._resume()
         return run
@@ -198,7 +202,9 @@ class Run:
         """Sample siblings of the next tasks, until enough groups are mixed."""
         config = self.config
         sampling = Sampling(config.temperature, config.top_p, config.max_completion_length)
-        setup = RolloutSetup(self.engine, self.suite, self.renderer, sampling, config.env, config.model.max_length)
+        setup = RolloutSetup(
+            self.engine, self.suite, self.renderer, sampling, config.env, config.model.max_length, self.grading
+        )
         with clock("rollout"), logger.track("sample siblings", config.groups_per_step) as advance:
             sample = GroupSampler(setup, config.num_generations, advance)
             batch = await sample_batch(

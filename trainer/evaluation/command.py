@@ -94,7 +94,8 @@ def _write(path: Path, result: Evaluation, config: Config, source: str) -> None:
             name: {
                 "scenario": task.scenario,
                 "class": task.task_class,
-                "rewards": attempts[name],
+                "successes": attempts[name],
+                "rewards": [r.reward for r in result.rollouts if r.task.id == name],
                 "refuser": result.refusals.get(name),
             }
             for name, task in tasks.items()

@@ -17,6 +17,7 @@ from trainer.data import Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
 from trainer.protocols import Engine, Renderer, Suite
 from trainer.rollout.episode import RolloutSetup, wait_until_open
+from trainer.rollout.rewards import FULL_REWARD, load
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     rollouts: list[Rollout]
-    refusals: dict[str, float]  # task id -> reward of the polite refuser
+    refusals: dict[str, float]  # task id -> 1 where the polite refuser succeeds, else 0
 
 
 async def evaluate(
@@ -54,7 +55,8 @@ async def evaluate(
     """
     tasks = suite.tasks(split or config.env.eval_split)
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
-    setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length)
+    grading = load(config.rewards, config.success_threshold)
+    setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length, grading)
     sample = GroupSampler(setup, config.eval_samples, advance)
     generator = getattr(engine, "generator", None)  # a server has none
     with randomness.separate(config.seed + EVALUATION_SEED, generator):
@@ -72,9 +74,10 @@ async def evaluate(
 
 
 async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:
-    """Task id -> what the environment pays for refusing politely until the episode is over, or `max_turns` times.
+    """Task id -> success (1 or 0) of refusing politely until the episode is over, or `max_turns` times.
 
-    Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
+    It is the verifier's word, or its full reward. Tasks whose environment broke, or took longer than `timeout` seconds
+    for a call, are left out.
     """
 
     async def one(task: Task) -> float | None:
@@ -89,7 +92,7 @@ async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns:
 
 
 async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16) -> float:
-    """What refusing pays at one task; raises what the environment raises."""
+    """Success of refusing at one task, 1 or 0; raises what the environment raises."""
     environment = suite.make()
     try:
         await wait_until_open(environment)
@@ -98,6 +101,7 @@ async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 
             _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
             if done:
                 break
-        return (await asyncio.wait_for(environment.outcome(), timeout)).reward
+        outcome = await asyncio.wait_for(environment.outcome(), timeout)
+        return float(outcome.reward >= FULL_REWARD if outcome.success is None else outcome.success)
     finally:
         await environment.close()
