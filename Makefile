@@ -33,6 +33,7 @@ export GOMP_SPINCOUNT ?= 1000
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
+	@echo "make test-chaos  kill, refuse, signal and damage a run at every file event"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff, mypy, clang-format and clang-tidy"

@@ -115,7 +115,7 @@ def verify(path: Path) -> dict[str, Any]:
 def seal(folder: Path, **facts: Any) -> None:
     """Write the manifest of `folder` (`facts`, and all its files), and wait until everything is on disk."""
     (folder / STATE).mkdir(exist_ok=True)
-    paths = sorted(folder.rglob("*"))
+    paths = _everything_in(folder)
     with ThreadPoolExecutor(2, "crc32") as pool:  # while the disk is waited for; zlib gives up the interpreter's lock
         described = {str(path.relative_to(folder)): pool.submit(_describe, path) for path in paths if not path.is_dir()}
         for path in paths:
@@ -195,6 +195,12 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _everything_in(folder: Path) -> list[Path]:
+    """Files and folders at any depth. `rglob` would leave out, without a word, what it may not list."""
+    paths = [folder / name for name in files.names(folder)]
+    return [each for path in paths for each in (path, *(_everything_in(path) if path.is_dir() else ()))]
 
 
 class _NotThere(Exception):
