@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainer.chat.reader import ChatReader
+from trainer.chat.reader import THINK, ChatReader
 from trainer.chat.signatures import signature
 from trainer.chat.syntax import Hermes, Python
 from trainer.data import Message, Tool
@@ -90,6 +90,9 @@ class ChatMLRenderer(ChatReader):
             for call in message.get("tool_calls") or []
         ]
         text = "\n".join(part for part in (message.get("content") or "", self.syntax.write(calls)) if part)
+        thought = message.get("reasoning_content") or ""
+        if thought or THINK.match(text)[0]:  # the words begin like a thought: an empty one before them says otherwise
+            text = f"<think>\n{thought}\n</think>\n\n{text}"
         return [*self.encode(text), self._end]
 
     def _opening(self) -> list[int]:
