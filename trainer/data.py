@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.text import encodable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,6 +42,10 @@ class Task:
     task_class: TaskClass
     instruction: str
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("id", "env", "split", "scenario", "instruction"):
+            object.__setattr__(self, name, encodable(getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Layout:
     head: re.Pattern[str]  # after <tool_call>: the name of the function
     opening: re.Pattern[str]  # of the first parameter
     boundary: re.Pattern[str]  # between two parameters
-    end: re.Pattern[str]  # of the last parameter, if there is one, of the function and of the call
+    end: re.Pattern[str]  # of the last parameter, if there is one, and of the function, up to the next or to </tool_call>
     another: re.Pattern[str]  # the beginning of a further call
 
 
@@ -53,7 +53,7 @@ def _layout(gap: str, before: str, after: str) -> Layout:
         head=re.compile(rf"{gap}<function=([^>\n]*)>{gap}"),
         opening=re.compile(rf"<parameter=([^>\n]*)>{after}"),
         boundary=re.compile(rf"{closed}<parameter=([^>\n]*)>{after}"),
-        end=re.compile(rf"({closed})?(</function>){gap}</tool_call>"),
+        end=re.compile(rf"({closed})?(</function>)(?:{gap}</tool_call>|(?={gap}<function=))"),
         another=re.compile(rf"{gap}<tool_call>{gap}<function="),
     )
 
@@ -61,7 +61,6 @@ def _layout(gap: str, before: str, after: str) -> Layout:
 EXACT = _layout(gap=r"\n", before=r"(?<=\n)", after=r"\n")
 LOOSE = _layout(gap=r"\s*", before="", after="")
 BLANK = re.compile(r"\s*\Z")
-SHARED_TAG = re.compile(r"</function>\s*(?=<function=)")  # several functions in one <tool_call>
 
 
 class Functions(Tagged):
@@ -73,12 +72,11 @@ class Functions(Tagged):
         self.schemas: dict[str, Mapping[str, Any]] = {}
 
     def read_payload(self, text: str, at: int, part: Found) -> int:
-        if (end := self._read_exact(text, at, part)) is not None:
-            return end
-        end = self._read_loose(text, at, part)
-        while LOOSE.head.match(text, end):  # several functions in one tag
-            end = self._read_loose(text, end, part)
-        return end
+        while True:
+            end = self._read_exact(text, at, part)
+            at = self._read_loose(text, at, part) if end is None else end
+            if text.endswith(CLOSE, 0, at) or not LOOSE.head.match(text, at):  # else another function in the same tag
+                return at
 
     def _read_exact(self, text: str, at: int, part: Found) -> int | None:
         """Read a call in the template's own layout; return where it ends, or None if this is none."""
@@ -132,15 +130,16 @@ class Functions(Tagged):
 
 
 def _end(text: str, at: int, layout: Layout) -> re.Match[str] | None:
-    """The end of the call whose parameters begin at `at`: the first after which nothing or another call stands; where
-    words follow instead, the last before another call."""
+    """The end of the function whose parameters begin at `at`: the first after which nothing, another function or
+    another call stands; where words follow instead, the last before another call."""
     last = None
     for end in layout.end.finditer(text, at):
         if end.group(1) is None and end.start() != at:
             continue  # it closes no parameter, so it is part of a value
         if last and layout.another.search(text, last.end(), end.start()):
             return last
-        if BLANK.match(text, end.end()) or layout.another.match(text, end.end()):
+        shared = not end.group().endswith(CLOSE)
+        if shared or BLANK.match(text, end.end()) or layout.another.match(text, end.end()):
             return end
         last = end
     return last
@@ -152,8 +151,6 @@ def _loose_end(text: str, at: int) -> tuple[int, int]:
     limit = another.start() if another else len(text)
     if end := _end(text[:limit], at, LOOSE):
         return end.start(2), end.end()
-    if shared := SHARED_TAG.search(text, at, limit):
-        return shared.start(), shared.end()
     body = text[at:limit].rstrip()
     if (closing := body.rfind(CLOSE)) >= 0:
         limit, body = at + closing + len(CLOSE), body[:closing].rstrip()

@@ -22,6 +22,7 @@ import random
 import secrets
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -178,7 +179,9 @@ def check_code(text: str) -> None:
 def _inside_quotes(text: str) -> bool:
     """Whether Python reads `text` otherwise between triple quotes."""
     try:
-        ast.literal_eval(f'"""\n{encodable(text)}\n"""'.replace("\0", ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\d"
+            ast.literal_eval(f'"""\n{encodable(text)}\n"""'.replace("\0", ""))
     except (ValueError, SyntaxError):
         return True
     return '"""' in text
@@ -210,7 +213,7 @@ def check_writing(name: str, text: str) -> bool:
 
 def _forges(text: str) -> bool:
     """Whether a value may spell the rest of a call in the layout of the template."""
-    return "\n</parameter>\n<parameter=" in f"\n{text}\n" or "\n</parameter>\n</function>\n</tool_call>" in f"\n{text}\n"
+    return any(f"\n</parameter>\n{rest}" in f"\n{text}\n" for rest in ("<parameter=", "</function>\n"))
 
 
 def _looks_like_call(text: str) -> bool:
