@@ -1,6 +1,6 @@
 """Text from outside, made fit for every file, tokenizer and endpoint of a run.
 
-JSON can spell half a surrogate pair ("\\ud83d"), and Python keeps it, but no encoding, tokenizer or UTF-8 file takes it.
+JSON can spell half a surrogate pair ("\\ud83d"), and Python keeps it, but no tokenizer and no UTF-8 file takes it.
 What a policy, an environment, a writer or a task says passes through here where it comes in.
 """
 

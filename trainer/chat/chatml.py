@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainer.chat.reader import THINK, ChatReader
+from trainer.chat.reader import ChatReader
 from trainer.chat.signatures import signature
 from trainer.chat.syntax import Hermes, Python
 from trainer.data import Message, Tool
@@ -91,7 +91,7 @@ class ChatMLRenderer(ChatReader):
         ]
         text = "\n".join(part for part in (message.get("content") or "", self.syntax.write(calls)) if part)
         thought = message.get("reasoning_content") or ""
-        if thought or THINK.match(text)[0]:  # the words begin like a thought: an empty one before them says otherwise
+        if thought or text.lstrip().startswith("<think>"):  # an empty thought before them: these words are none
             text = f"<think>\n{thought}\n</think>\n\n{text}"
         return [*self.encode(text), self._end]
 

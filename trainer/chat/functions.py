@@ -13,10 +13,10 @@ A value is raw text: the format has no escape, so a value may spell the tags the
 - The layout above, line break by line break, is how the models' templates write a call, and comes first. `</parameter>`
   ends a value there only where the next parameter or the end of the call follows in that layout, and a parameter's tag
   begins one only if the tool's schema has the name. Anything else is part of the value.
-- A call that cannot be read so is read with any white space between its tags, and without closing tags that are missing.
+- A call that cannot be read so is read with any white space between its tags, and where closing tags are missing.
 
-What stays open is a value that spells the rest of a call in this very layout, with the names of parameters that the tool
-has: it is the same text as that other call. vLLM's and SGLang's readers end a value at its first `</parameter>`.
+What stays open is a value that spells the rest of a call in this very layout, with the names of parameters that the
+tool has: it is the same text as that other call. Where it makes a parameter occur twice, the call is refused.
 
 A value carries no type of its own. It is read as JSON where the tool's schema allows what it spells, and is text
 elsewhere. The form is that of the models' published chat templates; the reading is ours.
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.chat.literals import CONSTANTS, as_json, read_whole, skip_space
+from trainer.chat.literals import CONSTANTS, as_json, read_whole
 from trainer.chat.schemas import allows, properties
 from trainer.chat.syntax import CLOSE, Found, Tagged
 
@@ -42,12 +42,12 @@ class Layout:
     head: re.Pattern[str]  # after <tool_call>: the name of the function
     opening: re.Pattern[str]  # of the first parameter
     boundary: re.Pattern[str]  # between two parameters
-    end: re.Pattern[str]  # of the last parameter, if there is one, and of the function, up to the next or to </tool_call>
+    end: re.Pattern[str]  # of the last parameter, if any, and the function, with </tool_call> or before another
     another: re.Pattern[str]  # the beginning of a further call
 
 
 def _layout(gap: str, before: str, after: str) -> Layout:
-    """`gap` stands between two tags, `before` in front of the one that ends a value, `after` behind the one in front."""
+    """`gap` stands between tags, `before` ahead of the tag that ends a value, `after` behind the one that begins it."""
     closed = rf"{before}</parameter>{gap}"
     return Layout(
         head=re.compile(rf"{gap}<function=([^>\n]*)>{gap}"),
@@ -194,4 +194,3 @@ def value_of(text: str, schema: Any, root: Any = None) -> Any:
             return text
         return value if not isinstance(value, str) and allows(schema, value, root) else text
     return text
-

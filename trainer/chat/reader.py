@@ -19,7 +19,7 @@ from trainer.text import encodable
 START, END = "<|im_start|>", "<|im_end|>"
 # A thought stands where a turn begins; further on, its tags are words like others. The prompt may have opened it, and
 # may have closed it too: then the turn holds none.
-THINK = re.compile(r"\s*<think>.*?(?:</think>|\Z)|", re.DOTALL)
+THINK = re.compile(r"(?:\s*<think>.*?(?:</think>|\Z))?", re.DOTALL)
 OPENED = re.compile(r"(?:\s*<think>)?.*?(?:</think>|\Z)", re.DOTALL)
 CLOSED = re.compile("")
 
@@ -79,7 +79,7 @@ class ChatReader:
         return [token for token in ids if token != self._end]
 
     def _read(self, ids: Sequence[int]) -> tuple[Span, Found]:
-        """The span of a turn's thought, and the parsed parts of what follows it; calls inside a thought are not calls."""
+        """The span of a turn's thought, and the parts of what follows it; calls inside a thought are not calls."""
         text = self.decode(self._without_end(ids))
         thought = self.think.match(text)
         assert thought, "the patterns of thoughts match any text"

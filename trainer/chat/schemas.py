@@ -76,7 +76,7 @@ def _is(value: Any, name: Any) -> bool:
         return bool(name == "boolean")
     if isinstance(value, (int, float)):
         return name == "number" or (name == "integer" and value == int(value))
-    kinds = {"string": str, "null": type(None), "array": list, "object": dict}
+    kinds: dict[str, type] = {"string": str, "null": type(None), "array": list, "object": dict}
     return name in kinds and isinstance(value, kinds[name])
 
 

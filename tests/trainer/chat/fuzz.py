@@ -24,9 +24,8 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from tests.trainer import toy
@@ -38,20 +37,22 @@ from trainer.text import encodable
 
 MARKERS = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<function=cd>",
-    "<function=", "</function>", "<parameter=folder>", "<parameter=more>", "<parameter=x>", "<parameter=", "</parameter>",
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<call>", "<end>", "<user>", "```", "```python", "```json", "~~~",
-    "assistant\n", "# Reference",
+    "<function=", "</function>", "<parameter=folder>", "<parameter=more>", "<parameter=x>", "<parameter=",
+    "</parameter>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<call>", "<end>", "<user>", "```", "```python",
+    "```json", "~~~", "assistant\n", "# Reference",
 ]  # fmt: skip
 GRAMMAR = [
-    '{"name": "cd", "arguments": {"folder": "a"}}', '{"name": ', '"arguments": ', "{'name': 'cd'", '"folder": ', '[cd(folder="a")]',
-    "[cd(", "cd(", "[f(a={[]:1})]", "folder=", "more=", "{", "}", "[", "]", "(", ")", ",", ":", "=", '"', "'", '"""', "'''", "\\", "\\u",
-    "\\ud83d", "\\ude00", "\\x", "\\N{", "true", "True", "null", "None", "NaN", "-Infinity", "1e999", "0x", "1_0", "012", "1j", "-", "+", ".",
-    "0", "12", "9" * 30, "b'a'", "r'\\'", 'f"{a}"', "lambda: 1", "**", "# don't", "print(", "\\\n",
+    '{"name": "cd", "arguments": {"folder": "a"}}', '{"name": ', '"arguments": ', "{'name': 'cd'", '"folder": ',
+    '[cd(folder="a")]', "[cd(", "cd(", "[f(a={[]:1})]", "folder=", "more=", "{", "}", "[", "]", "(", ")", ",", ":",
+    "=", '"', "'", '"""', "'''", "\\", "\\u", "\\ud83d", "\\ude00", "\\x", "\\N{", "true", "True", "null", "None",
+    "NaN", "-Infinity", "1e999", "0x", "1_0", "012", "1j", "-", "+", ".", "0", "12", "9" * 30, "b'a'", "r'\\'",
+    'f"{a}"', "lambda: 1", "**", "# don't", "print(", "\\\n",
 ]  # fmt: skip
 CHARACTERS = [
-    "\n", "\n", "\n\n", "\r", "\r\n", "\t", " ", "  ", "\0", "\x01", "\x0b", "\x0c", "\x1b[31m", "\x7f", "\x85", "\u2028", "\ufeff",
-    "\u202e", "\u2066", "\u2069", "\u200b", "\u200d", "\ufffd", "\ufffe", "\U0010fffe", "a", "Z", "é", "ß", "日本", "😀", "e\u0301",
-    "ﬁ", "²", "٣", "/", "<", ">", "<|", "&lt;", "%00", "${x}", "{{ 7 }}", "{% raw %}",
+    "\n", "\n", "\n\n", "\r", "\r\n", "\t", " ", "  ", "\0", "\x01", "\x0b", "\x0c", "\x1b[31m", "\x7f", "\x85",
+    "\u2028", "\ufeff", "\u202e", "\u2066", "\u2069", "\u200b", "\u200d", "\ufffd", "\ufffe", "\U0010fffe", "a", "Z",
+    "é", "ß", "日本", "😀", "e\u0301", "ﬁ", "²", "٣", "/", "<", ">", "<|", "&lt;", "%00", "${x}", "{{ 7 }}",
+    "{% raw %}",
 ]  # fmt: skip
 SURROGATES = ["\ud83d", "\ude00", "\udcff", "\ud800\ud800"]
 TOOL: Tool = {
@@ -105,15 +106,21 @@ READERS = ("chatml/hermes", "chatml/python", "template/qwen3_5_think", "template
 
 def deep(rng: random.Random) -> str:
     """A text that nests deeply or is one enormous token."""
-    inside = rng.choice(["[", "{", "(", '{"a":', "[cd(a=", "-", "not ", "a.", "f(", "'", "\\", "9", "<tool_call>", "<think>"])
-    head = rng.choice(["", '<tool_call>{"name": "cd", "arguments": ', "[cd(folder=", "<tool_call>\n<function=cd>\n<parameter=x>\n"])
+    inside = rng.choice(
+        ["[", "{", "(", '{"a":', "[cd(a=", "-", "not ", "a.", "f(", "'", "\\", "9", "<tool_call>", "<think>"]
+    )
+    head = rng.choice(
+        ["", '<tool_call>{"name": "cd", "arguments": ', "[cd(folder=", "<tool_call>\n<function=cd>\n<parameter=x>\n"]
+    )
     return head + inside * rng.choice([50, 500, 2000])
 
 
 @cache
 def renderers() -> dict[str, Any]:
     """Every renderer of the chat formats, by the name of its format."""
-    made: dict[str, Any] = {f"chatml/{calls}": ChatMLRenderer(test_chatml.make_tokenizer(), calls) for calls in ("hermes", "python")}
+    made: dict[str, Any] = {
+        f"chatml/{calls}": ChatMLRenderer(test_chatml.make_tokenizer(), calls) for calls in ("hermes", "python")
+    }
     for name in ("qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink"):
         try:
             made[f"template/{name}"] = test_template.renderer(name)
@@ -195,7 +202,9 @@ def check_writing(name: str, text: str) -> bool:
     spells_call = name.startswith("template/qwen3_5") and _forges(clean)
     arguments = {"folder": clean, "more": "b"}
     if not spells_call:
-        made = renderer.turn({"role": "assistant", "content": "Hm.", "tool_calls": [test_chatml.call("cd", **arguments)] * 2})
+        made = renderer.turn(
+            {"role": "assistant", "content": "Hm.", "tool_calls": [test_chatml.call("cd", **arguments)] * 2}
+        )
         message, problem = renderer.parse(made)
         said = test_chatml.said(message)
         assert (said, problem, message["content"]) == ([("cd", arguments)] * 2, "", "Hm."), (name, said, problem)
@@ -241,14 +250,16 @@ def run(texts: int, seed: int, first: int = 0) -> Result:
         written = rotation[number % len(rotation)]
         turn = text
         if number % 3 == 0:
-            ids = renderers()[written].turn({"role": "assistant", "content": "", "tool_calls": [test_chatml.call("cd", folder=text)]})
+            ids = renderers()[written].turn(
+                {"role": "assistant", "content": "", "tool_calls": [test_chatml.call("cd", folder=text)]}
+            )
             turn = mutate(rng, renderers()[written].decode(ids[:-1]))
-        checks: list[tuple[str, Callable[[], Any]]] = [
-            *((f"read {name}", lambda name=name: check_reading(name, turn)) for name in READERS if name in names),
-            ("read compact", lambda: check_compact(text)),
-            ("read code", lambda: check_code(text)),
-            (f"write {written}", lambda: check_writing(written, text)),
-            (f"show {written}", lambda: check_showing(written, text)),
+        checks = [
+            *((f"read {name}", partial(check_reading, name, turn)) for name in READERS if name in names),
+            ("read compact", partial(check_compact, text)),
+            ("read code", partial(check_code, text)),
+            (f"write {written}", partial(check_writing, written, text)),
+            (f"show {written}", partial(check_showing, written, text)),
         ]
         for what, check in checks:
             result.reads[what] += 1

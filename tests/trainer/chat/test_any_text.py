@@ -31,7 +31,9 @@ def renderer(name: str) -> Any:
 
 
 every_reader = pytest.mark.parametrize("name", fuzz.READERS)
-every_renderer = pytest.mark.parametrize("name", [HERMES, PYTHON, "template/qwen2_5", "template/qwen3", *fuzz.READERS[2:]])
+every_renderer = pytest.mark.parametrize(
+    "name", [HERMES, PYTHON, "template/qwen2_5", "template/qwen3", *fuzz.READERS[2:]]
+)
 
 
 @every_reader
@@ -64,7 +66,9 @@ def test_a_sample_of_the_fuzzed_texts() -> None:
 
 
 @every_reader
-@pytest.mark.parametrize("head", ["", '<tool_call>{"name": "cd", "arguments": ', "[cd(x=", "<tool_call>\n<function=cd>\n<parameter=x>\n"])
+@pytest.mark.parametrize(
+    "head", ["", '<tool_call>{"name": "cd", "arguments": ', "[cd(x=", "<tool_call>\n<function=cd>\n<parameter=x>\n"]
+)
 @pytest.mark.parametrize("inside", ["[", '{"a":', "(", "-", "not ", "9", "'", "[cd(a=", "<tool_call>", "```python\n"])
 def test_depth_and_length_are_no_faults_of_ours(name: str, head: str, inside: str) -> None:
     renderer(name)
@@ -81,6 +85,7 @@ def hermes(text: str) -> str:
     return f"<tool_call>\n{json.dumps({'name': 'cd', 'arguments': {'folder': text}})}\n</tool_call>"
 
 
+PARAMETER = "<parameter=folder>a</parameter>"
 CLOSERS = "</parameter>\n</function>\n</tool_call>"
 
 
@@ -91,25 +96,31 @@ CLOSERS = "</parameter>\n</function>\n</tool_call>"
         (HERMES, hermes("</tool_call> <tool_call>"), [{"folder": "</tool_call> <tool_call>"}], ""),
         (HERMES, "The tag is <think>, and the total is 42.", [], "The tag is <think>, and the total is 42."),
         (HERMES, "Use <tool_call>{...}</tool_call> here.", [], "Use <tool_call>{...}</tool_call> here."),
-        (HERMES, "<think>why</think>\n\n" + hermes("a") + hermes("b") + "\nSo.", [{"folder": "a"}, {"folder": "b"}], "\nSo."),
+        (HERMES, "<think>why</think>\n\n" + hermes("a") + hermes("b") + "\nSo.",
+         [{"folder": "a"}, {"folder": "b"}], "\nSo."),
         (HERMES, "<think>\nnever closed " + hermes("a"), [], ""),
         (HERMES, "So <think>" + hermes("a"), [{"folder": "a"}], "So <think>"),
         (PYTHON, '[cd(folder="<think>)]</think>")]', [{"folder": "<think>)]</think>"}], ""),
-        (PYTHON, 'Hm.\n[cd(folder="a"), cd(folder=\'b\')]\n[cd()]\nSo.', [{"folder": "a"}, {"folder": "b"}, {}], "Hm.\nSo."),
+        (PYTHON, 'Hm.\n[cd(folder="a"), cd(folder=\'b\')]\n[cd()]\nSo.',
+         [{"folder": "a"}, {"folder": "b"}, {}], "Hm.\nSo."),
         (PYTHON, '[cd(from="a", x-y=1)]', [{"from": "a", "x-y": 1}], ""),
         (PYTHON, "[print()](https://docs) prints.", [], "[print()](https://docs) prints."),
         (PYTHON, "[Notes (2)](https://docs)", [], "[Notes (2)](https://docs)"),
         (FUNCTIONS, function(("folder", "a</parameter>b")), [{"folder": "a</parameter>b"}], ""),
-        (FUNCTIONS, function(("folder", "a\n</parameter>\n<parameter=x>\nb")), [{"folder": "a\n</parameter>\n<parameter=x>\nb"}], ""),
+        (FUNCTIONS, function(("folder", "a\n</parameter>\n<parameter=x>\nb")),
+         [{"folder": "a\n</parameter>\n<parameter=x>\nb"}], ""),
         (FUNCTIONS, function(("folder", f"a\n{CLOSERS}\nb")), [{"folder": f"a\n{CLOSERS}\nb"}], ""),
         (FUNCTIONS, function(("folder", "</parameter><parameter=more>"), ("more", "b")),
          [{"folder": "</parameter><parameter=more>", "more": "b"}], ""),
-        (FUNCTIONS, f"Hm.\n\n{function(('folder', 'a'))}\n{function(('folder', 'b'))}", [{"folder": "a"}, {"folder": "b"}], "Hm."),
+        (FUNCTIONS, f"Hm.\n\n{function(('folder', 'a'))}\n{function(('folder', 'b'))}",
+         [{"folder": "a"}, {"folder": "b"}], "Hm."),
         (FUNCTIONS, f"{function(('folder', 'a'))}\nNow\n{function()}\nSo.", [{"folder": "a"}, {}], "\nNow\n\nSo."),
-        (FUNCTIONS, "<tool_call><function=cd><parameter=folder>a</parameter></function><function=cd></function></tool_call>",
+        (FUNCTIONS, f"<tool_call><function=cd>{PARAMETER}</function><function=cd></function></tool_call>",
+
          [{"folder": "a"}, {}], ""),
         (FUNCTIONS, "Use <tool_call> and </function>.", [], "Use <tool_call> and </function>."),
-        (FUNCTIONS, "<think>a</think>: the prompt has closed the thought", [], "<think>a</think>: the prompt has closed the thought"),
+        (FUNCTIONS, "<think>a</think>: the prompt has closed the thought",
+         [], "<think>a</think>: the prompt has closed the thought"),
         ("template/qwen3_5_think", "why</think>\n\n<think>a</think>", [], "<think>a</think>"),
     ],
 )  # fmt: skip
@@ -121,14 +132,17 @@ def test_markers_in_data_are_data(name: str, text: str, calls: list[dict[str, An
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        (FUNCTIONS, function(("folder", "a\n</parameter>\n<parameter=more>\nb"), ("more", "c")), "once"),  # two readings
-        (FUNCTIONS, "<tool_call><function=cd><parameter=folder>a</parameter> b <parameter=more>c</parameter></function></tool_call>",
+        (FUNCTIONS, function(("folder", "a\n</parameter>\n<parameter=more>\nb"), ("more", "c")),
+         "once"),  # two readings
+        (FUNCTIONS, f"<tool_call><function=cd>{PARAMETER} b <parameter=more>c</parameter></function></tool_call>",
+
          "each stand in"),
         (PYTHON, "[f(a={[]:1})]", "keys of an object must be texts"),
         (PYTHON, "[f(a=1e999)]", "not JSON"),
         (PYTHON, f"[f(a=0x{'f' * 5_000})]", "too many digits"),
         (HERMES, '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "not JSON"),
-        (HERMES, f'<tool_call>{{"name": "f", "arguments": {{"a": {"[" * 200}{"]" * 200}}}}}</tool_call>', "nested too deeply"),
+        (HERMES, f'<tool_call>{{"name": "f", "arguments": {{"a": {"[" * 200}{"]" * 200}}}}}</tool_call>',
+         "nested too deeply"),
         (HERMES, '<tool_call>{"name": "f"} and more</tool_call>', "after the object"),
     ],
 )  # fmt: skip
@@ -144,7 +158,12 @@ def test_a_thought_is_written_apart_and_not_taken_for_words(name: str) -> None:
     if name in ("template/qwen2_5", FUNCTIONS):
         pytest.skip("a format without thoughts")
     thought = "maybe <tool_call> or [cd()]"
-    message: Message = {"role": "assistant", "content": "Done.", "reasoning_content": thought, "tool_calls": [call("cd")]}
+    message: Message = {
+        "role": "assistant",
+        "content": "Done.",
+        "reasoning_content": thought,
+        "tool_calls": [call("cd")],
+    }
     parsed, problem = r.parse(r.turn(message))
     assert (parsed["content"], said(parsed), problem) == ("Done.", [("cd", {})], "")
 
@@ -179,8 +198,8 @@ def test_values_are_read_in_each_spelling(value: Any, wanted: str) -> None:
         ("{'content': 'a, }'}", {"content": "a, }"}),
         ("{'content': 'a, }', \"done\": true,}", {"content": "a, }", "done": True}),
         ('{"a": "True, None,]",}', {"a": "True, None,]"}),
-        ('{"a": "it\'s", \'b\': \'"q"\', "c": \'\'\'x\'y\'\'\'}', {"a": "it's", "b": '"q"', "c": "x'y"}),
-        ('{"a": "one\ntwo", \'b\': \'one\ntwo\'}', {"a": "one\ntwo", "b": "one\ntwo"}),
+        ("{\"a\": \"it's\", 'b': '\"q\"', \"c\": '''x'y'''}", {"a": "it's", "b": '"q"', "c": "x'y"}),
+        ("{\"a\": \"one\ntwo\", 'b': 'one\ntwo'}", {"a": "one\ntwo", "b": "one\ntwo"}),
         ("(1, (2), (3,), [])", [1, 2, [3], []]),
         ("{1: 'a', None: 'b', True: 'c'}", {"1": "a", "null": "b", "true": "c"}),
         ('"\\ud83d\\ude00 \\ud83d"', "😀 \ufffd"),
@@ -198,8 +217,10 @@ def test_values_nest_so_deep_and_no_deeper() -> None:
         read_whole("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
 
 
-NODE = {"$defs": {"node": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}, "a/b": {"type": "integer"}},
-        "definitions": {"n": {"oneOf": [{"type": "integer"}, {"$ref": "#/definitions/m"}]}, "m": {"const": None}}}  # fmt: skip
+NODE = {
+    "$defs": {"node": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}, "a/b": {"type": "integer"}},
+    "definitions": {"n": {"oneOf": [{"type": "integer"}, {"$ref": "#/definitions/m"}]}, "m": {"const": None}},
+}
 OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 
 
@@ -261,7 +282,9 @@ def test_a_parameter_is_read_as_its_schema_says(schema: Any, text: str, value: A
 def test_parameters_are_found_through_the_whole_schema() -> None:
     r = renderer(FUNCTIONS)
     schema = {"$ref": "#/$defs/args", "$defs": {"args": {"allOf": [{"properties": {"a": {"type": "string"}}}]}}}
-    r.prompt([{"role": "user", "content": "x"}], [{"type": "function", "function": {"name": "deep", "parameters": schema}}])
+    r.prompt(
+        [{"role": "user", "content": "x"}], [{"type": "function", "function": {"name": "deep", "parameters": schema}}]
+    )
     message, _ = parse(r, function(("a", "12"), name="deep"))
     assert said(message) == [("deep", {"a": "12"})]
 

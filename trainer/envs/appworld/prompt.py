@@ -32,9 +32,9 @@ ONLY_FIRST = "Only the first block was run."
 CRASHED = "The code ended the process that it ran in, and with it the episode."
 PYTHON = ("", "python", "python3", "py")  # what an opening fence may name
 # A fence opens a block where it begins a line, whatever it names, so that every closing fence is known for one; and, as
-# in the benchmark's own agent, "```python" at the end of a line. A fence of as many backticks, or more, closes the block
-# where it begins or ends a line. Inside a string or a comment of the code it is part of that: Python's grammar says where
-# a string ends, not the fence. Only where no other fence closes the block, one in a string or a comment does.
+# in the benchmark's own agent, "```python" at the end of a line. A fence of as many backticks, or more, closes the
+# block where it begins or ends a line. Inside a string or a comment of the code it is part of that: Python's grammar
+# says where a string ends. Only where no other fence closes the block, one in a string or a comment does.
 OPENING = re.compile(r"(?:^[ \t]*(`{3,})([^`\n]*)|(`{3,})(python)[ \t]*\r?)\n", re.MULTILINE | re.IGNORECASE)
 STRING = (
     r"'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"
@@ -46,7 +46,7 @@ STRING = (
 
 @functools.cache
 def _closing(ticks: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What closes a block whose opening fence has `ticks` backticks; and the same, or a string or comment of its code."""
+    """What closes a block whose fence has `ticks` backticks; and that, or a string or a comment of the code."""
     fence = rf"^[ \t]*`{{{ticks},}}[^\n]*|`{{{ticks},}}[ \t]*\r?$"
     flags = re.MULTILINE | re.DOTALL
     comment = rf"#(?![^\n]*[^\s#`]`{{{ticks},}}[ \t]*\r?$)[^\n]*"  # "# done```" closes, "# ```" does not
