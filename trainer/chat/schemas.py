@@ -36,7 +36,7 @@ def allows(schema: Any, value: Any, root: Any = None, followed: frozenset[str] =
         return False
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in followed:
-        return allows(_resolve(reference, root), value, root, followed | {reference})
+        return allows(resolve(reference, root), value, root, followed | {reference})
     return True
 
 
@@ -55,7 +55,7 @@ def properties(schema: Any, root: Any, followed: frozenset[str] = frozenset()) -
         parts.append({name: {"anyOf": nodes} for name, nodes in ways.items()})
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in followed:
-        parts.append(properties(_resolve(reference, root), root, followed | {reference}))
+        parts.append(properties(resolve(reference, root), root, followed | {reference}))
     for part in parts:
         for name, node in part.items():
             found[name] = {"allOf": [found[name], node]} if name in found else node
@@ -85,7 +85,7 @@ def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def _resolve(reference: str, root: Any) -> Any:
+def resolve(reference: str, root: Any) -> Any:
     """What a reference within `root` points at, or True, which allows everything."""
     if not reference.startswith("#"):
         return True
