@@ -11,8 +11,8 @@
 A value is raw text: the format has no escape, so a value may spell the tags themselves. What is read as a tag:
 
 - The layout above, line break by line break, is how the models' templates write a call, and comes first. `</parameter>`
-  ends a value there only where the next parameter or the end of the call follows in that layout, and a parameter's tag
-  begins one only if the tool's schema has the name. Anything else is part of the value.
+  ends a value there only where the next parameter or the end of the call follows in that layout. A parameter's tag with
+  a name that the tool's schema lacks is part of the value before it, if that may be any text. Anything else is too.
 - A call that cannot be read so is read with any white space between its tags, and where closing tags are missing.
 
 What stays open is a value that spells the rest of a call in this very layout, with the names of parameters that the
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Functions(Tagged):
         if not head or not end:
             return None
         name, body = head.group(1).strip(), text[head.end() : end.start()]
-        given = _split(body, EXACT, self._has(name)) if end.group(1) else []
+        given = self._split(body, EXACT, name) if end.group(1) else []
         if not name or given is None:
             return None
         self._add(name, given, part, head.span(1), (head.end(), end.start(2)))
@@ -97,7 +97,7 @@ class Functions(Tagged):
             raise ValueError("the name of the tool is missing")
         name, (body_end, end) = head.group(1).strip(), _loose_end(text, head.end())
         body = text[head.end() : body_end].strip()
-        given = _split(body.removesuffix("</parameter>"), LOOSE, self._has(name)) if body else []
+        given = self._split(body.removesuffix("</parameter>"), LOOSE, name) if body else []
         problem = ""
         if not name:
             problem = "the name of the tool is missing"
@@ -120,13 +120,27 @@ class Functions(Tagged):
         known = properties(root, root)
         part.calls.append((name, {key: value_of(text, known.get(key), root) for key, text in given}))
 
-    def _has(self, name: str) -> Callable[[str], bool]:
-        """Whether a tool may have a parameter of some name. An unknown tool, or an open schema, may have any."""
-        schema = self.schemas.get(name) or {}
-        known = properties(schema, schema)
-        if not known or schema.get("additionalProperties") or schema.get("patternProperties"):
-            return lambda key: True
-        return known.__contains__
+    def _split(self, body: str, layout: Layout, name: str) -> list[tuple[str, str]] | None:
+        """Each parameter's name and text, or None where a body does not begin with a parameter. `body` ends before the
+        closing tag of the last. One line break after an opening and before a closing tag is the layout's."""
+        opening = layout.opening.match(body)
+        if not opening:
+            return None
+        root = self.schemas.get(name) or {}
+        known = properties(root, root)
+        closed = known and not root.get("additionalProperties") and not root.get("patternProperties")
+        tags = [opening]
+        for tag in layout.boundary.finditer(body, opening.end()):
+            current = tags[-1].group(1).strip()
+            unknown = closed and tag.group(1).strip() not in known
+            if unknown and allows(known.get(current), body[tags[-1].end() : tag.end()], root):
+                continue  # it is no parameter of the tool, and the one before may hold any text
+            tags.append(tag)
+        ends = [*(tag.start() for tag in tags[1:]), len(body)]
+        texts = [body[tag.end() : end].removesuffix("\n") for tag, end in zip(tags, ends)]
+        if layout is LOOSE:
+            texts = [text.removeprefix("\n") for text in texts]
+        return [(tag.group(1).strip(), text) for tag, text in zip(tags, texts)]
 
 
 def _end(text: str, at: int, layout: Layout) -> re.Match[str] | None:
@@ -155,20 +169,6 @@ def _loose_end(text: str, at: int) -> tuple[int, int]:
     if (closing := body.rfind(CLOSE)) >= 0:
         limit, body = at + closing + len(CLOSE), body[:closing].rstrip()
     return at + len(body.removesuffix("</function>")), limit
-
-
-def _split(body: str, layout: Layout, has: Callable[[str], bool]) -> list[tuple[str, str]] | None:
-    """Each parameter's name and text, or None where a body does not begin with a parameter. `body` ends before the
-    closing tag of the last. One line break after an opening and before a closing tag is the layout's."""
-    opening = layout.opening.match(body)
-    if not opening:
-        return None
-    tags = [opening, *(tag for tag in layout.boundary.finditer(body, opening.end()) if has(tag.group(1).strip()))]
-    ends = [*(tag.start() for tag in tags[1:]), len(body)]
-    texts = [body[tag.end() : end].removesuffix("\n") for tag, end in zip(tags, ends)]
-    if layout is LOOSE:
-        texts = [text.removeprefix("\n") for text in texts]
-    return [(tag.group(1).strip(), text) for tag, text in zip(tags, texts)]
 
 
 def _is_torn(text: str) -> bool:

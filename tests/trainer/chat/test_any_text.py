@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.properties import examples
 from tests.trainer.chat import fuzz
-from tests.trainer.chat.test_chatml import call, parse, said
+from tests.trainer.chat.test_chatml import USER, call, parse, said
 from trainer.chat.functions import value_of
 from trainer.chat.literals import MAX_DEPTH, read_whole
 from trainer.data import Message, Task
@@ -150,6 +150,23 @@ def test_what_cannot_be_read_says_so(name: str, text: str, problem: str) -> None
     message, found = parse(renderer(name), text)
     assert problem in found and found.startswith("malformed tool call: ")
     assert message == {"role": "assistant", "content": text}
+
+
+def test_an_invented_parameter_is_no_part_of_a_value_that_is_not_free_text() -> None:
+    r = renderer(FUNCTIONS)
+
+    def show(parameters: Any) -> None:
+        r.prompt([USER], [{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+    schema = {"properties": {"size": {"type": "integer"}, "how": {"enum": ["a", "b"]}, "text": {"type": "string"}}}
+    for key, value, read in (("size", "1", 1), ("how", "a", "a")):
+        show(schema)
+        message, problem = parse(r, function((key, value), ("invented", "c"), name="f"))
+        assert (said(message), problem) == ([("f", {key: read, "invented": "c"})], "")
+    opened = {**schema, "additionalProperties": {"type": "string"}}
+    show(opened)
+    message, _ = parse(r, function(("text", "a"), ("invented", "c"), name="f"))
+    assert said(message) == [("f", {"text": "a", "invented": "c"})]
 
 
 @every_renderer

@@ -34,7 +34,7 @@ PYTHON = ("", "python", "python3", "py")  # what an opening fence may name
 # A fence opens a block where it begins a line, whatever it names, so that every closing fence is known for one; and, as
 # in the benchmark's own agent, "```python" at the end of a line. A fence of as many backticks, or more, closes the
 # block where it begins or ends a line. Inside a string or a comment of the code it is part of that: Python's grammar
-# says where a string ends. Only where no other fence closes the block, one in a string or a comment does.
+# says where a string ends. Only where no other fence closes the block, one in a comment does.
 OPENING = re.compile(r"(?:^[ \t]*(`{3,})([^`\n]*)|(`{3,})(python)[ \t]*\r?)\n", re.MULTILINE | re.IGNORECASE)
 STRING = (
     r"'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"
@@ -45,12 +45,12 @@ STRING = (
 
 
 @functools.cache
-def _closing(ticks: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What closes a block whose fence has `ticks` backticks; and that, or a string or a comment of the code."""
-    fence = rf"^[ \t]*`{{{ticks},}}[^\n]*|`{{{ticks},}}[ \t]*\r?$"
-    flags = re.MULTILINE | re.DOTALL
+def _closings(ticks: int, python: bool) -> list[re.Pattern[str]]:
+    """What closes a block whose fence has `ticks` backticks, best first, beside what to skip on the way there."""
+    fence = rf"(?P<fence>^[ \t]*`{{{ticks},}}[^\n]*|`{{{ticks},}}[ \t]*\r?$)"
     comment = rf"#(?![^\n]*[^\s#`]`{{{ticks},}}[ \t]*\r?$)[^\n]*"  # "# done```" closes, "# ```" does not
-    return re.compile(fence, flags), re.compile(rf"(?P<fence>{fence})|{comment}|{STRING}", flags)
+    ways = [f"{fence}|{comment}|{STRING}", f"{fence}|{STRING}"] if python else [fence]
+    return [re.compile(way, re.MULTILINE | re.DOTALL) for way in ways]
 
 
 def first_messages(task: Task) -> list[Message]:
@@ -74,11 +74,9 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     at = 0
     while opening := OPENING.search(text, at):
         name = (opening[2] or opening[4] or "").strip().lower()
-        any_fence, outside_strings = _closing(len(opening[1] or opening[3]))
-        found = None
-        if name in PYTHON:
-            found = next((m for m in outside_strings.finditer(text, opening.end()) if m["fence"] is not None), None)
-        found = found or any_fence.search(text, opening.end())
+        closings = _closings(len(opening[1] or opening[3]), name in PYTHON)
+        fences = (m for closing in closings for m in closing.finditer(text, opening.end()) if m["fence"] is not None)
+        found = next(fences, None)
         end, at = found.span() if found else (len(text), len(text))
         yield name, text[opening.end() : end]
 
