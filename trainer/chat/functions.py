@@ -44,6 +44,7 @@ class Layout:
     boundary: re.Pattern[str]  # between two parameters
     end: re.Pattern[str]  # of the last parameter, if any, and the function, with </tool_call> or before another
     another: re.Pattern[str]  # the beginning of a further call
+    follows: re.Pattern[str]  # what stands behind the end of a call: nothing, or another
 
 
 def _layout(gap: str, before: str, after: str) -> Layout:
@@ -54,13 +55,13 @@ def _layout(gap: str, before: str, after: str) -> Layout:
         opening=re.compile(rf"<parameter=([^>\n]*)>{after}"),
         boundary=re.compile(rf"{closed}<parameter=([^>\n]*)>{after}"),
         end=re.compile(rf"({closed})?(</function>)(?:{gap}</tool_call>|(?={gap}<function=))"),
-        another=re.compile(rf"{gap}<tool_call>{gap}<function="),
+        another=re.compile(rf"{before}<tool_call>{gap}<function="),
+        follows=re.compile(rf"\s*\Z|{gap}<tool_call>{gap}<function="),
     )
 
 
 EXACT = _layout(gap=r"\n", before=r"(?<=\n)", after=r"\n")
 LOOSE = _layout(gap=r"\s*", before="", after="")
-BLANK = re.compile(r"\s*\Z")
 
 
 class Functions(Tagged):
@@ -147,13 +148,15 @@ def _end(text: str, at: int, layout: Layout) -> re.Match[str] | None:
     """The end of the function whose parameters begin at `at`: the first after which nothing, another function or
     another call stands; where words follow instead, the last before another call."""
     last = None
+    if text.find("</function>", at) < 0:  # quick, for a text that opens calls without end
+        return None
     for end in layout.end.finditer(text, at):
         if end.group(1) is None and end.start() != at:
             continue  # it closes no parameter, so it is part of a value
         if last and layout.another.search(text, last.end(), end.start()):
             return last
         shared = not end.group().endswith(CLOSE)
-        if shared or BLANK.match(text, end.end()) or layout.another.match(text, end.end()):
+        if shared or layout.follows.match(text, end.end()):
             return end
         last = end
     return last

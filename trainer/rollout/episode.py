@@ -12,13 +12,14 @@ import json
 import logging
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.data import Completion, Message, Outcome, Rollout, Sampling, Task, TokenClass, Tool
 from trainer.errors import EnvironmentBroken, EnvironmentBug, PolicyCrashed, PromptTooLong, RolloutBug
 from trainer.protocols import Engine, Environment, Renderer, Suite
-from trainer.text import encodable_data
+from trainer.rollout.rewards import Grading
+from trainer.text import encodable, encodable_data
 
 if TYPE_CHECKING:
     from trainer.config import EnvConfig
@@ -38,6 +39,7 @@ class RolloutSetup:
     sampling: Sampling
     env: EnvConfig
     max_length: int  # tokens of prompt and response
+    grading: Grading = field(default_factory=Grading)
 
 
 async def play_episode(setup: RolloutSetup, task: Task, rollout: Rollout | None = None) -> Rollout:
@@ -45,7 +47,7 @@ async def play_episode(setup: RolloutSetup, task: Task, rollout: Rollout | None 
 
     Raises:
         RolloutBug: our own code failed on what was said; `rollout` tells how far it came.
-        EnvironmentBroken: the environment failed, or a call to it took longer than `env.timeout`.
+        EnvironmentBroken: the environment or a reward function failed, or took longer than `env.timeout`.
         PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
     """
     environment = None
@@ -95,7 +97,13 @@ class _Guarded:
         return await self._guard("step", self._json_of(self._environment.step(message)))
 
     async def outcome(self) -> Outcome:
-        return await self._guard("outcome", self._environment.outcome())
+        return await self._guard("outcome", self._judged(self._environment.outcome()))
+
+    @staticmethod
+    async def _judged(call: Awaitable[Outcome]) -> Outcome:
+        outcome = await call
+        success = None if outcome.success is None else bool(outcome.success)  # NumPy's are no JSON
+        return replace(outcome, success=success, reason=encodable(str(outcome.reason)))
 
     @staticmethod
     async def _json_of(call: Awaitable[tuple[list[Message], T]]) -> tuple[list[Message], T]:
@@ -123,6 +131,7 @@ class _Episode:
     setup: RolloutSetup
     environment: _Guarded
     max_length: int  # tokens of prompt and response; `env.max_response_tokens` may lower it
+    crash: PolicyCrashed | None = None
 
     async def play(self, rollout: Rollout) -> Rollout:
         task = rollout.task
@@ -139,9 +148,11 @@ class _Episode:
         for turn in range(self.setup.env.max_turns):
             if await self._turn(rollout, turn):
                 break
-        if rollout.stop != "crashed":  # then there is nothing left to ask, and the reward stays 0
+        if self.crash is None:
             outcome = await self.environment.outcome()
-            rollout.reward, rollout.details = outcome.reward, outcome.details
+        else:  # there is nothing left to ask
+            outcome = Outcome(self.crash.reward, success=False, reason="crashed")
+        await self.setup.grading.grade(rollout, outcome, self.setup.env.timeout)
         return rollout
 
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
@@ -164,8 +175,8 @@ class _Episode:
             with _own_code("acting on a turn"):
                 observed, done = await self._observe(message, problem, rollout.tools)
         except PolicyCrashed as crash:
-            rollout.messages.append({"role": "user", "content": str(crash)})
-            rollout.stop = "crashed"
+            rollout.messages.append({"role": "user", "content": encodable(str(crash))})
+            rollout.stop, self.crash = "crashed", crash
             return True
         rollout.messages += observed
         if done:
