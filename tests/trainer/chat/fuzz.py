@@ -280,11 +280,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     started, total = time.perf_counter(), Result()
-    size = max(1, min(5_000, -(-options.texts // options.workers)))
+    size = max(1, min(1_000, -(-options.texts // options.workers)))
     parts = [(min(size, options.texts - at), options.seed, at) for at in range(0, options.texts, size)]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for part in pool.imap_unordered(_run, parts):
             total.add(part)
+            print(
+                f"{total.texts} texts, {len(total.exceptions)} exceptions, {len(total.differences)} differences",
+                flush=True,
+            )
     seconds = time.perf_counter() - started
     for line in [*total.exceptions, *total.differences][:20]:
         print(line)
