@@ -39,7 +39,9 @@ def nearest(value: str, options: Sequence[str]) -> str | None:
         least = min(distances[option] for option in close)
         close = [option for option in close if distances[option] == least]
     else:
-        close = [o for o in options if min(len(plain), len(_plain(o))) >= 4 and (_plain(o) in plain or plain in _plain(o))]
+        close = [
+            o for o in options if min(len(plain), len(_plain(o))) >= 4 and (_plain(o) in plain or plain in _plain(o))
+        ]
     return close[0] if len(close) == 1 else None
 
 

@@ -40,7 +40,11 @@ LOSSES_ELSEWHERE = {
         ("a loss", "TRL", "gmpo a2po tpo sdpo dpo ipo kto bco cpo simpo alphapo orpo online_dpo nash_md xpo sft"),
         ("a loss", "verl", "geo_mean gpg clip_cov kl_cov dppo_tv dppo_kl dro bypass_mode"),
         ("a loss", "prime-rl or SkyRL", "icepop aipo opd dual_clip cross_entropy"),
-        ("a loss", "the literature", "bapo dcpo dppo dgpo dspo papo vapo gvpo gtpo gfpo srpo cppo fipo apo gpo spo ppg trpo"),
+        (
+            "a loss",
+            "the literature",
+            "bapo dcpo dppo dgpo dspo papo vapo gvpo gtpo gfpo srpo cppo fipo apo gpo spo ppg trpo",
+        ),
         ("an advantage estimator", "verl", "gae remax opo gdpo grpo_passk grpo_vectorized rloo_vectorized"),
         ("an advantage estimator", "verl", "optimal_token_baseline tir_optimal_token_baseline"),
         ("an advantage estimator", "verl and OpenRLHF", "reinforce reinforce_baseline reinforce_plus_plus group_norm"),

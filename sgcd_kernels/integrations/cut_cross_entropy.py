@@ -209,7 +209,9 @@ def _shifted(e: Tensor, targets: Tensor, shift: bool | int) -> tuple[Tensor, Ten
     check_tensor("e", e)
     check_tensor("targets", targets)
     if e.dim() < 2 or e.shape[:-1] != targets.shape:
-        raise ValueError(f"targets has shape {list(targets.shape)}, needs {list(e.shape[:-1])} to fit e {list(e.shape)}")
+        raise ValueError(
+            f"targets has shape {list(targets.shape)}, needs {list(e.shape[:-1])} to fit e {list(e.shape)}"
+        )
     steps = int(shift) if isinstance(shift, bool) else shift
     check_int("shift", steps, 0, max(targets.shape[-1] - 1, 0))
     columns = targets.shape[-1] - steps
