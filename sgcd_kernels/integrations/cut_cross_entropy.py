@@ -107,8 +107,8 @@ def linear_cross_entropy(
       `targets` minus n columns; ignored tokens give 0. The mean over no tokens is NaN, as PyTorch's.
     - `return_lse`: (loss, log-sum-exp per token), the second shaped as the loss with reduction "none", 0 where
       ignored, and differentiable.
-    - `filter_eps`, `filter_e_grad`, `filter_c_grad`, `accum_e_fp32`, `accum_c_fp32` are accepted and ignored. They trade
-      accuracy for speed in the original's kernels; here no gradient is dropped.
+    - `filter_eps`, `filter_e_grad`, `filter_c_grad`, `accum_e_fp32`, `accum_c_fp32` are accepted and ignored.
+      They trade accuracy for speed in the original's kernels; here no gradient is dropped.
     - `impl`: a backend of this library. The original's names (strings or enum members) mean "auto".
     - `vocab_parallel_options`: `c` and `bias` are the rows [start, stop) of a head that the group's ranks hold in rank
       order; targets are global vocab ids. The gradient of `e` is summed over the ranks.

@@ -10,7 +10,6 @@ from transformers import ProcessorMixin
 from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.integrations.trl.config import SGCDConfig
 
-
 # The ways on, for whoever took SGCDTrainer for GRPOTrainer.
 PLAIN = "SGCDConfig(gamma=0.0) trains without credit, as GRPOTrainer does"
 
@@ -46,8 +45,8 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any, process
     columns = getattr(dataset, "column_names", None)  # None for a stream with unknown columns
     if columns is not None and column not in columns:
         raise ValueError(
-            f"train_dataset has no column {column!r} (it has {', '.join(columns)}), from which the teacher would read: add "
-            f"it, or name another as reference_column, or give SGCDTrainer a reference_func; {PLAIN}"
+            f"train_dataset has no column {column!r} (it has {', '.join(columns)}), which the teacher reads: add it, "
+            f"or name another as reference_column, or give SGCDTrainer a reference_func; {PLAIN}"
         )
 
 
@@ -81,8 +80,8 @@ def check_processor(processor: Any) -> None:
     """Raises ValueError for a processor of images or sound, which only a trainer without credit may have."""
     if isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"processing_class is a {type(processor).__name__}, needs a tokenizer for credit: teacher prompts are text; "
-            f"{PLAIN}"
+            f"processing_class is a {type(processor).__name__}, needs a tokenizer for credit: "
+            f"teacher prompts are text; {PLAIN}"
         )
 
 

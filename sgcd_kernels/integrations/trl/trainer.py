@@ -36,8 +36,8 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
     """trl.GRPOTrainer with per-token advantages, weighted by the divergence from a teacher that reads a reference.
 
     Args:
-        model, reward_funcs, args, train_dataset, ...: as GRPOTrainer's, in its order; `args` an `SGCDConfig`, by default
-            one with credit (gamma 1), which needs a reference.
+        model, reward_funcs, args, train_dataset, ...: as GRPOTrainer's, in its order; `args` an `SGCDConfig`, whose
+            default has credit (gamma 1) and so needs a reference.
         reference_func: called with each group's `Siblings`, returns its reference: a text, the teacher's whole prompt
             as messages, or None. May be `async def`; then all groups of a batch are awaited together. Without it each
             row's reference comes from the column `args.reference_column`.

@@ -143,7 +143,7 @@ MISTAKES = {
     "writer: {nmae: none}": r"did you mean 'writer.name'\?",
     "qqqq: 1": "unknown key 'qqqq'; did you mean",
     "loss_type: gpro": r"loss_type: got 'gpro', needs .*; did you mean 'grpo'\?$",
-    "loss_type: sapo": r"loss_type: got 'sapo', needs .*; 'sapo' is a loss of TRL, Liger and verl that this library does",
+    "loss_type: sapo": r"loss_type: got 'sapo', needs .*; 'sapo' is a loss of TRL, Liger and verl",
     "engine: {name: vlm}": r"engine.name: got 'vlm', needs .*; did you mean 'vllm'\?",
     "credit: {rule: sgdc}": r"credit.rule: got 'sgdc', needs .*; did you mean 'sgcd'\?",
     "credit: {rule: 3}": r"credit.rule: got 3, needs 'sgcd'.* or 'none'$",
