@@ -29,8 +29,8 @@ def nearest(value: str, options: Sequence[str]) -> str | None:
 
     Case, '_', '-' and spaces do not count. One edit is allowed, or two from 8 letters on: a letter left out, added or
     replaced, or two neighbours swapped. In names of up to 5 letters the first letter is not replaced: 'fapo' and
-    'dapo' are two algorithms, and so are most names of that kind. Beyond that, an option that contains the value, or
-    is contained in it, if it has 4 letters at least ('pytorch' is 'torch', 'forward' is 'forward_kl').
+    'dapo' are two algorithms, and so are most names of that kind. Else the option that begins with the
+    value, if that has 3 letters at least ('forward' is 'forward_kl').
     """
     plain = _plain(value)
     distances = {option: _edits(plain, _plain(option)) for option in options}
@@ -39,9 +39,7 @@ def nearest(value: str, options: Sequence[str]) -> str | None:
         least = min(distances[option] for option in close)
         close = [option for option in close if distances[option] == least]
     else:
-        close = [
-            o for o in options if min(len(plain), len(_plain(o))) >= 4 and (_plain(o) in plain or plain in _plain(o))
-        ]
+        close = [option for option in options if len(plain) >= 3 and _plain(option).startswith(plain)]
     return close[0] if len(close) == 1 else None
 
 

@@ -129,12 +129,20 @@ class _LigerLoss(nn.Module):
             "epsilon_high": self.epsilon[1],
             "beta": self.beta if ref_logp is not None else 0.0,
             "ref_logp": ref_logp,
-            "importance_weights": None if vllm_is_ratio is None else _per_token(vllm_is_ratio, ids.shape),
+            "importance_weights": None if vllm_is_ratio is None else self._importance(vllm_is_ratio, mask),
             "temperature": self.temperature,
             "bias": bias,
             "num_items_in_batch": self._divisor(mask, num_items_in_batch),
             "impl": self.impl,
         }
+
+    def _importance(self, ratio: Tensor, mask: Tensor) -> Tensor:  # [B, T]
+        """At the level of sequences the mean of each: all tokens' gradients go through one ratio, as in Liger."""
+        weights = _per_token(ratio, mask.shape)
+        if self.loss_type != "gspo":
+            return weights
+        total = weights.masked_fill(mask == 0, 0.0).sum(dim=1, keepdim=True)
+        return (total / (mask != 0).sum(dim=1, keepdim=True).clamp(min=1)).expand(mask.shape)
 
     @torch.no_grad()
     def _reference(self, ids: Tensor, states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:

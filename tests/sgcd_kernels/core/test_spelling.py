@@ -70,7 +70,7 @@ def test_every_name_of_the_installed_peers_is_known() -> None:
     assert {str(getattr(name, "value", name)) for name in core_algos.ADV_ESTIMATOR_REGISTRY} <= known
 
 
-@pytest.mark.parametrize("name", ["zapo", "xyz", "", "avg", "grpo2dapo", "a", "loss"])
+@pytest.mark.parametrize("name", ["zapo", "xyz", "", "avg", "grpo2dapo", "a", "loss", "grpo_sapo"])
 def test_what_resembles_nothing_gets_no_suggestion(name: str) -> None:
     assert explain_choice(name, LOSS_TYPES) == ""
 

@@ -65,6 +65,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "importance weights": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([[0.5], [1.0], [2.0]])}),
     "importance weights [B]": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([0.5, 1.0, 2.0])}),
     "importance weights [B, T]": (NO_REFERENCE, {"vllm_is_ratio": torch.linspace(0.5, 2, B * T).view(B, T)}),
+    "gspo, importance weights [B, T]": (
+        NO_REFERENCE | {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"vllm_is_ratio": torch.linspace(0.5, 2, B * T).view(B, T)},
+    ),
+    "a sequence without loss tokens": (
+        NO_REFERENCE | {"loss_type": "grpo"},
+        {"attention_mask": torch.tensor([[1.0] * T, [0.0] * T, [1.0] * T])},
+    ),
     "items": (NO_REFERENCE, {"num_items_in_batch": 40}),
 }
 
