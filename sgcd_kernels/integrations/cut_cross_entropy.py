@@ -83,7 +83,7 @@ def linear_cross_entropy(
     return_lse: Literal[True],
     **others: Any,
 ) -> tuple[Tensor, Tensor]: ...
-def linear_cross_entropy(
+def linear_cross_entropy(  # type: ignore[misc]  # the overloads spell only what the result depends on
     e: Tensor,  # [..., H]
     c: Tensor,  # [V, H], or this rank's rows
     targets: Tensor,  # [...]
@@ -124,9 +124,7 @@ def linear_cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     _check_filter(filter_eps)
-    if bias is not None and not isinstance(bias, Tensor):
-        hint = "; the fourth argument has been bias since cut-cross-entropy 25.6: give ignore_index by name"
-        raise ValueError(f"bias is {bias!r}, needs a tensor or None{hint if isinstance(bias, int) else ''}")
+    _check_bias(bias)
     e, targets = _shifted(e, targets, shift)
     stats = linear_logprob(
         e.reshape(-1, e.shape[-1]),
@@ -191,7 +189,13 @@ class LinearCrossEntropy(nn.Module):
         return result
 
 
-def _check_filter(filter_eps: float | str | None) -> None:
+def _check_bias(bias: object) -> None:
+    if bias is not None and not isinstance(bias, Tensor):
+        hint = "; the fourth argument has been bias since cut-cross-entropy 25.6: give ignore_index by name"
+        raise ValueError(f"bias is {bias!r}, needs a tensor or None{hint if isinstance(bias, int) else ''}")
+
+
+def _check_filter(filter_eps: object) -> None:
     if isinstance(filter_eps, str):
         check_choice("filter_eps", filter_eps, FILTERS)
     elif filter_eps is not None and not isinstance(filter_eps, Real):
