@@ -62,12 +62,12 @@ async def evaluate(
     generator = getattr(engine, "generator", None)  # a server has none
     with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
+        refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
     if too_long := sample.too_long:
         log.warning("%d of %d tasks are left out, being too long: %s", len(too_long), len(tasks), too_long[0])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
     bugs = [bug for group in groups for bug in group.bugs]
     figures["errored"] = float(sum(group.broken for group in groups))

@@ -156,14 +156,16 @@ def dump(config: Config) -> dict[str, Any]:
 def claim(config: Config) -> None:
     """Write the config into its output directory, or refuse when another run lives there."""
     refuse_another(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     files.write(config.output_dir / RESOLVED, yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
 
 
 def refuse_another(config: Config) -> None:
     """A `UserError` when the output directory holds a run whose steps another config made."""
     run_dir = config.output_dir
-    records = [run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step_*")]
-    begun = any(record.exists() and record.stat().st_size for record in records)
+    metrics = run_dir / "metrics.jsonl"
+    checkpoints = [name for name in files.names(run_dir / "checkpoints") if name.startswith("step_")]
+    begun = bool(checkpoints) or (metrics.exists() and metrics.stat().st_size > 0)
     if not begun or not (run_dir / RESOLVED).exists():  # a run that failed before its first step is no run
         return
     refuse_difference(config, _read_resolved(run_dir), str(run_dir))

@@ -152,7 +152,7 @@ class _Wandb:
         remembered = output_dir / "wandb_id.txt"
         run_id = remembered.read_text().strip() if remembered.exists() and start_step else wandb.util.generate_id()
         self._run = wandb.init(project="sgcd", id=run_id, resume="allow", dir=str(output_dir), config=dict(config))
-        remembered.write_text(run_id)
+        files.write(remembered, run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

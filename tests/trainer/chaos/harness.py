@@ -41,6 +41,9 @@ class Fault:
     kinds: int = CHANGES
 
 
+NONE = Fault()
+
+
 @dataclass
 class Ended:
     """How commands ended: the exit code of the last one, -N after signal N, and what they said."""
@@ -66,21 +69,8 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
         library = root / "faults.so"
-        subprocess.run(
-            [
-                "cc",
-                "-shared",
-                "-fPIC",
-                "-O1",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                str(HERE / "faults.c"),
-                "-o",
-                str(library),
-            ],
-            check=True,
-        )
+        build = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
+        subprocess.run([*build, str(HERE / "faults.c")], check=True)
         toy.model("llama").save_pretrained(root / "model")
         toy.tokenizer().save_pretrained(root / "model")
         self.source = root / "chaos.yaml"
@@ -103,7 +93,7 @@ class Runs:
         self._process.communicate()
 
     def train(
-        self, run: Path, fault: Fault = Fault(), *, times: int = 1, writer_fails_at: int = 0, more: Sequence[str] = ()
+        self, run: Path, fault: Fault = NONE, *, times: int = 1, writer_fails_at: int = 0, more: Sequence[str] = ()
     ) -> Ended:
         """Give the train command `times` times in one process."""
         command = ["train", str(self.source), "--output_dir", str(run), *more]
@@ -137,9 +127,7 @@ def left(run: Path) -> dict[str, Any]:
         for path in (run / "rollouts").iterdir()
     }
     return {
-        "checkpoints": sorted(
-            path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("damaged-")
-        ),
+        "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith("damaged-")),
         "weights": (newest / "model.safetensors").read_bytes(),
         "moments": moments,
         "order": state["extra"]["order"],
