@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sgcd_kernels.core.validation import check_choice
+from sgcd_kernels.core.validation import check_choice, check_int, check_tensor
 from sgcd_kernels.ops.logprob import linear_logprob
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,7 +39,9 @@ def linear_cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if shift:
-        if targets.dim() != 2 or not 0 < int(shift) < targets.shape[1]:
+        check_tensor("targets", targets)
+        check_int("shift", int(shift) if isinstance(shift, bool) else shift)
+        if targets.dim() != 2 or not 0 < shift < targets.shape[1]:
             raise ValueError(f"shift is {shift}, needs [B, T] targets with T above it, got {list(targets.shape)}")
         e, targets = e[:, : -int(shift)], targets[:, int(shift) :]
     loss = -linear_logprob(e, c, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl).logp
