@@ -45,6 +45,7 @@ from sgcd_kernels.core.validation import PLAIN_TENSORS
 
 NAMESPACE = "sgcd_kernels"
 Number = float | Tensor | None
+_NONE, _LOWEST = -math.inf, torch.finfo(torch.float64).min
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # torch forgets what is dropped
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -176,10 +177,14 @@ class _Op:
 
 
 def _packed(numbers: list[Number]) -> tuple[list[float], Tensor | None]:
-    """(numbers, traced_numbers) of an op. NaN, which no number of an op may be, stands for None."""
+    """(numbers, traced_numbers) of an op. `_NONE` stands for None: what is read from a tensor is above it."""
     if torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not _can_be_read(x) for x in numbers):
         return [], torch.stack([as_number_tensor(x) for x in numbers]) if numbers else None
-    return [math.nan if x is None else float(x) for x in numbers], None
+    return [_NONE if x is None else _read(x) for x in numbers], None
+
+
+def _read(number: float | Tensor) -> float:
+    return max(float(number.detach() if isinstance(number, Tensor) else number), _LOWEST)  # a NaN stays
 
 
 def _can_be_read(x: Tensor) -> bool:
@@ -193,8 +198,10 @@ def as_number_tensor(number: Number) -> Tensor:
     PyTorch turns a product with a float into one of tensors; the float of `torch.full` or `torch.tensor` is a constant.
     """
     if isinstance(number, Tensor):
-        return number.detach().reshape(()).to("cpu", torch.float64)
-    return torch.ones((), dtype=torch.float64, device="cpu") * (math.nan if number is None else number)
+        if number.is_meta:  # a number of results without values
+            return torch.ones((), dtype=torch.float64, device="cpu")
+        return number.detach().reshape(()).to("cpu", torch.float64).clamp(min=_LOWEST)
+    return torch.ones((), dtype=torch.float64, device="cpu") * (_NONE if number is None else number)
 
 
 class _WithoutDerivative(Function):
@@ -273,7 +280,7 @@ class _Number(_Codec):
 
     def join(self, flat: Iterator[Any], numbers: Iterator[Any]) -> Any:
         number = next(numbers)
-        return None if isinstance(number, float) and number != number else number
+        return None if isinstance(number, float) and number == _NONE else number
 
 
 class _NumberOrTensor(_Number):

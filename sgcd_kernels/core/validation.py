@@ -174,7 +174,7 @@ def check_hidden(name: str, hidden: Tensor) -> torch.Size:
 
 
 def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "", hidden_name: str = "hidden") -> torch.Size:
-    """Check hidden states and their head; return the leading shape. `checked_temperature` checks a tensor's values."""
+    """Check hidden states and their head; return the leading shape. `checked_head` checks a tensor's values."""
     hidden_name, weight_name, bias_name = f"{prefix}{hidden_name}", f"{prefix}weight", f"{prefix}bias"
     leading = check_hidden(hidden_name, hidden)
     check_weight(weight_name, head.weight, hidden_name, hidden)
@@ -258,9 +258,11 @@ def check_per_token_or_sequence(
     check_beside(name, value, *like)
 
 
-def checked_temperature(head: LMHead) -> LMHead:
-    """Refuse temperatures outside [SMALLEST, LARGEST]; return those per token flat."""
+def checked_head(head: LMHead) -> LMHead:
+    """Refuse temperatures and a softcap outside [SMALLEST, LARGEST]; return temperatures per token flat."""
     temperature = head.temperature
+    if head.softcap is not None:
+        check_float("softcap", head.softcap, SMALLEST)
     if not isinstance(temperature, Tensor):
         check_float("temperature", temperature, SMALLEST)
         return head
@@ -292,7 +294,7 @@ def project_targets(
 ) -> tuple[Projection, Tensor]:
     """(the head on the tokens that are neither ignored nor masked, their targets [n]), values checked."""
     flat = checked_targets(targets, head, ignore_index, mask)
-    x = Projection.of(hidden, checked_temperature(head)).on(flat != ignore_index)
+    x = Projection.of(hidden, checked_head(head)).on(flat != ignore_index)
     return x, x.gather(flat)
 
 

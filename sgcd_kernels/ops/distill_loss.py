@@ -20,7 +20,7 @@ from sgcd_kernels.core.validation import (
     check_choice,
     check_pair,
     check_per_token,
-    checked_temperature,
+    checked_head,
 )
 from sgcd_kernels.ops.divergence import teacher_head
 
@@ -97,10 +97,10 @@ class _Inputs(NamedTuple):
     mask: Tensor | None
 
     def projections(self) -> tuple[Projection, Projection]:
-        student = Projection.of(self.hidden, checked_temperature(self.head))
+        student = Projection.of(self.hidden, checked_head(self.head))
         if self.mask is not None:
             student = student.on(self.mask.reshape(-1) != 0)
-        return student, Projection.of(self.teacher_hidden, checked_temperature(self.teacher), student.rows)
+        return student, Projection.of(self.teacher_hidden, checked_head(self.teacher), student.rows)
 
     def stats_dtype(self) -> torch.dtype:
         return stats_dtype(self.hidden, self.head.weight, self.teacher_hidden, self.teacher.weight)

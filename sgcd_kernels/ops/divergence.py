@@ -22,7 +22,7 @@ from sgcd_kernels.core.validation import (
     check_pair,
     check_targets,
     check_tensor,
-    checked_temperature,
+    checked_head,
     project_targets,
     shown,
 )
@@ -168,7 +168,7 @@ def divergence_op(
 ) -> DivergenceStats:
     check_beta(options.beta, "jsd" in options.features)
     student, y = project_targets(student_hidden, head, targets, ignore_index)
-    other = Projection.of(teacher_hidden, checked_temperature(teacher), student.rows)
+    other = Projection.of(teacher_hidden, checked_head(teacher), student.rows)
     if head.group is not None and options.top_k is not None:
         check_int("top_k", options.top_k, 1, shard_range(head)[1])
     second_pass = bool(options.features) or options.top_k is not None

@@ -159,7 +159,7 @@ CASES = {
     "optional mixed tensor": PLAIN._replace(optional_mixed=torch.rand(2), names=("jsd",)),
     "0-dimensional": PLAIN._replace(tensor=torch.tensor(2.0)),
     "empty tensors": PLAIN._replace(optional=torch.zeros(0), tensor=torch.zeros(0, 4), name=""),
-    "infinite": PLAIN._replace(number=float("inf"), optional_mixed=float("-inf")),
+    "infinite": PLAIN._replace(number=float("inf"), optional_mixed=float("inf")),
 }
 
 
@@ -181,6 +181,14 @@ def test_a_tensor_of_one_element_is_read_where_a_float_is_meant() -> None:
     inner = Inner(torch.ones(2), scale=half, factor=one)  # type: ignore[arg-type]
     double_op(PLAIN._replace(inner=inner, mixed=half, optional_number=half), None)  # type: ignore[arg-type]
     assert same(received[0], PLAIN._replace(inner=Inner(torch.ones(2), scale=0.5), mixed=0.5, optional_number=0.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e308])
+def test_no_value_of_a_tensor_is_taken_for_none(value: float) -> None:
+    double_op(PLAIN._replace(optional_number=torch.tensor(value, dtype=torch.float64)), None)  # type: ignore[arg-type]
+    assert str(received[0].optional_number) == str(value)
+    double_op(PLAIN._replace(optional_number=torch.tensor(float("-inf"))), None)  # type: ignore[arg-type]
+    assert received[1].optional_number is not None and received[1].optional_number < -1e38
 
 
 def test_bodies_get_contiguous_tensors_and_rows_where_they_lie() -> None:
