@@ -46,8 +46,10 @@ class Task:
 class Outcome:
     """The verifier's verdict on a finished episode."""
 
-    reward: float  # 0.0 or 1.0
+    reward: float
     details: Mapping[str, Any] = field(default_factory=dict)  # machine labels; kept from policy and writer
+    success: bool | None = None  # None: judged from the reward, as `trainer.rollout.rewards` says
+    reason: str = ""  # why it failed, in a few words for who reads the run; kept from policy and writer
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Rollout:
     classes: list[int] = field(default_factory=list)  # TokenClass of each token; FORMAT at observed tokens
     messages: list[Message] = field(default_factory=list)  # the transcript after the prompt
     reward: float = 0.0
+    components: Mapping[str, float] = field(default_factory=dict)  # of the reward, unweighted, where it is a sum
+    success: bool | None = None  # None until it is judged
+    reason: str = ""  # of a failure
     stop: str = ""  # "answer" | "max_turns" | "length" | "context" | "env_done" | "crashed"
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,8 +106,20 @@ class Group:
 
     @property
     def mixed(self) -> bool:
-        """Some sibling succeeded and some failed."""
-        return 0 < sum(r.reward for r in self.rollouts) < len(self.rollouts)
+        """Siblings differ in reward: the group has advantages."""
+        return len({r.reward for r in self.rollouts}) > 1
+
+    @property
+    def contrasts(self) -> bool:
+        """Siblings differ, some succeeded and some failed: a reference can be written from them."""
+        return self.mixed and len({bool(r.success) for r in self.rollouts}) > 1
+
+    @property
+    def no_contrast(self) -> str:
+        """Why a mixed group gets no reference, as an error of `reference_info`; "" where it can get one."""
+        if not self.mixed or self.contrasts:
+            return ""
+        return "all_succeeded" if self.rollouts[0].success else "all_failed"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
     """Refuse a name that is not one of `options`, suggesting the nearest."""
     if isinstance(value, str) and value in options:
         return
-    near = difflib.get_close_matches(str(value), options, n=1) if isinstance(value, str) else []
+    near = difflib.get_close_matches(str(value), options, n=1) if isinstance(value, str | None) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} is {shown(value)}, needs one of {', '.join(options)}{hint}")
 

@@ -156,7 +156,8 @@ class _LigerLoss(nn.Module):
             num_items_in_batch = mask.sum()
             dist.all_reduce(num_items_in_batch)
         check_float("num_items_in_batch", num_items_in_batch, 0.0)
-        return (as_number_tensor(num_items_in_batch) / processes).clamp(min=1.0)
+        items = as_number_tensor(num_items_in_batch) / processes
+        return torch.where(items < 0, items, items.clamp(min=1.0))  # the op refuses what is negative
 
 
 def _states(name: str, states: Tensor, ids: Tensor) -> Tensor:  # [B, T, H] or [B T, H]

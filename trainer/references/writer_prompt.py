@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,6 +53,12 @@ ORDERS = re.compile(
     r"(?i)\b(?:ignore|disregard|forget|override)\b.{0,40}\b(?:instruction|rule|prompt|above|previous|prior)"
     r"|\b(?:system|developer) (?:prompt|message)\b|\byou (?:must|should|will) now\b|\bas an? (?:ai|language model)\b"
     r"|\bnew instructions?\b|\bdear (?:reader|model|assistant)\b"
+)
+# A thought as models write it, in tags, in brackets or in a channel of its own.
+THOUGHT = r"(?:\w{1,16}:)?(?:think|thinking|thought|thoughts|reasoning|analysis|reflection)"
+THOUGHT_START = re.compile(rf"(?i)\s*(?:<{THOUGHT}>|\[think\]|<\|channel\|>(?!final)|\u25c1think\u25b7)")
+THOUGHT_END = re.compile(
+    rf"(?i)</{THOUGHT}>|\[/think\]|<\|channel\|>final[^\n]{{0,80}}?<\|message\|>|\u25c1/think\u25b7"
 )
 CHAT_MARKS = re.compile(
     r"<\|[^|>]{0,40}\|>|</?(?:s|think|tool_call|tool_response|im_start|im_end|ref|user|end)>|\[/?INST\]"
@@ -119,7 +125,7 @@ def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Mes
 
     room = max_chars - len(SYSTEM) - len(task) - 256
     good, bad = select(
-        [r for r in group.rollouts if r.reward > 0], [r for r in group.rollouts if r.reward <= 0], size, room
+        [r for r in group.rollouts if r.success], [r for r in group.rollouts if not r.success], size, room
     )
     shown = [("succeeded", r) for r in good] + [("failed", r) for r in bad]
     share = max(room // len(shown) - 64, 64) if sum(size(r) for _, r in shown) > room else None
@@ -160,19 +166,47 @@ def fitted(trace: Sequence[Line], share: int | None) -> list[Line]:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read the LLM's answer; only fences and text around the object are tolerated."""
+    """Read the LLM's answer: the first object of its form after the thought, whatever stands around it.
+
+    Where there is none behind the thought, it is the last one in it: a model that does not end its thought has its
+    answer there.
+    """
     if not text.strip():
         raise Refused("empty")
     if len(text) > MAX_REPLY:
         raise Refused("too_long")
-    start, end = text.find("{"), text.rfind("}")
-    try:
-        reply = Reply.model_validate_json(text[start : end + 1]) if start >= 0 else None
-    except ValueError:
-        reply = None
+    answer = without_thought(text)
+    thinks = answer == text and THOUGHT_START.match(text)
+    reply = None if thinks else next(replies_in(answer), None)
+    if reply is None:
+        *_, reply = None, *replies_in(text)
     if reply is None:
         raise Refused("invalid_json")
     return reply
+
+
+def without_thought(text: str) -> str:
+    """What follows a model's thought; a thought that does not end, or is all there is, stays."""
+    ends = [match.end() for match in THOUGHT_END.finditer(text)]
+    rest = text[ends[-1] :] if ends else text
+    return rest if rest.strip() else text
+
+
+def replies_in(text: str) -> Iterator[Reply]:
+    """Every object in a text that has the form of a reply: after a fence, among words, inside another object."""
+    decoder, end = json.JSONDecoder(strict=False), 0  # small models write line breaks inside strings
+    for brace in re.finditer(r"\{(?=\s*\")", text):
+        if brace.start() < end:
+            continue
+        try:
+            value, after = decoder.raw_decode(text, brace.start())
+            reply = Reply.model_validate(value)
+        except ValueError:
+            continue
+        except RecursionError:  # deeper than any reference; every brace in it would take as long
+            return
+        end = after
+        yield reply
 
 
 def read_entry(entry: Mapping[str, Any] | None) -> Reply | None:

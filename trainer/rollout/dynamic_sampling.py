@@ -1,6 +1,6 @@
 """Sampling until enough groups are mixed.
 
-A group whose siblings all succeed or all fail has advantage 0 and no gradient. Dynamic sampling takes more tasks until
+A group whose siblings all have the same reward has advantage 0 and no gradient. Dynamic sampling takes more tasks until
 `groups_per_step` groups are mixed, for at most `max_resample_times` rounds; then the step trains on the mixed groups it
 has, and the metrics show it. A round is always completed, so that slow groups count as much as quick ones.
 """

@@ -10,12 +10,13 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.data import Completion, Message, Outcome, Rollout, Sampling, Task, TokenClass, Tool
 from trainer.errors import EnvironmentBroken, PolicyCrashed, PromptTooLong
 from trainer.protocols import Engine, Environment, Renderer, Suite
+from trainer.rollout.rewards import Grading
 
 if TYPE_CHECKING:
     from trainer.config import EnvConfig
@@ -35,13 +36,14 @@ class RolloutSetup:
     sampling: Sampling
     env: EnvConfig
     max_length: int  # tokens of prompt and response
+    grading: Grading = field(default_factory=Grading)
 
 
 async def play_episode(setup: RolloutSetup, task: Task) -> Rollout:
     """Play one episode. The environment is closed whatever happens.
 
     Raises:
-        EnvironmentBroken: the environment failed, or a call to it took longer than `env.timeout`.
+        EnvironmentBroken: the environment or a reward function failed, or took longer than `env.timeout`.
         PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
     """
     environment = None
@@ -107,6 +109,7 @@ class _Episode:
     setup: RolloutSetup
     environment: _Guarded
     max_length: int  # tokens of prompt and response; `env.max_response_tokens` may lower it
+    crash: PolicyCrashed | None = None
 
     async def play(self, task: Task) -> Rollout:
         messages, tools = await self.environment.reset(task)
@@ -121,9 +124,11 @@ class _Episode:
         for turn in range(self.setup.env.max_turns):
             if await self._turn(rollout, turn):
                 break
-        if rollout.stop != "crashed":  # then there is nothing left to ask, and the reward stays 0
+        if self.crash is None:
             outcome = await self.environment.outcome()
-            rollout.reward, rollout.details = outcome.reward, outcome.details
+        else:  # there is nothing left to ask
+            outcome = Outcome(self.crash.reward, success=False, reason="crashed")
+        await self.setup.grading.grade(rollout, outcome, self.setup.env.timeout)
         return rollout
 
     async def _turn(self, rollout: Rollout, turn: int) -> bool:
@@ -142,7 +147,7 @@ class _Episode:
             observed, done = await self._observe(message, problem, rollout.tools)
         except PolicyCrashed as crash:
             rollout.messages.append({"role": "user", "content": str(crash)})
-            rollout.stop = "crashed"
+            rollout.stop, self.crash = "crashed", crash
             return True
         rollout.messages += observed
         if done:

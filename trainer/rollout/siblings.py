@@ -11,6 +11,7 @@ from trainer.concurrency import run_together
 from trainer.data import Group, Rollout, Task
 from trainer.errors import EnvironmentBroken, EnvironmentLost, PromptTooLong
 from trainer.rollout.episode import RolloutSetup, play_episode
+from trainer.rollout.rewards import judge
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ async def run_group(setup: RolloutSetup, task: Task, n: int) -> Group:
         return None
 
     group.rollouts = [r for r in await run_together(run_sibling() for _ in range(n)) if r is not None]
+    judge(group.rollouts)
     return group
 
 

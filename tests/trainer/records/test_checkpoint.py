@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trainer.errors import NotFinite, UserError
-from trainer.records import checkpoint
+from trainer.records import checkpoint, checkpoint_folder, run_records
 
 
 def tiny(width: int = 16, tied: bool = True) -> Any:
@@ -109,7 +109,7 @@ def test_saving_a_step_again_always_leaves_one_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Removing gigabytes takes seconds, in which a kill must find a checkpoint."""
-    run, remove, seen = Run(), checkpoint.shutil.rmtree, list[bool]()
+    run, remove, seen = Run(), checkpoint_folder.shutil.rmtree, list[bool]()
     target = run.save(tmp_path, 1)
 
     def watched(path: Path, **options: Any) -> None:
@@ -117,7 +117,7 @@ def test_saving_a_step_again_always_leaves_one_complete_checkpoint(
             seen.append(target.is_dir())
         remove(path, **options)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", watched)
     run.save(tmp_path, 1)
     assert seen == [True]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
@@ -127,7 +127,7 @@ SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
 import torch
-from trainer.records import checkpoint
+from trainer.records import checkpoint, checkpoint_folder, run_records
 
 class Weights(torch.nn.Linear):
     def save_pretrained(self, folder, **options):
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path, name: str
     path = Run().save(tmp_path, 1)
     file = path / name
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"step_1: damaged checkpoint .* delete this folder"):
+    with pytest.raises(UserError, match=r"step_1: damaged checkpoint .* put back a whole copy"):
         Run().load(path)
 
 
@@ -214,7 +214,7 @@ def test_rewind_ends_the_records_at_the_step(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "reward": 0.5}) for step in range(13)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "rew')
 
-    assert checkpoint.rewind(tmp_path, 10) == 10
+    assert run_records.rewind(tmp_path, 10) == 10
 
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert kept == lines[:11]
@@ -234,5 +234,5 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -
 
 def test_records_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
-        checkpoint.rewind(tmp_path, 1)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a folder"):
+        run_records.rewind(tmp_path, 1)

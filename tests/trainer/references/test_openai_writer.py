@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +132,28 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.references.openai_writer.MAX_BODY", 100_000)
+    monkeypatch.setattr("trainer.references.bounded_reading.MAX_BODY", 100_000)
     made = group(*MIXED)
     with StubEndpoint(Reply(completion("x" * 3_000_000))) as stub:
         ask(stub, tmp_path, made, max_retries=0)
     assert made.reference_info["error"] == "too_long"
 
 
-@pytest.mark.parametrize("padding", [0, 50_000_000])
-def test_a_compressed_answer_is_not_unpacked(tmp_path: Path, padding: int) -> None:
-    """Not even a small one: who was asked for plain text and packs it is no endpoint to unpack for."""
-    made = group(*MIXED)
-    bomb = gzip.compress(good_reply() + b" " * padding)
-    with StubEndpoint(Reply(bomb, headers={"Content-Encoding": "gzip"})) as stub:
-        ask(stub, tmp_path, made, max_retries=0)
-        assert stub.headers[0]["accept-encoding"] == "identity"
-    assert made.reference_info["error"] == "too_long"
+@pytest.mark.parametrize("encoding", ["gzip", ""])
+def test_a_compressed_answer_is_unpacked_up_to_a_bound(encoding: str, tmp_path: Path) -> None:
+    """A proxy may compress whatever it is asked for; of 50 MB of spaces no more than 4 MiB are made."""
+    headers = {"Content-Encoding": encoding} if encoding else {}
+    small, bomb = gzip.compress(good_reply()), gzip.compress(good_reply() + b" " * 50_000_000, compresslevel=1)
+    for body, error in ((small, None), (bomb, "too_long")):
+        made = group(*MIXED)
+        with StubEndpoint(Reply(body, headers=headers)) as stub:
+            tracemalloc.start()
+            ask(stub, tmp_path / str(error), made, max_retries=0)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert stub.headers[0]["accept-encoding"] == "identity"
+        assert made.reference_info.get("error") == error
+        assert peak < 30_000_000
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import hmac
 import importlib.util
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -54,11 +55,19 @@ def load(path: str) -> Any:
     return module.World
 
 
+def seed(value: str) -> None:
+    """Every world begins from the same random state, whichever worlds were forked before it."""
+    random.seed(int(value))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(int(value))
+
+
 def main(path: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the world's modules print goes to the log
     try:
         make = load(path)
+        seed(os.environ.get("SGCD_SEED", "0"))
         gc.collect()
         gc.freeze()  # a collection in a child would copy every page that it shares with the others
         print(json.dumps({"ready": True}), file=answers)
