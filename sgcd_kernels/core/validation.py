@@ -28,7 +28,7 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Subclasses of PyTorch's that behave as plain tensors: those of its compiler, and one that waits for a collective.
 _TRANSPARENT = ("torch._subclasses.", "torch.distributed._functional_collectives")
 # Numbers and their reciprocals are far from the ends of fp32, in which the ops compute.
-SMALLEST, LARGEST = 1e-30, 1e30
+SMALLEST, LARGEST = 1e-20, 1e20
 INT64 = torch.iinfo(torch.int64)
 
 
@@ -94,14 +94,16 @@ def check_tensor(name: str, value: object) -> None:
     A DTensor's shards mean different things to FSDP and to these ops; what other subclasses, sparse and nested tensors
     mean by their memory, the ops do not know.
     """
+    kind = type(value)
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is {shown(value)} ({type(value).__name__}), needs a tensor")
+        raise ValueError(f"{name} is {shown(value)} ({kind.__name__}), needs a tensor")
+    if kind in PLAIN_TENSORS and value.layout is torch.strided and not value.is_nested:
+        return
     if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
         raise ValueError(
             f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
             f"under vocab-parallelism give {name}.to_local() and group (docs/parallel.md)"
         )
-    kind = type(value)
     if value.is_nested:
         raise ValueError(f"{name} is a nested tensor, needs a plain one: packed tokens have cu_seqlens")
     if kind not in PLAIN_TENSORS and not kind.__module__.startswith(_TRANSPARENT):

@@ -310,6 +310,14 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+def test_a_second_derivative_is_refused_where_a_constant_would_be_added() -> None:
+    """Of a sum the incoming gradient needs none itself, so that the first one would count as a constant."""
+    x, weight, bias = leaves()
+    (grad,) = torch.autograd.grad(multiply_op(Inputs(Inner(x), weight), bias, 1.0).product.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="sgcd_kernels::test_registration_multiply has no second derivative"):
+        (grad.sum() + x.sum()).backward()
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_what_torch_library_asks_of_an_op(optional: bool) -> None:
     x, weight, bias = (leaf.detach().requires_grad_() for leaf in leaves())
