@@ -104,7 +104,7 @@ def odd_tensor(x: Any, r: random.Random) -> Any:
             lambda: x.tolist(), lambda: x.numpy(), lambda: None, lambda: 3, lambda: "x", lambda: 0.5, lambda: [x],
             lambda: x.t().contiguous().t(), lambda: torch.stack([x, x], -1)[..., 0], lambda: x[:1].expand(x.shape),
             lambda: torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape), lambda: x.to_mkldnn(),
-            lambda: torch._neg_view(x * 1.0), lambda: x.clone().requires_grad_(), lambda: object(), lambda: Unprintable(),
+            lambda: torch._neg_view(x * 1.0), lambda: x.clone().requires_grad_(), object, Unprintable,
         ]  # fmt: skip
         for _ in range(20):
             try:

@@ -73,10 +73,19 @@ def test_an_inert_step_is_warned_of_at_the_line_that_called() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"gamma": 0.0}, {"clip": 1.0}, {"start": 1.0}, {"rule": "uniform", "clip": 1.0},
-     {"rule": "gear", "gear_alpha": 0.0}, {"rule": "rlsd", "rlsd_lambda": 0.0}, {"rule": "rlsd", "rlsd_epsilon": 0.0}, {"rule": "none"},
-     {"rule": "egrsd", "egrsd_epsilon": 0.0, "egrsd_gamma": 0.0}, {"rule": "turn_level", "turn_epsilon": 0.0}],
-)  # fmt: skip
+    [
+        {"gamma": 0.0},
+        {"clip": 1.0},
+        {"start": 1.0},
+        {"rule": "none"},
+        {"rule": "uniform", "clip": 1.0},
+        {"rule": "gear", "gear_alpha": 0.0},
+        {"rule": "rlsd", "rlsd_lambda": 0.0},
+        {"rule": "rlsd", "rlsd_epsilon": 0.0},
+        {"rule": "egrsd", "egrsd_epsilon": 0.0, "egrsd_gamma": 0.0},
+        {"rule": "turn_level", "turn_epsilon": 0.0},
+    ],
+)
 def test_settings_that_cannot_act(fields: dict[str, Any]) -> None:
     config = CreditConfig(**{"d_floor": 1e-3, "reset": 0.0, **fields})
     signals = {"advantages": A, "log_ratio": A, "turn_ids": Y}
