@@ -9,7 +9,6 @@ else. Tensors per token lie where hidden lies; small ones (`check_beside`) may b
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgcd_kernels.core.lm_head import LMHead, Projection, group_name, shard_range
+from sgcd_kernels.core.spelling import explain_choice
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -46,12 +46,11 @@ def in_tensor(number: object) -> bool:
     return isinstance(number, Tensor)
 
 
-def check_choice(name: str, value: str, options: Sequence[str]) -> None:
-    """Refuse a name that is not one of `options`, suggesting the nearest."""
+def check_choice(name: str, value: str, options: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
+    """Refuse a name that is not one of `options`; say what was meant, or what it is `elsewhere` (`explain_choice`)."""
     if isinstance(value, str) and value in options:
         return
-    near = difflib.get_close_matches(str(value), options, n=1) if isinstance(value, str | None) else []
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = explain_choice(value, options, elsewhere) if isinstance(value, str | None) else ""
     raise ValueError(f"{name} is {shown(value)}, needs one of {', '.join(options)}{hint}")
 
 

@@ -304,7 +304,17 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
         return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
     need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
-    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+    hint = _hint(key, detail) if detail["type"] in ("literal_error", "enum") else ""
+    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}{hint}"
+
+
+def _hint(key: str, detail: ErrorDetails) -> str:
+    """What a value that is not among the names of its key was probably meant to be."""
+    from sgcd_kernels.core.spelling import explain_choice  # here, because both import torch
+    from sgcd_kernels.core.surrogate import LOSSES_ELSEWHERE
+
+    names = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+    return explain_choice(detail["input"], names, LOSSES_ELSEWHERE if key == "loss_type" else None)
 
 
 _NEED = {  # where pydantic speaks of its own types

@@ -177,7 +177,7 @@ def results(op: str, impl: str, given: Tensors) -> list[Tensor]:
     out = call(given, impl)
     flat = [out] if isinstance(out, Tensor) else [x for x in (*out,) if isinstance(x, Tensor)]
     for part in out if isinstance(out, tuple) else ():
-        flat += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+        flat += list(part.values()) if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else []
     seeds = [x for x in flat if x.requires_grad]
     if seeds:
         torch.autograd.backward(seeds, [torch.full_like(x, 1 / 3) for x in seeds])
