@@ -9,13 +9,14 @@ backward pass, so that none of them counts positions. For example
 is registered as
 
     logprob(Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor? head_temperature, str head_group,
-            Tensor targets, SymInt ignore_index, str impl, float[] numbers, Tensor? traced_numbers)
+            Tensor targets, SymInt ignore_index, str impl, bool[] given, float[] numbers,
+            Tensor? traced_numbers)
         -> (Tensor, Tensor, Tensor)
 
-Every float of the bundles is one of `numbers`. While torch.compile traces, they are `traced_numbers` instead, an fp64
-tensor on the CPU: the value of a float would be compiled in, and a temperature that changes with each step would cost a
-compilation per step. A body reads plain floats either way. It also reads tensors as kernels need them: contiguous,
-apart from matrices whose rows are (columns of a wider one), which are read where they lie.
+Every float of the bundles is one of `numbers`, unless it is None, as `given` says. While torch.compile traces, they are
+`traced_numbers` instead, an fp64 tensor on the CPU: the value of a float would be compiled in, and a temperature that
+changes with each step would cost a compilation per step. A body reads plain floats either way. It also gets tensors as
+kernels need them: contiguous, apart from matrices whose rows are (columns of a wider one), which stay where they lie.
 
 Not `torch.library.custom_op`, which does the same for flat arguments only: its first call imports torch._dynamo, which
 takes a second and is of use only under torch.compile.
@@ -26,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import sys
 import types
 import typing
@@ -44,8 +44,7 @@ from sgcd_kernels.core.lm_head import group_name, group_named
 from sgcd_kernels.core.validation import PLAIN_TENSORS
 
 NAMESPACE = "sgcd_kernels"
-Number = float | Tensor | None
-_NONE, _LOWEST = -math.inf, torch.finfo(torch.float64).min
+Number = float | Tensor
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # torch forgets what is dropped
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,7 +106,7 @@ class _Op:
 
     def flat_arguments(self) -> list[tuple[str, str]]:
         own = [flat for name, codec in self.arguments.items() for flat in codec.schema(name)]
-        return [*own, ("numbers", "float[]"), ("traced_numbers", "Tensor?")]
+        return [*own, ("given", "bool[]"), ("numbers", "float[]"), ("traced_numbers", "Tensor?")]
 
     def schema(self) -> str:
         arguments = ", ".join(f"{kind} {name}" for name, kind in self.flat_arguments())
@@ -117,16 +116,16 @@ class _Op:
     def flat(self, values: tuple[Any, ...]) -> list[Any]:
         """The dispatcher's arguments."""
         flat: list[Any] = []
-        numbers: list[Number] = []
+        numbers: list[Number | None] = []
         for codec, value in zip(self.arguments.values(), values, strict=True):
             codec.split(value, flat, numbers)
         return [*flat, *_packed(numbers)]
 
     def bundles(self, flat: Sequence[Any], read: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
         """The arguments of the op's functions; `read` makes a sequence of `traced_numbers`."""
-        *values, floats, traced = flat
-        numbers = iter(floats if traced is None else read(traced))
-        left = iter(values)
+        *values, given, floats, traced = flat
+        known = iter(floats if traced is None else read(traced))
+        left, numbers = iter(values), (next(known) if there else None for there in given)
         return [codec.join(left, numbers) for codec in self.arguments.values()]
 
     def joined(self, output: Any) -> Any:
@@ -176,15 +175,12 @@ class _Op:
         torch.library.register_autograd(self.qualified, run_backward, setup_context=run_setup, lib=_LIBRARY)
 
 
-def _packed(numbers: list[Number]) -> tuple[list[float], Tensor | None]:
-    """(numbers, traced_numbers) of an op. `_NONE` stands for None: what is read from a tensor is above it."""
-    if torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not _can_be_read(x) for x in numbers):
-        return [], torch.stack([as_number_tensor(x) for x in numbers]) if numbers else None
-    return [_NONE if x is None else _read(x) for x in numbers], None
-
-
-def _read(number: float | Tensor) -> float:
-    return max(float(number.detach() if isinstance(number, Tensor) else number), _LOWEST)  # a NaN stays
+def _packed(numbers: list[Number | None]) -> tuple[list[bool], list[float], Tensor | None]:
+    """(given, numbers, traced_numbers) of an op."""
+    given, known = [x is not None for x in numbers], [x for x in numbers if x is not None]
+    if torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not _can_be_read(x) for x in known):
+        return given, [], torch.stack([as_number_tensor(x) for x in known]) if known else None
+    return given, [float(x.detach() if isinstance(x, Tensor) else x) for x in known], None
 
 
 def _can_be_read(x: Tensor) -> bool:
@@ -200,8 +196,8 @@ def as_number_tensor(number: Number) -> Tensor:
     if isinstance(number, Tensor):
         if number.is_meta:  # a number of results without values
             return torch.ones((), dtype=torch.float64, device="cpu")
-        return number.detach().reshape(()).to("cpu", torch.float64).clamp(min=_LOWEST)
-    return torch.ones((), dtype=torch.float64, device="cpu") * (_NONE if number is None else number)
+        return number.detach().reshape(()).to("cpu", torch.float64)
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 class _WithoutDerivative(Function):
@@ -279,8 +275,7 @@ class _Number(_Codec):
         numbers.append(value)
 
     def join(self, flat: Iterator[Any], numbers: Iterator[Any]) -> Any:
-        number = next(numbers)
-        return None if isinstance(number, float) and number == _NONE else number
+        return next(numbers)
 
 
 class _NumberOrTensor(_Number):

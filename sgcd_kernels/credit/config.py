@@ -26,7 +26,7 @@ class CreditConfig:
     2.0
     >>> CreditConfig(clip=0.5)
     Traceback (most recent call last):
-    ValueError: clip is 0.5, needs a finite number in [1.0, inf]
+    ValueError: clip is 0.5, needs a finite number in [1.0, 1e+20]
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

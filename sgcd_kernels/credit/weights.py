@@ -14,7 +14,6 @@ from sgcd_kernels.core.lm_head import stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
     FLAGS,
-    INTEGERS,
     NUMBERS,
     check_all_per_token,
     check_choice,
@@ -121,7 +120,7 @@ def _check_inputs(
     shape, device = divergence.shape, divergence.device
     check_cu_seqlens(cu_seqlens, *like)
     check_per_token("mask", mask, shape, device, FLAGS)
-    check_per_token("turn_ids", turn_ids, shape, device, INTEGERS)
+    check_per_token("turn_ids", turn_ids, shape, device)
     given = signals._asdict()
     for name in RULES[config.rule].reads:
         if (given | {"turn_ids": turn_ids})[name] is None:
@@ -159,6 +158,8 @@ def credit_op(
     cu = cu_seqlens_values(cu_seqlens, divergence.numel(), look=on_host or cu_seqlens.device.type == "cpu").to(device)
     eligible = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask != 0
     turns = None if turn_ids is None else turn_ids.long()
+    if turn_ids is not None and turns is not None and on_host and bool((turns != turn_ids).any()):
+        raise ValueError(f"turn_ids holds {float(turn_ids[turns != turn_ids][0])}, needs whole numbers")
     tokens = EligibleTokens(cu, eligible, turns)
     given = signals._replace(advantages=_per_token(signals.advantages, tokens))._asdict()
     read = {name: value for name, value in given.items() if name in rule.reads}

@@ -42,9 +42,9 @@ class PolicyOptions(HeadOptions, total=False):
 
     policy: PolicyLossConfig
     loss_type: str
-    epsilon: float | Tensor
-    epsilon_high: float | Tensor | None
-    beta: float | Tensor
+    epsilon: float
+    epsilon_high: float | None
+    beta: float
     num_items_in_batch: float | Tensor | None
 
 

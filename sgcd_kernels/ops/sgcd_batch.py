@@ -12,7 +12,6 @@ from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments, runs_of
 from sgcd_kernels.core.validation import (
     FLAGS,
-    INTEGERS,
     check_pair,
     check_per_token,
     check_per_token_or_sequence,
@@ -49,7 +48,7 @@ def check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens
     if teacher.hidden is not None:
         check_pair(hidden, settings.head, teacher.hidden, teacher.head, "hidden")
     check_per_token("credit_mask", inputs.credit_mask, leading, hidden.device, FLAGS)
-    check_per_token("turn_ids", inputs.turn_ids, leading, hidden.device, INTEGERS)
+    check_per_token("turn_ids", inputs.turn_ids, leading, hidden.device)
     if tokens.cu_seqlens is None and len(leading) == 1:
         raise ValueError("cu_seqlens is None, needs [B + 1] for packed hidden [N, H]: credit stays within a sequence")
     sequences = leading[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.numel() - 1
