@@ -33,6 +33,7 @@ OPS = (
 )
 OTHERS = {
     "FusedLinearSGCDLoss": sgcd_kernels.FusedLinearSGCDLoss.forward,
+    "pack_tokens": sgcd_kernels.pack_tokens,
     "check_model": sgcd_kernels.check_model,
     "backend_status": sgcd_kernels.backend_status,
     "integrations.cut_cross_entropy.linear_cross_entropy": cut_cross_entropy.linear_cross_entropy,
@@ -40,7 +41,7 @@ OTHERS = {
     "integrations.liger.LigerFusedLinearGRPOLoss": liger.LigerFusedLinearGRPOLoss.forward,
     "integrations.liger.LigerFusedLinearSGCDLoss": liger.LigerFusedLinearSGCDLoss.forward,
 }
-RESULTS = ("LogprobStats", "DivergenceStats", "Credit")
+RESULTS = ("PackedTokens", "LogprobStats", "DivergenceStats", "Credit")
 
 
 def fact(function: Callable[..., Any], name: str) -> str:

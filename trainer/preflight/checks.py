@@ -61,11 +61,11 @@ def check_run_directory(probe: Probe) -> str:
     from trainer.records import checkpoint
 
     config_file.refuse_another(probe.config)
-    newest = checkpoint.latest(probe.config.output_dir)
+    notes: list[str] = []
+    newest = checkpoint.latest(probe.config.output_dir, notes.append)
     if newest is None:
         return f"{probe.config.output_dir}: a new run"
-    manifest = checkpoint.verify(newest)
-    return f"{probe.config.output_dir}: resumes after step {manifest['step']}"
+    return "; ".join([f"{probe.config.output_dir}: resumes after {newest.name}", *notes])
 
 
 def check_reports(probe: Probe) -> str:
@@ -270,6 +270,16 @@ def check_writer(probe: Probe) -> str:
     return f"{answers[0]}; {asyncio.run(loaded[0].probe())}"
 
 
+def check_rewards(probe: Probe) -> str:
+    from trainer.rollout import rewards
+
+    config = probe.config
+    grading = rewards.load(config.rewards, config.success_threshold)
+    threshold = config.success_threshold
+    success = "as the verifier says, else above the group's mean" if threshold is None else f"from {threshold:g}"
+    return f"{' + '.join(f'{r.weight:g} x {r.name}' for r in grading.rewards)}; success {success}"
+
+
 def check_disk(probe: Probe) -> str:
     config, facts = probe.config, require(probe.facts, "memory")
     need = sum(part.size for part in run_costs.disk(config, facts))
@@ -293,6 +303,7 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "model": check_model,
     "user simulator": check_user_simulator,
     "environment": check_environment,
+    "rewards": check_rewards,
     "renderer": check_renderer,
     "engine": check_engine,
     "scoring": check_scoring,

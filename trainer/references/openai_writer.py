@@ -31,6 +31,7 @@ from trainer.references.retries import LONGEST_PAUSE, Budget, pause_after
 from trainer.references.sanitiser import Sanitiser
 from trainer.references.secret_values import SHORTEST_OWN
 from trainer.references.writer_prompt import Refused
+from trainer.references.writers import describe
 
 if TYPE_CHECKING:
     from trainer.config import WriterConfig
@@ -80,8 +81,8 @@ class OpenAIWriter:
     async def write(self, groups: list[Group]) -> None:
         """Fill every group. The client lives for one batch, because an event loop may."""
         for group in groups:
-            group.reference, group.reference_info = "", {"writer": self.name}
-        mixed = [group for group in groups if group.mixed]
+            group.reference, group.reference_info = "", describe(self.name, group)
+        mixed = [group for group in groups if group.contrasts]
         if not mixed:
             return
         gate = asyncio.Semaphore(self.config.concurrency)

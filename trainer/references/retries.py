@@ -15,6 +15,7 @@ from trainer.references.completion_body import ErrorInBody
 
 LONGEST_PAUSE = 8.0  # seconds, where the endpoint asks for none
 LONGEST_ASKED = 120.0  # seconds that an endpoint may ask for; one that asks for more is not retried
+_jitter = random.Random()  # of its own: when it is drawn from depends on the clock, and the global one is seeded
 RETRIED = (408, 409, 429)  # and 5xx
 NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?")
 DURATION_PART = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)(ms|[smhd])")
@@ -54,7 +55,7 @@ def pause_after(error: Exception, tries: int) -> float | None:
     408, 409, 429, 5xx, time-outs and lost connections are retried, as in the official client, but not an answer that
     was refused unread.
     """
-    own = min(0.5 * 2.0 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.0)
+    own = min(0.5 * 2.0 ** (tries - 1), LONGEST_PAUSE) * _jitter.uniform(0.75, 1.0)
     if isinstance(error, openai.APIStatusError):
         if error.status_code not in RETRIED and error.status_code < 500:
             return None

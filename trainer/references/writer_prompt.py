@@ -141,7 +141,7 @@ def build_prompt(group: Group, sanitiser: Sanitiser, max_chars: int) -> list[Mes
 
     room = max_chars - len(SYSTEM) - len(task) - 256
     good, bad = select(
-        [r for r in group.rollouts if r.reward > 0], [r for r in group.rollouts if r.reward <= 0], size, room
+        [r for r in group.rollouts if r.success], [r for r in group.rollouts if not r.success], size, room
     )
     shown = [("succeeded", r) for r in good] + [("failed", r) for r in bad]
     share = max(room // len(shown) - 64, 64) if sum(size(r) for _, r in shown) > room else None
