@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, logit_transform
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, output_head
 
 
 def states(prompt, answers):  # packed [N, H]: the states that predict the answers' tokens
@@ -24,10 +24,12 @@ if len(sys.argv) > 1:
 else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
     model.get_output_embeddings().weight.data.mul_(24)  # a random head gives nearly uniform logits
-check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with scaled logits
-head, optimizer = model.get_output_embeddings(), torch.optim.AdamW(model.parameters(), lr=1e-4)
-config, softcap = CreditConfig(gamma=1.0, clip=2.0), logit_transform(model).softcap
-criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, softcap=softcap)
+check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with layers before it
+head, optimizer = output_head(model), torch.optim.AdamW(model.parameters(), lr=1e-4)
+options = head.options(temperature=1.0)  # bias, softcap and temperature, with the model's own scale in them
+bias = options.pop("bias")
+config = CreditConfig(gamma=1.0, clip=2.0)
+criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, **options)
 # From your engine and your verifier: a task's prompt, the siblings' answers, their rewards, and the reference.
 prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
 answers = [[20, 21, 22, 2], [20, 31, 2], [30, 31, 32, 33, 2], [20, 21, 23, 2]]
@@ -40,7 +42,7 @@ for step in range(3):
     with torch.no_grad():
         teacher = states(reference + prompt, answers)  # the same policy, given the reference
     batch = (states(prompt, answers), head.weight, targets, teacher, advantages, cu_seqlens)
-    loss, metrics = criterion(*batch, turn_ids=turn_ids, bias=head.bias)
+    loss, metrics = criterion(*batch, turn_ids=turn_ids, bias=bias)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
