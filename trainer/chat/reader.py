@@ -71,7 +71,7 @@ class ChatReader:
         return message, ""
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token != self._end]
+        return [token for token in ids if token not in self.stop_ids]
 
     def _read(self, ids: Sequence[int]) -> tuple[str, Found]:
         """The text of a turn and its parsed parts; calls inside a thought are not calls."""
@@ -90,8 +90,8 @@ class ChatReader:
         classes, at = [], 0
         pieces = iter(self.pieces(self._without_end(ids)))
         for token in ids:
-            piece = "" if token == self._end else next(pieces)
-            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))
+            piece = "" if token in self.stop_ids else next(pieces)
+            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token in self.stop_ids)))
             at += len(piece)
         return classes
 
