@@ -27,12 +27,13 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 1000
 
 
-.PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
+.PHONY: help tau3 appworld train test test-slow test-chaos test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
 .PHONY: tidy train-real warmstart selfcheck view docs clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
+	@echo "make test-chaos  kill, refuse, signal and damage a run at every file event"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
 	@echo "make lint        ruff, mypy, clang-format and clang-tidy"
@@ -59,6 +60,10 @@ test: $(READY) $(READY_TAU3)
 # The long tests, and the property tests (which Hypothesis marks) with 100 times the examples.
 test-slow: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough $(ARGS)
+
+# Kills, refusals of the disk, signals and damage at every file event of a run. `make test` tries a sample of them.
+test-chaos: $(READY)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/trainer/chaos $(ARGS)
 
 BACKEND_TESTS := tests/sgcd_kernels/backends
 

@@ -9,13 +9,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, output_head
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, output_head, pack_tokens
 
 
-def states(prompt, answers):  # packed [N, H]: the states that predict the answers' tokens
-    rows = [torch.tensor(prompt + answer) for answer in answers]  # padded on the right
-    hidden = model.get_decoder()(input_ids=pad_sequence(rows, batch_first=True)).last_hidden_state
-    return torch.cat([h[len(prompt) - 1 : len(row) - 1] for h, row in zip(hidden, rows)])
+def run(prompt, answers, like=None):  # the answers' tokens, packed, each with the state that predicts it
+    rows = [torch.tensor(prompt + answer) for answer in answers]
+    masks = [torch.tensor([False] * len(prompt) + [True] * len(answer)) for answer in answers]
+    ids, generated = pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)  # on the right
+    return pack_tokens(model.get_decoder()(input_ids=ids).last_hidden_state, ids, generated, like=like)
 
 
 torch.manual_seed(0)
@@ -35,14 +36,12 @@ prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
 answers = [[20, 21, 22, 2], [20, 31, 2], [30, 31, 32, 33, 2], [20, 21, 23, 2]]
 reward = torch.tensor([1.0, 0.0, 0.0, 1.0])
 advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
-cu_seqlens = torch.tensor([0, *map(len, answers)]).cumsum(0)
-targets = torch.tensor([token for answer in answers for token in answer])
-turn_ids = torch.zeros_like(targets)  # the turn of each token; here every answer is one turn
 for step in range(3):
+    student = run(prompt, answers)
     with torch.no_grad():
-        teacher = states(reference + prompt, answers)  # the same policy, given the reference
-    batch = (states(prompt, answers), head.weight, targets, teacher, advantages, cu_seqlens)
-    loss, metrics = criterion(*batch, turn_ids=turn_ids, bias=bias)
+        teacher = run(reference + prompt, answers, like=student)  # the same policy, given the reference
+    batch = (student.hidden, head.weight, student.targets, teacher.hidden, advantages, student.cu_seqlens)
+    loss, metrics = criterion(*batch, turn_ids=student.turn_ids, bias=bias)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -16,6 +16,7 @@ from sgcd_kernels.ops.divergence import DivergenceStats, linear_divergence
 from sgcd_kernels.ops.logprob import LogprobStats, linear_logprob
 from sgcd_kernels.ops.policy_loss import linear_policy_loss
 from sgcd_kernels.ops.sgcd import FusedLinearSGCDLoss, sgcd_loss
+from sgcd_kernels.packing import PackedTokens, pack_tokens
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "FusedLinearSGCDLoss",
     "LogprobStats",
     "OutputHead",
+    "PackedTokens",
     "PolicyLossConfig",
     "backend_status",
     "check_model",
@@ -35,5 +37,6 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "output_head",
+    "pack_tokens",
     "sgcd_loss",
 ]

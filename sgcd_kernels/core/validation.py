@@ -6,7 +6,6 @@ tensors (targets, temperatures, `cu_seqlens`) are checked inside the op.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels.core.lm_head import LMHead, Projection, group_name, shard_range
+from sgcd_kernels.core.spelling import explain_choice
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_choice(name: str, value: str, options: Sequence[str]) -> None:
-    """Refuse a name that is not one of `options`, suggesting the nearest."""
-    if value in options:
+def check_choice(name: str, value: str, options: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
+    """Refuse a name that is not one of `options`; say what was meant, or what it is `elsewhere` (`explain_choice`)."""
+    if isinstance(value, str) and value in options:
         return
-    near = difflib.get_close_matches(str(value), options, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = explain_choice(value, options, elsewhere)
     raise ValueError(f"{name} is {value!r}, needs one of {', '.join(options)}{hint}")
 
 

@@ -92,6 +92,9 @@ class ChatMLRenderer(ChatReader):
             for call in message.get("tool_calls") or []
         ]
         text = "\n".join(part for part in (message.get("content") or "", self.syntax.write(calls)) if part)
+        thought = message.get("reasoning_content") or ""
+        if thought or text.lstrip().startswith("<think>"):  # an empty thought before them: these words are none
+            text = f"<think>\n{thought}\n</think>\n\n{text}"
         return [*self.encode(text), self._end]
 
     def _opening(self) -> list[int]:

@@ -10,6 +10,7 @@ message, so every later token is the same for teacher and student.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ PAD, UNKNOWN, USER, TOOL, ASSISTANT, REFERENCE, CALL, END = SPECIAL = (
     "<call>",
     "<end>",
 )
+
+
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def words_of(value: Any) -> Iterable[str]:
@@ -94,7 +98,7 @@ class CompactRenderer:
             problem = _malformed(segment)
             if problem:
                 return message, problem
-            arguments = {k: int(v) if v.isdigit() else v for k, v in zip(segment[1::2], segment[2::2])}
+            arguments = {k: _number_or_word(v) for k, v in zip(segment[1::2], segment[2::2])}
             function = {"name": segment[0], "arguments": json.dumps(arguments)}
             calls.append({"id": f"call_{i}", "type": "function", "function": function})
         if calls:
@@ -131,6 +135,11 @@ def _malformed(segment: list[str]) -> str:
         return f"{segment[0]} needs pairs of argument and value"
     markers = [word for word in segment if word in SPECIAL]
     return f"{markers[0]} inside a call" if markers else ""
+
+
+def _number_or_word(word: str) -> int | str:
+    """A whole number where the word is its usual spelling, which rules out 007 and the digits of other scripts."""
+    return int(word) if NUMBER.fullmatch(word) else word
 
 
 def _json_or_text(content: str) -> Any:

@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.learning import lora
 from trainer.optional_packages import need
 from trainer.protocols import Renderer
+from trainer.records import checkpoint_folder
 
 if TYPE_CHECKING:
     from trainer.config import ModelConfig
@@ -78,6 +79,8 @@ def check_folder(config: ModelConfig) -> None:
         raise UserError(f"model.path: {config.path} {what}; {remedy(config)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"model.path: {config.path} has a config.json and no weights; {remedy(config)}")
+    if checkpoint_folder.is_sealed(folder):
+        checkpoint_folder.verify(folder)
     _check_kernels(config)
 
 

@@ -61,11 +61,11 @@ def check_run_directory(probe: Probe) -> str:
     from trainer.records import checkpoint
 
     config_file.refuse_another(probe.config)
-    newest = checkpoint.latest(probe.config.output_dir)
+    notes: list[str] = []
+    newest = checkpoint.latest(probe.config.output_dir, notes.append)
     if newest is None:
         return f"{probe.config.output_dir}: a new run"
-    manifest = checkpoint.verify(newest)
-    return f"{probe.config.output_dir}: resumes after step {manifest['step']}"
+    return "; ".join([f"{probe.config.output_dir}: resumes after {newest.name}", *notes])
 
 
 def check_reports(probe: Probe) -> str:
@@ -252,6 +252,7 @@ async def _sample_short_group(probe: Probe) -> Group:
 
 
 def check_writer(probe: Probe) -> str:
+    """The endpoint is there, has the model, and answers a short request of the kind that asks for a reference."""
     from trainer.references import writers
     from trainer.references.endpoint import reach
 
@@ -261,12 +262,23 @@ def check_writer(probe: Probe) -> str:
     if config.name != "openai":
         return f"{config.name}: offline"
     answers: list[str] = []
+    loaded: list[Any] = []
     suite: Any = probe.suite  # the writer asks it for the key of its endpoint, if there is a suite
     all_of(
-        lambda: writers.load(config, suite, probe.renderer),
+        lambda: loaded.append(writers.load(config, suite, probe.renderer)),
         lambda: answers.append(reach("writer.base_url", config.base_url, config.model, config.api_key_env)),
     )
-    return answers[0]
+    return f"{answers[0]}; {asyncio.run(loaded[0].probe())}"
+
+
+def check_rewards(probe: Probe) -> str:
+    from trainer.rollout import rewards
+
+    config = probe.config
+    grading = rewards.load(config.rewards, config.success_threshold)
+    threshold = config.success_threshold
+    success = "as the verifier says, else above the group's mean" if threshold is None else f"from {threshold:g}"
+    return f"{' + '.join(f'{r.weight:g} x {r.name}' for r in grading.rewards)}; success {success}"
 
 
 def check_disk(probe: Probe) -> str:
@@ -292,6 +304,7 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "model": check_model,
     "user simulator": check_user_simulator,
     "environment": check_environment,
+    "rewards": check_rewards,
     "renderer": check_renderer,
     "engine": check_engine,
     "scoring": check_scoring,

@@ -213,7 +213,7 @@ def test_the_remedies_work(tmp_path: Path) -> None:
 def test_a_plain_config_and_a_processor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args is GRPOConfig, needs SGCDConfig"):
         world.built(SGCDTrainer, GRPOConfig, tmp_path)
-    with pytest.raises(ValueError, match="a processor of images"):
+    with pytest.raises(ValueError, match="processing_class is a Pictures, needs a tokenizer for credit"):
         SGCDTrainer(
             world.model(),
             world.reward,
