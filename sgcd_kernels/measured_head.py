@@ -41,6 +41,11 @@ class OutputHead:
     """logits = softcap(scale * hidden @ weight^T + bias), where softcap(z) = c tanh(z / c): a causal LM's own.
 
     Parameters are read from the layer at each use, so an optimiser, FSDP or a merge may replace them in between.
+
+    >>> import torch
+    >>> head = OutputHead(torch.nn.Linear(8, 32, bias=False), scale=0.125, softcap=30.0)
+    >>> head.options(temperature=0.7)
+    {'bias': None, 'softcap': 240.0, 'temperature': 5.6}
     """
 
     layer: Any  # the module that holds the parameters
@@ -61,11 +66,6 @@ class OutputHead:
         """The keywords bias, softcap and temperature with which any op computes these logits from `weight`.
 
         The ops know no scale s, and need none: softcap(s x + b, c) / T = softcap(x + b / s, c / s) / (T / s).
-
-        >>> import torch
-        >>> head = OutputHead(torch.nn.Linear(8, 32, bias=False), scale=0.125, softcap=30.0)
-        >>> head.options(temperature=0.7)
-        {'bias': None, 'softcap': 240.0, 'temperature': 5.6}
         """
         bias = _times(getattr(self.layer, "bias", None), self.bias_scale / self.scale)
         softcap = None if self.softcap is None else self.softcap / self.scale
