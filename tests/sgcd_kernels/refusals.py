@@ -489,11 +489,7 @@ def model_checks() -> Iterator[tuple[str, Callable[[], Any]]]:
         "weight is a method": (Model(SimpleNamespace(weight=lambda: head.weight)), {}),
         "int8 weight": (Model(SimpleNamespace(weight=head.weight.detach().to(torch.int8))), {}),
         "fp8 weight": (Model(SimpleNamespace(weight=head.weight.detach().to(torch.float8_e4m3fn))), {}),
-        "a scale": (Model(head, logit_scale=0.5), {}),
-        "a divisor": (Model(head, logits_scaling=8.0, model_type="granite"), {}),
-        "an unknown scale": (Model(head, output_scaling_factor=2.0), {}),
-        "mpt": (Model(head, model_type="mpt", logit_scale=1.0), {}),
-        "padded rows": (Model(head, vocab_size=V, unpadded_vocab_size=V - 1), {}),
+        "no decoder": (Model(head), {}),
         "packed and recurrent": (Model(head, layer_types=["linear_attention", "mamba"]), {"packed": True}),
         "tied and sharded": (Model(head, tied=True), {"group": object()}),
     }

@@ -90,7 +90,7 @@ class CompactRenderer:
             word = self.words.get(token, UNKNOWN)
             if word == CALL:
                 segments.append([])
-            elif token != self.end:
+            elif token not in self.stop_ids:
                 segments[-1].append(word)
         message: Message = {"role": "assistant", "content": " ".join(segments[0])}
         calls = []
@@ -113,7 +113,7 @@ class CompactRenderer:
             if token == self.vocabulary[CALL]:
                 found.append(TokenClass.FORMAT)
                 current = TokenClass.CALL_NAME
-            elif token == self.end:
+            elif token in self.stop_ids:
                 found.append(TokenClass.FORMAT)
             else:
                 found.append(current)
