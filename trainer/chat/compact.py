@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trainer.chat.literals import as_json
 from trainer.data import Message, TokenClass, Tool
 from trainer.errors import UserError
 
@@ -144,6 +145,6 @@ def _number_or_word(word: str) -> int | str:
 
 def _json_or_text(content: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError:
+        return as_json(json.loads(content))
+    except (ValueError, RecursionError):
         return content
