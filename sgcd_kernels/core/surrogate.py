@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels.core.segments import Segments
-from sgcd_kernels.core.validation import check_choice, check_float
+from sgcd_kernels.core.validation import SMALLEST, check_choice, check_float, in_tensor
 
 MAX_EXPONENT = 20.0
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
@@ -78,10 +78,13 @@ class PolicyLossConfig:
         check_float("beta", self.beta, 0.0)
         if self.epsilon_high is not None:
             check_float("epsilon_high", self.epsilon_high, -1.0 if self.loss_type == "cispo" else 0.0)
-        items = self.num_items_in_batch
-        one_value = isinstance(items, Tensor) and items.numel() == 1  # as TRL gives it
-        if items is not None and not one_value:
-            check_float("num_items_in_batch", items, 0.0, open_low=True)
+        if self.num_items_in_batch is not None:
+            check_float("num_items_in_batch", self.num_items_in_batch, SMALLEST)
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether there is a term of the reference. The value of a tensor is not read: it counts as not 0."""
+        return in_tensor(self.beta) or self.beta != 0
 
     @property
     def clip_high(self) -> float:
@@ -137,7 +140,7 @@ def surrogate_loss(
     if tokens.importance_weights is not None:
         token_loss = token_loss * tokens.importance_weights
     metrics = _metrics(ratio.detach(), advantages, cfg)
-    if tokens.ref_logp is not None and cfg.beta != 0:
+    if tokens.ref_logp is not None:
         gap = (tokens.ref_logp - logp).clamp(max=MAX_EXPONENT)
         kl = gap.exp() - gap - 1
         token_loss = token_loss + cfg.beta * kl

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trainer.chat.literals import as_json
 from trainer.data import Message, TokenClass, Tool
 from trainer.errors import UserError
 
@@ -90,7 +91,7 @@ class CompactRenderer:
             word = self.words.get(token, UNKNOWN)
             if word == CALL:
                 segments.append([])
-            elif token != self.end:
+            elif token not in self.stop_ids:
                 segments[-1].append(word)
         message: Message = {"role": "assistant", "content": " ".join(segments[0])}
         calls = []
@@ -113,7 +114,7 @@ class CompactRenderer:
             if token == self.vocabulary[CALL]:
                 found.append(TokenClass.FORMAT)
                 current = TokenClass.CALL_NAME
-            elif token == self.end:
+            elif token in self.stop_ids:
                 found.append(TokenClass.FORMAT)
             else:
                 found.append(current)
@@ -144,6 +145,6 @@ def _number_or_word(word: str) -> int | str:
 
 def _json_or_text(content: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError:
+        return as_json(json.loads(content))
+    except (ValueError, RecursionError):
         return content

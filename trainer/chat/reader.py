@@ -76,7 +76,7 @@ class ChatReader:
         return message, ""
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token != self._end]
+        return [token for token in ids if token not in self.stop_ids]
 
     def _read(self, ids: Sequence[int]) -> tuple[Span, Found]:
         """The span of a turn's thought, and the parts of what follows it; calls inside a thought are not calls."""
@@ -99,8 +99,8 @@ class ChatReader:
         _paint(of_char, found.names, TokenClass.CALL_NAME)
         classes, at, rest = [], 0, iter(pieces)
         for token in ids:
-            piece = "" if token == self._end else next(rest)
-            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))
+            piece = "" if token in self.stop_ids else next(rest)
+            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token in self.stop_ids)))
             at += len(piece)
         return classes
 

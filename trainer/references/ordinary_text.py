@@ -25,9 +25,9 @@ FOLLOW = {
     row[0]: tuple(map(frozenset, row[2:].split("/")))
     for row in """
 a:bcdfgiklmnprstuvwxy$/aehjoqz b:abcdefghijlmoprstuwy$/v c:acdehiklmorstuy$/fnpz d:abcdegijlmnoprstuvy$/fhwz
-e:abcdefghilmnopqrstvwxy$/jkuz f:acefilnorstuy$/bdgmpw g:acefghilmnoprstuy$/bdz h:abdefilmnorstuy$/gpvw
+e:abcdefghilmnopqrstvwxyz$/jku f:acefilnorstuy$/bdgmpw g:acefghilmnoprstuy$/bdz h:abdefilmnorstuy$/gpvw
 i:abcdefgklmnoprstvxz$/hjquw j:aeiopsuvy/kn k:abdefghiklmnoprstuwy$/jqvz l:acdefgiklmopstuvy$/bhnrwz
-m:abdeilmnopsuy$/cfgrtv n:acdefghiklmnopstuvy$/bjqrwz o:abcdefgiklmnoprstuvwxy$/hjqz
+m:abdeilmnopsuy$/cfgrtv n:acdefghiklmnopstuvyz$/bjqrw o:abcdefgiklmnoprstuvwxy$/hjqz
 p:acdefhilmoprstuwy$/bgnz q:au$/i r:abcdefgiklmnoprstuvwy$/hjqz s:acefhiklmnopstuwy$/dgjqrvz
 t:acdefhilmoprstuwy$/jnz u:abcdefgilmnoprstx$/hjkuvyz v:adegilmnosu$/kry w:abdehilnorsw$/cfkptuyz
 x:acdefhiloptxy$/buvw y:abcdefgilmnoprstuvwyz$/x z:adehilmorsuwyz$/bkntv
@@ -65,6 +65,7 @@ TIME = re.compile(rf"(?<![^\W_])(?:{DATE})(?![^\W_S-Z])(?:T{CLOCK})?|(?<![\w:]){
 NUMBER = re.compile(rf"[-+$\u20ac\u00a3]{{0,2}}\d{{1,{MOST_DIGITS}}}(?:\.\d{{1,4}})?[%\u20ac]?")
 ODD_MARKS = re.compile(r"[^\w\s./()'=-]")
 PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+NUMBERED = re.compile(r"[A-Za-z]{5,9}\d")  # address1
 SHORT_ID = re.compile(rf"[A-Z0-9]{{2,{LONGEST_ID}}}|[A-Za-z]{{1,4}}\d{{1,4}}|\d{{1,4}}[a-z]{{1,3}}|[A-Za-z]{{1,4}}")
 
 
@@ -175,6 +176,8 @@ class OrdinaryText:
     def _judge(self, token: str) -> tuple[int, bool]:
         """How many characters of a token are of no language, and whether it is masked."""
         token = TIME.sub("", token)
+        if NUMBERED.fullmatch(token) and _is_word(token[:-1]):
+            return 0, False
         if NUMBER.fullmatch(token):
             return sum(map(str.isdigit, token)), False
         runs = RUN.findall(token)

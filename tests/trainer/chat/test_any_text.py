@@ -75,6 +75,12 @@ def test_depth_and_length_are_no_faults_of_ours(name: str, head: str, inside: st
     fuzz.check_reading(name, head + inside * 3_000)
 
 
+@pytest.mark.parametrize("depth", [300, 3_000])
+def test_the_compact_renderer_shows_any_depth(depth: int) -> None:
+    for text in ('{"a":' * depth, '{"a":' * depth + "1" + "}" * depth, "[" * depth + "]" * depth):
+        fuzz.check_compact(text)
+
+
 def function(*parameters: tuple[str, str], name: str = "cd") -> str:
     """A call in the layout of the template."""
     given = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters)

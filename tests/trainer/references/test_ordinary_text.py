@@ -76,6 +76,7 @@ def quinary(text: str) -> str:
 
 
 UPPER = string.ascii_uppercase
+ATBASH = {ord(c): block[-1 - i] for block in (LOWER, UPPER, string.digits) for i, c in enumerate(block)}
 ENCODINGS: dict[str, Spell] = {
     "as it is": lambda t: t,
     "base64": lambda t: b64(t.encode()),
@@ -88,7 +89,7 @@ ENCODINGS: dict[str, Spell] = {
     "base64 of backwards": lambda t: b64(t[::-1].encode()),
     "base64 of UTF-7": lambda t: b64(t.encode("utf-7")),
     "base64 of UTF-32": lambda t: b64(t.encode("utf-32")),
-    "base64 five times": lambda t: b64(base64.b64encode(base64.b64encode(base64.b64encode(base64.b64encode(t.encode()))))),
+    "base64 five times": lambda t: b64(b64(b64(b64(b64(t.encode()).encode()).encode()).encode()).encode()),
     "gzip, base64": lambda t: b64(gzip.compress(t.encode(), mtime=0)),
     "zlib, base64": lambda t: b64(zlib.compress(t.encode())),
     "bz2, base64": lambda t: b64(bz2.compress(t.encode())),
@@ -159,8 +160,8 @@ ENCODINGS: dict[str, Spell] = {
     "rot47": shifted(47, "".join(map(chr, range(33, 127)))),
     "Caesar by 3": shifted(3, LOWER, UPPER, string.digits),
     "Caesar by -1": shifted(-1, LOWER, UPPER, string.digits),
-    "Atbash": lambda t: t.translate(str.maketrans(LOWER + UPPER + string.digits, LOWER[::-1] + UPPER[::-1] + string.digits[::-1])),
-    "Vigenere": lambda t: "".join(shifted(ord("lemon"[i % 5]) - 97, LOWER, UPPER, string.digits)(c) for i, c in enumerate(t)),
+    "Atbash": lambda t: t.translate(ATBASH),
+    "Vigenere": lambda t: "".join(shifted(i % 5 * 3 + 4, LOWER, UPPER, string.digits)(c) for i, c in enumerate(t)),
     "case swapped": str.swapcase,
     "leet": lambda t: t.translate(str.maketrans("aeiostAEIOST", "431057431057")),
     "vowels left out": lambda t: "".join(c for c in t if c not in "aeiou"),
@@ -210,7 +211,7 @@ def sent(*messages: Message, planted: str = "") -> tuple[str, Sanitiser]:
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_no_encoding_of_a_secret_leaves_whole(secret: str) -> None:
-    """Whether it is known as one or not; and of the ways no half is left either that is long enough to mean something."""
+    """Whether it is known as one or not."""
     assert len(ENCODINGS) >= 84
     text = SECRETS[secret]
     for known in (True, False):
@@ -242,7 +243,8 @@ ORDINARY = [
     "Zaragoza, Ouagadougou, Marguerite Quentin and McDonald",
     "Donaudampfschiffahrt und Geschwindigkeitsbegrenzung",  # the second is too long for a word
     "R\u00e9servation annul\u00e9e, l'utilisateur n'est pas autoris\u00e9",
-    "\u0411\u0440\u043e\u043d\u0438\u0440\u043e\u0432\u0430\u043d\u0438\u0435 \u043e\u0442\u043c\u0435\u043d\u0435\u043d\u043e",
+    "\u0411\u0440\u043e\u043d\u044c \u043e\u0442\u043c\u0435\u043d\u0435\u043d\u0430",
+    "Sofia Gonzalez, address1: 12 Main St, Apt 4",
     "\u9810\u7d04\u306f\u30ad\u30e3\u30f3\u30bb\u30eb\u3055\u308c\u307e\u3057\u305f",
     "it's done -- see step3, item 2a, the 3rd and v2.1; 50km, $5 (5%)",
     '{"ok": true, "n": 3, "names": ["ann", "bob"], "when": "2024-05-20T10:00:00Z"}',
@@ -300,7 +302,7 @@ def test_no_words(run: str) -> None:
 
 
 def test_what_is_random_does_not_stay() -> None:
-    """Twelve characters and more, of any usual alphabet: of 2,000 at most 20 are left, with 23 punctuation marks in it 60."""
+    """Twelve characters and more, of any usual alphabet: of 2,000 at most 20 stay, with 23 marks in it 60."""
     random = Random(0)
     alphabets = [string.ascii_letters, BASE62, BASE58, string.digits + "abcdef", string.ascii_lowercase + string.digits]
     for alphabet in (*alphabets, string.digits, Z85):
