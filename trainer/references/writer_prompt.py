@@ -21,6 +21,7 @@ from trainer.data import Group, Message, Rollout
 from trainer.references.contrast import ANSWER, MAX_STEPS, START, format_reference
 from trainer.references.sanitiser import MARK, ROLES, Sanitiser
 from trainer.references.sibling_selection import LEFT_OUT, cut_middle, select
+from trainer.references.spellings import plain
 
 VERSION = 2  # of prompt and answer; part of the cache key
 MAX_REPLY = 64_000  # characters; longer is not a reference
@@ -240,7 +241,7 @@ def clean(text: str, sanitiser: Sanitiser) -> str:
     A reply that spells a secret is refused, not masked: one that echoes a secret may have hidden another.
     """
     before = sanitiser.hits["secret"] + sanitiser.hits["payment"]
-    masked = sanitiser.text(CHAT_MARKS.sub(" ", text[: 4 * MAX_TEXT]))
+    masked = CHAT_MARKS.sub(" ", sanitiser.text(CHAT_MARKS.sub(" ", plain(text[: 4 * MAX_TEXT]))))
     if sanitiser.hits["secret"] + sanitiser.hits["payment"] > before:
         raise Refused("echoes_secret")
     line = " ".join(masked.split())
