@@ -89,7 +89,9 @@ def parse(text: str) -> Any:
         _count(node, {}, set())
         return loader.construct_document(node)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise Refusal("it nests too deeply" if isinstance(error, RecursionError) else "a value is none") from None
+        deep = "it nests too deeply" if isinstance(error, RecursionError) else ""
+        quotes = "'" in str(error)  # its text
+        raise Refusal(deep or ("a value is not of its kind" if quotes else str(error))) from None
     finally:
         loader.dispose()
 
@@ -110,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 def _count(node: Any, sizes: dict[int, int], above: set[int]) -> int:
     """The values in a node after aliases are followed."""
     if id(node) in above:
-        raise Refusal("an alias stands inside what it names", node.start_mark)
+        raise Refusal("an alias stands inside what it names")
     if id(node) not in sizes:
         above.add(id(node))
         inside = node.value if isinstance(node.value, list) else []
@@ -118,5 +120,5 @@ def _count(node: Any, sizes: dict[int, int], above: set[int]) -> int:
         sizes[id(node)] = 1 + sum(_count(part, sizes, above) for part in parts)
         above.discard(id(node))
         if sizes[id(node)] > MAX_VALUES:
-            raise Refusal(f"its aliases make more than {MAX_VALUES} values", node.start_mark)
+            raise Refusal(f"its aliases make more than {MAX_VALUES} values")
     return sizes[id(node)]

@@ -132,11 +132,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise UserError(f"--{key}: {again} was given before; give each key once, or its section, but not both")
         try:
             pairs.append((key, yaml_files.parse(text)))
-        except yaml_files.Refusal as error:
-            raise UserError(f"--{key}: {error}") from None
-        except yaml.YAMLError:
+        except yaml.YAMLError as error:
             shown = repr(text if len(text) <= 60 else text[:57] + "...")
-            raise UserError(f"--{key}: {shown} is not a YAML value (quote strings that hold : or brackets)") from None
+            why = str(error) if isinstance(error, yaml_files.Refusal) else "quote strings that hold : or brackets"
+            raise UserError(f"--{key}: {shown} is not a YAML value ({why})") from None
     return pairs
 
 

@@ -39,8 +39,8 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     "an unknown tag": (f"a: !{SECRET} b\n".encode(), r"\(line 1: syntax error\)"),
     "an unknown directive": (f"%TAG !{SECRET}! x\n--- !{SECRET}\n".encode(), "syntax error"),
     "a broken quote": (f'a: "{SECRET}\n'.encode(), "syntax error"),
-    "a number that is none": (b"a: " + b"9" * 10_000, "a value is none"),
-    "a date that is none": (b"a: 2020-99-99", "a value is none"),
+    "a number that is none": (b"a: " + b"9" * 10_000, "is not valid YAML"),
+    "a date that is none": (b"a: 2020-99-99", "is not valid YAML"),
     "aliases that multiply": (bomb().encode(), "aliases make more than"),
     "merges that multiply": (merge_bomb().encode(), "aliases make more than"),
     "an alias inside itself": (b"a: &a [*a]", "inside what it names"),
@@ -133,8 +133,8 @@ def test_anchors_and_merges_are_still_taken(tmp_path: Path) -> None:
         (["--max-steps", "1", "--max_steps=2"], "--max_steps"),
         (["--credit.gamma", "1", "--credit", "{gamma: 2}"], "--credit"),
         (["--credit", "{gamma: 2}", "--credit.gamma", "1"], "--credit.gamma"),
-        (["--credit", "{gamma: 2, gamma: 1}"], "--credit: the key 'gamma' stands twice"),
-        (["--seed", bomb()], "--seed: its aliases make"),
+        (["--credit", "{gamma: 2, gamma: 1}"], "the key 'gamma' stands twice"),
+        (["--seed", bomb()], "--seed: .* aliases make"),
     ],
 )
 def test_an_option_that_is_given_twice(tmp_path: Path, overrides: list[str], name: str, capsys: Any) -> None:
