@@ -83,7 +83,7 @@ def linear_cross_entropy(
     return_lse: Literal[True],
     **others: Any,
 ) -> tuple[Tensor, Tensor]: ...
-def linear_cross_entropy(
+def linear_cross_entropy(  # type: ignore[misc]  # the overloads spell only what the result depends on
     e: Tensor,  # [..., H]
     c: Tensor,  # [V, H], or this rank's rows
     targets: Tensor,  # [...]
@@ -107,8 +107,8 @@ def linear_cross_entropy(
       `targets` minus n columns; ignored tokens give 0. The mean over no tokens is NaN, as PyTorch's.
     - `return_lse`: (loss, log-sum-exp per token), the second shaped as the loss with reduction "none", 0 where
       ignored, and differentiable.
-    - `filter_eps`, `filter_e_grad`, `filter_c_grad`, `accum_e_fp32`, `accum_c_fp32` are accepted and ignored. They trade
-      accuracy for speed in the original's kernels; here no gradient is dropped.
+    - `filter_eps`, `filter_e_grad`, `filter_c_grad`, `accum_e_fp32`, `accum_c_fp32` are accepted and ignored.
+      They trade accuracy for speed in the original's kernels; here no gradient is dropped.
     - `impl`: a backend of this library. The original's names (strings or enum members) mean "auto".
     - `vocab_parallel_options`: `c` and `bias` are the rows [start, stop) of a head that the group's ranks hold in rank
       order; targets are global vocab ids. The gradient of `e` is summed over the ranks.
@@ -124,12 +124,10 @@ def linear_cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     _check_filter(filter_eps)
-    if bias is not None and not isinstance(bias, Tensor):
-        hint = "; the fourth argument has been bias since cut-cross-entropy 25.6: give ignore_index by name"
-        raise ValueError(f"bias is {bias!r}, needs a tensor or None{hint if isinstance(bias, int) else ''}")
+    _check_bias(bias)
     e, targets = _shifted(e, targets, shift)
     stats = linear_logprob(
-        e.reshape(-1, e.shape[-1]),
+        e.reshape(targets.numel(), e.shape[-1]),
         c,
         targets.reshape(-1),
         bias=bias,
@@ -191,7 +189,13 @@ class LinearCrossEntropy(nn.Module):
         return result
 
 
-def _check_filter(filter_eps: float | str | None) -> None:
+def _check_bias(bias: object) -> None:
+    if bias is not None and not isinstance(bias, Tensor):
+        hint = "; the fourth argument has been bias since cut-cross-entropy 25.6: give ignore_index by name"
+        raise ValueError(f"bias is {bias!r}, needs a tensor or None{hint if isinstance(bias, int) else ''}")
+
+
+def _check_filter(filter_eps: object) -> None:
     if isinstance(filter_eps, str):
         check_choice("filter_eps", filter_eps, FILTERS)
     elif filter_eps is not None and not isinstance(filter_eps, Real):
@@ -209,7 +213,9 @@ def _shifted(e: Tensor, targets: Tensor, shift: bool | int) -> tuple[Tensor, Ten
     check_tensor("e", e)
     check_tensor("targets", targets)
     if e.dim() < 2 or e.shape[:-1] != targets.shape:
-        raise ValueError(f"targets has shape {list(targets.shape)}, needs {list(e.shape[:-1])} to fit e {list(e.shape)}")
+        raise ValueError(
+            f"targets has shape {list(targets.shape)}, needs {list(e.shape[:-1])} to fit e {list(e.shape)}"
+        )
     steps = int(shift) if isinstance(shift, bool) else shift
     check_int("shift", steps, 0, max(targets.shape[-1] - 1, 0))
     columns = targets.shape[-1] - steps

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.text import encodable
 
 PRIVATE = 0x100000  # the first character of Unicode's last plane, private like all of it: what stands for tokens
 ESCAPE = "\U0010ffff"  # before a character of that plane in data, which is then shown as one of the plane before
@@ -62,7 +63,7 @@ class Markup:
 
     def encode_data(self, text: str) -> list[int]:
         """The ids of text from outside, whatever it spells."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._plain.encode(encodable(text), add_special_tokens=False).ids
         return ids
 
     def spell(self, marked: str) -> str:

@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.evaluation.estimates import by_task
 from trainer.evaluation.evaluate import Evaluation, evaluate
 from trainer.learning import model as policy
-from trainer.records import checkpoint
+from trainer.records import bug_reports, checkpoint
 from trainer.terminal import say, visible
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
     source = str(weights or config.model.path)
     console.print(_table(result, suite.name, f"{source} on {suite.name}/{split}"))
     _write(path, result, config, source)
+    bug_reports.append(path.parent, 0, result.bugs)
     say(f"written: {path}")
     return result
 

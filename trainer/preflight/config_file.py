@@ -165,14 +165,16 @@ def dump(config: Config) -> dict[str, Any]:
 def claim(config: Config) -> None:
     """Write the config into its output directory, or refuse when another run lives there."""
     refuse_another(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     files.write(config.output_dir / RESOLVED, yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
 
 
 def refuse_another(config: Config) -> None:
     """A `UserError` when the output directory holds a run whose steps another config made."""
     run_dir = config.output_dir
-    records = [run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step_*")]
-    begun = any(record.exists() and record.stat().st_size for record in records)
+    metrics = run_dir / "metrics.jsonl"
+    checkpoints = [name for name in files.names(run_dir / "checkpoints") if name.startswith("step_")]
+    begun = bool(checkpoints) or (metrics.exists() and metrics.stat().st_size > 0)
     if not begun or not (run_dir / RESOLVED).exists():  # a run that failed before its first step is no run
         return
     refuse_difference(config, _read_resolved(run_dir), str(run_dir))
@@ -305,7 +307,17 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
         return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
     need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
-    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+    hint = _hint(key, detail) if detail["type"] in ("literal_error", "enum") else ""
+    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}{hint}"
+
+
+def _hint(key: str, detail: ErrorDetails) -> str:
+    """What a value that is not among the names of its key was probably meant to be."""
+    from sgcd_kernels.core.spelling import explain_choice  # here, because both import torch
+    from sgcd_kernels.core.surrogate import LOSSES_ELSEWHERE
+
+    names = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+    return explain_choice(detail["input"], names, LOSSES_ELSEWHERE if key == "loss_type" else None)
 
 
 _NEED = {  # where pydantic speaks of its own types

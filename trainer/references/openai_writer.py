@@ -148,7 +148,7 @@ class OpenAIWriter:
         reply = prompts.only_tools(answer, tools)
         incoming = self._sanitiser(self.suite.answer_literals(group.task))
         if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
-            reply = prompts.clean_reply(answer, incoming)
+            reply = prompts.clean_reply(answer, incoming, tools)
         reference = (
             prompts.render_words(reply) if self.words_only else prompts.render_prose(reply, 4 * self.config.max_tokens)
         )
