@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -12,10 +13,28 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sgcd_kernels import CreditConfig
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested data."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from (text for item in (*value, *value.values()) for text in _texts(item))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in _texts(item))
+
+
 class Section(BaseModel):
     """A group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_nul(cls, value: Any) -> Any:
+        """No name of a file, argument of a process or text of a report can hold these characters."""
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for text in _texts(value) for char in text):
+            raise ValueError("needs text without NUL characters and lone surrogates")
+        return value
 
 
 class LoraConfig(Section):

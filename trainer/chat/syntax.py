@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,10 @@ class Hermes(Tagged):
         "each other."
     )
 
-    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        return "\n".join(f"{OPEN}\n{_json({'name': n, 'arguments': dict(a)})}\n{CLOSE}" for n, a in calls)
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]], mark: Callable[[str], str] = str) -> str:
+        """The calls as text, with the format's own tags as `mark` gives them."""
+        bodies = [_json({"name": name, "arguments": dict(arguments)}) for name, arguments in calls]
+        return "\n".join(f"{mark(OPEN)}\n{body}\n{mark(CLOSE)}" for body in bodies)
 
     def read_payload(self, text: str, at: int, part: Found) -> int:
         at = skip_space(text, at)
@@ -130,7 +132,7 @@ class Python:
 
     instruction = 'To call tools, write only a list of calls with named arguments, like [cd(folder="a"), ls(a=True)].'
 
-    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]], mark: Callable[[str], str] = str) -> str:
         return f"[{', '.join(f'{name}({_named(arguments)})' for name, arguments in calls)}]" if calls else ""
 
     def read(self, text: str) -> Found:
