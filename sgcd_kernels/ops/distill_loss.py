@@ -125,7 +125,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 def _fake(inputs: _Inputs, options: _Options) -> _Result:
     hidden, dtype = inputs.hidden, inputs.stats_dtype()
     leading = hidden.shape[:-1]
-    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in range(3)))
+    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in DistillSaved._fields))
     return _Result(hidden.new_empty(leading if options.reduction == "none" else (), dtype=dtype), saved)
 
 
@@ -154,16 +154,17 @@ def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     if student.num_rows == 0:
         zeros = torch.zeros(shape, dtype=inputs.stats_dtype(), device=inputs.hidden.device)
         loss = zeros.clone() if options.reduction == "none" else zeros.sum()
-        return _Result(loss, DistillSaved(*(zeros.clone() for _ in range(3))))
+        return _Result(loss, DistillSaved(*(zeros.clone() for _ in DistillSaved._fields)))
     unused = torch.zeros(student.num_rows, dtype=torch.long, device=inputs.hidden.device)
     with no_autocast(inputs.hidden.device):
         fields = backend.divergence_forward(student, teacher, unused, asked)
-    values, mean_log_ratio = fields[kind], fields["mixture_kl" if kind == "jsd" else kind]
-    saved = (student.scatter(x, shape) for x in (fields["student_lse"], fields["teacher_lse"], mean_log_ratio))
+    values = fields[kind]
+    fields["mean_log_ratio"] = fields["mixture_kl" if kind == "jsd" else kind]
+    saved = DistillSaved(**{name: student.scatter(fields[name], shape) for name in DistillSaved._fields})
     if options.reduction == "none":
-        return _Result(student.scatter(values, shape), DistillSaved(*saved))
+        return _Result(student.scatter(values, shape), saved)
     total = values.sum()
-    return _Result(total if options.reduction == "sum" else total / values.numel(), DistillSaved(*saved))
+    return _Result(total if options.reduction == "sum" else total / values.numel(), saved)
 
 
 def _fake_backward(

@@ -29,6 +29,7 @@ from sgcd_kernels.backends.triton.tiles import (
     pair_rows,
     rescaled,
     store_statistic,
+    sum_without_ones,
     target_logits,
 )
 from sgcd_kernels.core.lm_head import Projection, sum_over
@@ -74,9 +75,9 @@ def pair_stats(
     student: Projection,
     teacher: Projection,
     targets: Tensor,  # [n], rows of this rank's weight
-    peaks: Tensor | None = None,  # [3, vocab tiles, n], written
+    peaks: Tensor | None = None,  # [5, vocab tiles, n], written
 ) -> Tensor:  # [splits, 11, n]
-    """m, l, s and the target's logit of p, of q, then a_p, a_q and the overlap, of each vocab split."""
+    """m, rest, s and the target's logit of p, of q, then a_p, a_q and the overlap, of each vocab split."""
     head, other = launch.Head.of(student), launch.Head.of(teacher)
     config = launch.pair_config(student, head, other, has_epilogue=peaks is not None)
     sizes = launch.forward_sizes(student, config, head, other)
@@ -96,9 +97,10 @@ def pair_stats_kernel(
     rows, transform, targets, out, peaks,
     n, vocab, vocab_per_split, token_tiles, num_splits, group_n, META: tl.constexpr,
 ):  # fmt: skip
-    """out[split] = m, l, s, target logit of the student, of the teacher, then a_p, a_q, overlap.
+    """out[split] = m, rest, s, target logit of the student, of the teacher, then a_p, a_q, overlap.
 
-    peaks[3, vocab tiles, n] are each tile's largest logit of the teacher and both its log-sum-exps: see `topk`.
+    peaks[5, vocab tiles, n] are each tile's largest logit of the teacher, and of both heads the running maximum and the
+    logarithm of the tile's mass relative to it: see `topk`.
     """
     student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
     teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
@@ -110,8 +112,8 @@ def pair_stats_kernel(
     temperature = load_temperature(transform, token, n)
     lowest, zeros = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     m_p, m_q = lowest, lowest
-    l_p, s_p, target_p = zeros, zeros, zeros
-    l_q, s_q, target_q = zeros, zeros, zeros
+    rest_p, s_p, target_p = zeros - 1.0, zeros, zeros
+    rest_q, s_q, target_q = zeros - 1.0, zeros, zeros
     a_p, a_q, overlap = zeros, zeros, zeros
     first = split * vocab_per_split
     stop = tl.minimum(first + vocab_per_split, vocab)
@@ -122,8 +124,8 @@ def pair_stats_kernel(
             target_p += target_logits(z_p, vocab_ids, target)
             target_q += target_logits(z_q, vocab_ids, target)
         new_m_p, new_m_q = tl.maximum(m_p, tl.max(z_p, 1)), tl.maximum(m_q, tl.max(z_q, 1))
-        l_p, s_p, shift_p = rescaled(m_p, l_p, s_p, new_m_p)
-        l_q, s_q, shift_q = rescaled(m_q, l_q, s_q, new_m_q)
+        rest_p, ones_p, s_p, shift_p = rescaled(m_p, rest_p, s_p, new_m_p)
+        rest_q, ones_q, s_q, shift_q = rescaled(m_q, rest_q, s_q, new_m_q)
         # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
         a_p = tl.where(exp_ftz(shift_p) > 0, a_p * exp_ftz(shift_p), 0.0)
         a_q = tl.where(exp_ftz(shift_q) > 0, a_q * exp_ftz(shift_q), 0.0)
@@ -131,27 +133,29 @@ def pair_stats_kernel(
         m_p, m_q = new_m_p, new_m_q
         of_p, of_q, tile_overlap = sum_tile(z_p, z_q, m_p, m_q, META.GUARDED)
         if not META.GUARDED:  # noqa: SIM102  # a constant: what is left out is not compiled
-            if any_nan(of_p[1] + of_p[2] + of_q[1] + of_q[2]):
+            if any_nan(of_p[2] + of_p[3] + of_q[2] + of_q[3]):
                 of_p, of_q, tile_overlap = sum_tile(z_p, z_q, m_p, m_q, True)
         if peaks is not None:
             at = peaks + first_id // META.BLOCK_V * n + token
             apart = (vocab + META.BLOCK_V - 1) // META.BLOCK_V * n
             tl.store(at, tl.max(z_q, 1), mask=token < n)
-            tl.store(at + apart, m_p + tl.log(of_p[0]), mask=token < n)
-            tl.store(at + 2 * apart, m_q + tl.log(of_q[0]), mask=token < n)
-        l_p += of_p[0]
-        s_p += of_p[1]
-        a_p += of_p[2]
-        l_q += of_q[0]
-        s_q += of_q[1]
-        a_q += of_q[2]
+            tl.store(at + apart, m_p, mask=token < n)
+            tl.store(at + 2 * apart, tl.log(of_p[0] + of_p[1]), mask=token < n)
+            tl.store(at + 3 * apart, m_q, mask=token < n)
+            tl.store(at + 4 * apart, tl.log(of_q[0] + of_q[1]), mask=token < n)
+        rest_p += of_p[0] + (ones_p + of_p[1] - 1.0)
+        s_p += of_p[2]
+        a_p += of_p[3]
+        rest_q += of_q[0] + (ones_q + of_q[1] - 1.0)
+        s_q += of_q[2]
+        a_q += of_q[3]
         overlap += tile_overlap
     store_statistic(out, split, 0, token, m_p, n, 11)
-    store_statistic(out, split, 1, token, l_p, n, 11)
+    store_statistic(out, split, 1, token, rest_p, n, 11)
     store_statistic(out, split, 2, token, s_p, n, 11)
     store_statistic(out, split, 3, token, target_p, n, 11)
     store_statistic(out, split, 4, token, m_q, n, 11)
-    store_statistic(out, split, 5, token, l_q, n, 11)
+    store_statistic(out, split, 5, token, rest_q, n, 11)
     store_statistic(out, split, 6, token, s_q, n, 11)
     store_statistic(out, split, 7, token, target_q, n, 11)
     store_statistic(out, split, 8, token, a_p, n, 11)
@@ -161,7 +165,7 @@ def pair_stats_kernel(
 
 @triton.jit
 def sum_tile(z_p, z_q, m_p, m_q, GUARD: tl.constexpr):
-    """(l, s and a of the student, of the teacher, the overlap) of one tile around given maxima."""
+    """(rest, its ones, s and a of the student, of the teacher, the overlap) of one tile around given maxima."""
     finite_p, finite_q = z_p, z_q
     if GUARD:
         finite_p, finite_q = tl.where(z_p == -INFINITY, LOWEST, z_p), tl.where(z_q == -INFINITY, LOWEST, z_q)
@@ -175,11 +179,13 @@ def sum_tile(z_p, z_q, m_p, m_q, GUARD: tl.constexpr):
     # it must.
     root_p, root_q = tl.exp2(centred_p * (0.5 * LOG2_E)), tl.exp2(centred_q * (0.5 * LOG2_E))
     e_p, e_q = root_p * root_p, root_q * root_q
+    rest_p, ones_p = sum_without_ones(e_p, centred_p)
+    rest_q, ones_q = sum_without_ones(e_q, centred_q)
     if GUARD:
         centred_p, delta_p = tl.where(e_p > 0, centred_p, 0.0), tl.where(e_p > 0, delta_p, 0.0)
         centred_q, delta_q = tl.where(e_q > 0, centred_q, 0.0), tl.where(e_q > 0, delta_q, 0.0)
-    of_p = tl.sum(e_p, 1), tl.sum(e_p * centred_p, 1), tl.sum(e_p * delta_p, 1)
-    of_q = tl.sum(e_q, 1), tl.sum(e_q * centred_q, 1), tl.sum(e_q * delta_q, 1)
+    of_p = rest_p, ones_p, tl.sum(e_p * centred_p, 1), tl.sum(e_p * delta_p, 1)
+    of_q = rest_q, ones_q, tl.sum(e_q * centred_q, 1), tl.sum(e_q * delta_q, 1)
     return of_p, of_q, tl.sum(root_p * root_q, 1)
 
 

@@ -200,6 +200,15 @@ def load_column(values, token, n):
 
 
 @triton.jit
+def minus_lse(z, lse, lse_low, token, n):
+    """Log-probs of a tile, given the log-sum-exp as two numbers per token; None stands for 0."""
+    log_p = z - load_column(lse, token, n)
+    if lse_low is not None:
+        log_p = log_p - load_column(lse_low, token, n)
+    return log_p
+
+
+@triton.jit
 def store_statistic(out, split, field, token, value, n, FIELDS: tl.constexpr):
     """out[split, field, token] = value, of [splits, FIELDS, n]."""
     tl.store(out + (split * FIELDS + field).to(tl.int64) * n + token, value, mask=token < n)
@@ -235,11 +244,26 @@ def target_logits(z, vocab_ids, target):
 
 
 @triton.jit
-def rescaled(m, l, s, new_m):  # noqa: E741
-    """Online softmax: l and s relative to the maximum `new_m`, and the shift of exponents; 0 before the first tile."""
-    shift = tl.where(l > 0, m - new_m, 0.0)
+def rescaled(m, rest, s, new_m):
+    """Online softmax: rest, its ones, and s relative to the maximum `new_m`, and the shift of exponents.
+
+    rest = l - 1 goes without one vocab id at the maximum: see `core.statistics`. `ones` is 1 where that is so still,
+    and 0 where the maximum has grown, or before the first tile (rest -1).
+    """
+    filled = rest != -1.0  # also if it is NaN
+    shift = tl.where(filled, m - new_m, 0.0)
     shrink = exp_ftz(shift)
-    return l * shrink, tl.where(shrink > 0, (s + shift * l) * shrink, 0.0), shift
+    l = rest + 1.0  # noqa: E741
+    holds = filled & (shift == 0)
+    new_s = tl.where(shrink > 0, (s + shift * l) * shrink, 0.0)
+    return tl.where(holds, rest, l * shrink), tl.where(holds, 1.0, 0.0), new_s, shift
+
+
+@triton.jit
+def sum_without_ones(e, centred):
+    """(sum of e = e^centred without those at the maximum, the number of these)"""
+    at_maximum = centred == 0.0
+    return tl.sum(tl.where(at_maximum, 0.0, e), 1), tl.sum(tl.where(at_maximum, 1.0, 0.0), 1)
 
 
 @triton.jit

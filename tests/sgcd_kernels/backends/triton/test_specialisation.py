@@ -49,9 +49,9 @@ def launches(n, vocab, width, strides, starts, masked):
     numbers, targets = torch.zeros(n), torch.zeros(n, dtype=torch.long)
     needs = Needs(True, True, False)
     logprob.logprob_forward(p, targets)
-    logprob.logprob_backward(p, targets, LogprobValues(None, lse=numbers), LogprobValues(numbers), needs)
+    logprob.logprob_backward(p, targets, LogprobValues(None, lse=numbers, lse_low=numbers), LogprobValues(numbers), needs)
     divergence.divergence_forward(p, q, targets, DivergenceOptions(("jsd", "tv"), 0.5, 3))
-    distill.distill_backward(p, q, ("jsd", 0.5), DistillSaved(numbers, numbers, numbers), numbers, needs)
+    distill.distill_backward(p, q, ("jsd", 0.5), DistillSaved._make([numbers] * len(DistillSaved._fields)), numbers, needs)
     return sorted(keys)
 
 print(json.dumps([launches(*call) for call in json.loads(sys.argv[1])]))
