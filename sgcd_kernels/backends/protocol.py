@@ -63,7 +63,7 @@ class Backend(Protocol):
         targets: Tensor,  # [n]
         cache_for: Needs | None = None,
     ) -> tuple[LogprobValues, Any]:
-        """log p(y), entropy, lse and lse_low of each row, and tiles cached for a `logprob_backward` of these needs (or None)."""
+        """log p(y), entropy, lse and lse_low of each row; tiles cached for a `logprob_backward`, or None."""
 
     def logprob_backward(
         self,

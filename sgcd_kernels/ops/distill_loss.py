@@ -51,6 +51,9 @@ def linear_distill_loss(
     0 where masked); "mean" averages over the unmasked tokens (0 if there are none). Teacher head, softcap and
     non-finite inputs are as in `linear_divergence`. A jsd needs beta in [1e-6, 1 - 1e-6]; other kinds ignore it.
 
+    A token at which reverse_kl is +inf, because the teacher forbids what the student may say, has the gradient 0: the
+    formula would be inf - inf. That of an infinite forward_kl is p - q, as everywhere.
+
     Gradients: student_hidden, weight, bias
     Backends: triton, cpp, torch
     Cost: 2 U forward, 4 U backward; for kind "jsd" 4 U forward, 4 U backward

@@ -27,7 +27,7 @@ class LogprobStats(NamedTuple):
 
     logp: Tensor  # log p(y)
     entropy: Tensor  # -sum p log p, nats
-    lse: Tensor  # log-sum-exp of the logits after softcap and temperature
+    lse: Tensor  # log-sum-exp of the logits after softcap and temperature; logp is not made of this rounded number
 
 
 def linear_logprob(

@@ -57,7 +57,9 @@ def logprob_backward(
             inner = log_p.add_(entropy[tokens].unsqueeze(1)).mul_(d_entropy[tokens].unsqueeze(1))
             dz.mul_(inner.neg_().add_(scale[tokens].unsqueeze(1)))
         d = d_logp[tokens][inside]
-        dz[cells] = (dz[cells] + p * d) - below_one * d  # p slope + d, but 1 - p is not rounding error where p is near 1
+        dz[cells] = (
+            dz[cells] + p * d
+        ) - below_one * d  # p slope + d, but 1 - p is not rounding error where p is near 1
         return dz
 
     return sweep_gradients(x, plan(x, live=5, hidden_copies=2, weight_copies=3), needs, logit_grad)

@@ -29,7 +29,6 @@ from sgcd_kernels.backends.triton.tiles import (
     pair_rows,
     rescaled,
     store_statistic,
-    sum_without_ones,
     target_logits,
 )
 from sgcd_kernels.core.lm_head import Projection, sum_over
@@ -124,8 +123,8 @@ def pair_stats_kernel(
             target_p += target_logits(z_p, vocab_ids, target)
             target_q += target_logits(z_q, vocab_ids, target)
         new_m_p, new_m_q = tl.maximum(m_p, tl.max(z_p, 1)), tl.maximum(m_q, tl.max(z_q, 1))
-        rest_p, ones_p, s_p, shift_p = rescaled(m_p, rest_p, s_p, new_m_p)
-        rest_q, ones_q, s_q, shift_q = rescaled(m_q, rest_q, s_q, new_m_q)
+        rest_p, s_p, shift_p = rescaled(m_p, rest_p, s_p, new_m_p)
+        rest_q, s_q, shift_q = rescaled(m_q, rest_q, s_q, new_m_q)
         # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
         a_p = tl.where(exp_ftz(shift_p) > 0, a_p * exp_ftz(shift_p), 0.0)
         a_q = tl.where(exp_ftz(shift_q) > 0, a_q * exp_ftz(shift_q), 0.0)
@@ -133,22 +132,22 @@ def pair_stats_kernel(
         m_p, m_q = new_m_p, new_m_q
         of_p, of_q, tile_overlap = sum_tile(z_p, z_q, m_p, m_q, META.GUARDED)
         if not META.GUARDED:  # noqa: SIM102  # a constant: what is left out is not compiled
-            if any_nan(of_p[2] + of_p[3] + of_q[2] + of_q[3]):
+            if any_nan(of_p[1] + of_p[2] + of_q[1] + of_q[2]):
                 of_p, of_q, tile_overlap = sum_tile(z_p, z_q, m_p, m_q, True)
         if peaks is not None:
             at = peaks + first_id // META.BLOCK_V * n + token
             apart = (vocab + META.BLOCK_V - 1) // META.BLOCK_V * n
             tl.store(at, tl.max(z_q, 1), mask=token < n)
             tl.store(at + apart, m_p, mask=token < n)
-            tl.store(at + 2 * apart, tl.log(of_p[0] + of_p[1]), mask=token < n)
+            tl.store(at + 2 * apart, tl.log(of_p[0]), mask=token < n)
             tl.store(at + 3 * apart, m_q, mask=token < n)
-            tl.store(at + 4 * apart, tl.log(of_q[0] + of_q[1]), mask=token < n)
-        rest_p += of_p[0] + (ones_p + of_p[1] - 1.0)
-        s_p += of_p[2]
-        a_p += of_p[3]
-        rest_q += of_q[0] + (ones_q + of_q[1] - 1.0)
-        s_q += of_q[2]
-        a_q += of_q[3]
+            tl.store(at + 4 * apart, tl.log(of_q[0]), mask=token < n)
+        rest_p += of_p[0]
+        s_p += of_p[1]
+        a_p += of_p[2]
+        rest_q += of_q[0]
+        s_q += of_q[1]
+        a_q += of_q[2]
         overlap += tile_overlap
     store_statistic(out, split, 0, token, m_p, n, 11)
     store_statistic(out, split, 1, token, rest_p, n, 11)
@@ -165,7 +164,7 @@ def pair_stats_kernel(
 
 @triton.jit
 def sum_tile(z_p, z_q, m_p, m_q, GUARD: tl.constexpr):
-    """(rest, its ones, s and a of the student, of the teacher, the overlap) of one tile around given maxima."""
+    """(l, s and a of the student, of the teacher, the overlap) of one tile around given maxima."""
     finite_p, finite_q = z_p, z_q
     if GUARD:
         finite_p, finite_q = tl.where(z_p == -INFINITY, LOWEST, z_p), tl.where(z_q == -INFINITY, LOWEST, z_q)
@@ -179,13 +178,11 @@ def sum_tile(z_p, z_q, m_p, m_q, GUARD: tl.constexpr):
     # it must.
     root_p, root_q = tl.exp2(centred_p * (0.5 * LOG2_E)), tl.exp2(centred_q * (0.5 * LOG2_E))
     e_p, e_q = root_p * root_p, root_q * root_q
-    rest_p, ones_p = sum_without_ones(e_p, centred_p)
-    rest_q, ones_q = sum_without_ones(e_q, centred_q)
     if GUARD:
         centred_p, delta_p = tl.where(e_p > 0, centred_p, 0.0), tl.where(e_p > 0, delta_p, 0.0)
         centred_q, delta_q = tl.where(e_q > 0, centred_q, 0.0), tl.where(e_q > 0, delta_q, 0.0)
-    of_p = rest_p, ones_p, tl.sum(e_p * centred_p, 1), tl.sum(e_p * delta_p, 1)
-    of_q = rest_q, ones_q, tl.sum(e_q * centred_q, 1), tl.sum(e_q * delta_q, 1)
+    of_p = tl.sum(e_p, 1), tl.sum(e_p * centred_p, 1), tl.sum(e_p * delta_p, 1)
+    of_q = tl.sum(e_q, 1), tl.sum(e_q * centred_q, 1), tl.sum(e_q * delta_q, 1)
     return of_p, of_q, tl.sum(root_p * root_q, 1)
 
 

@@ -35,7 +35,6 @@ from sgcd_kernels.backends.triton.tiles import (
     rescaled,
     store_logit_grad,
     store_statistic,
-    sum_without_ones,
     target_logits,
     transform_backward,
 )
@@ -119,13 +118,13 @@ def head_stats_kernel(
         if any_target(target, first_id, META.BLOCK_V):
             target_z += target_logits(z, vocab_ids, target)
         new_m = tl.maximum(m, tl.max(z, 1))
-        rest, ones, s, _ = rescaled(m, rest, s, new_m)
+        rest, s, _ = rescaled(m, rest, s, new_m)
         m = new_m
-        tile_rest, tile_ones, tile_s = sum_tile(z, m, META.GUARDED)
+        tile_l, tile_s = sum_tile(z, m, META.GUARDED)
         if not META.GUARDED:  # noqa: SIM102  # a constant: what is left out is not compiled
             if any_nan(tile_s):
-                tile_rest, tile_ones, tile_s = sum_tile(z, m, True)
-        rest += tile_rest + (ones + tile_ones - 1.0)
+                tile_l, tile_s = sum_tile(z, m, True)
+        rest += tile_l
         s += tile_s
     store_statistic(out, split, 0, token, m, n, 4)
     store_statistic(out, split, 1, token, rest, n, 4)
@@ -135,15 +134,14 @@ def head_stats_kernel(
 
 @triton.jit
 def sum_tile(z, m, GUARD: tl.constexpr):
-    """rest, its ones and s of one tile around a given maximum."""
+    """l and s of one tile around a given maximum."""
     if GUARD:
         z = tl.where(z == -INFINITY, LOWEST, z)
     centred = z - m[:, None]
     e = exp_ftz(centred)
-    rest, ones = sum_without_ones(e, centred)
     if GUARD:
         centred = tl.where(e > 0, centred, 0.0)
-    return rest, ones, tl.sum(e * centred, 1)
+    return tl.sum(e, 1), tl.sum(e * centred, 1)
 
 
 class PerToken(NamedTuple):
@@ -182,24 +180,43 @@ def logprob_grad_kernel(
 ):  # fmt: skip
     """p (scale - d_entropy (ln p + entropy)), and d_logp more at the target, where 1 - p is -expm1(ln p)."""
     head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     tile, block = grouped_order(token_tiles, vocab_tiles, group_n)
-    token, column = tile * META.BLOCK_N + tl.arange(0, META.BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
+    token, column = tile * BLOCK_N + tl.arange(0, BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
     vocab_ids, tile_first_id = first_id + column, first_id + block * META.BLOCK_V
     temperature = load_temperature(transform, token, n)
     x = hidden_rows(head, rows, token, n)
     z = head_logits(x, head, vocab_ids, vocab, transform, temperature, META)
+    target = tl.load(per_token.targets + token, mask=token < n, other=-1)
+    has_target = any_target(target, tile_first_id, META.BLOCK_V)
+    target_z = tl.zeros((BLOCK_N,), tl.float32)
+    if has_target:  # before dz: logits and their gradient would not both fit into the registers
+        target_z = target_logits(z, vocab_ids, target)
     log_p = minus_lse(z, per_token.lse, per_token.lse_low, token, n)
     log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)  # not a maximum, which would lose a NaN
     slope = load_column(per_token.scale, token, n)
     if per_token.d_entropy is not None:
         d_entropy, entropy = load_column(per_token.d_entropy, token, n), load_column(per_token.entropy, token, n)
         slope = slope - d_entropy * (log_p + entropy)
-    p = exp_ftz(log_p)
-    dz = p * slope
-    target = tl.load(per_token.targets + token, mask=token < n, other=-1)
-    if any_target(target, tile_first_id, META.BLOCK_V):
-        d_logp = load_column(per_token.d_logp, token, n)
-        at_target = p * (slope + d_logp) - expm1f(log_p) * d_logp
-        dz = tl.where(vocab_ids[None, :] == target[:, None], at_target, dz)
+    dz = exp_ftz(log_p) * slope
+    if has_target:
+        own = target_gradient(target_z[:, None], per_token, token, n)
+        dz = tl.where(vocab_ids[None, :] == target[:, None], own, dz)
     dz = transform_backward(dz, z, transform.softcap, temperature)
     store_logit_grad(out, out_stride, dz, token, column, n, chunk, META.DIVISIBLE_V)
+
+
+@triton.jit
+def target_gradient(z, per_token, token, n):
+    """d_logp (1 - p) + p (d_lse - d_entropy (ln p + entropy)) of the targets' logits, a column.
+
+    1 - p is -expm1(ln p): of a nearly certain target it would be rounding error. By rows, since expm1 of a tile spills.
+    """
+    log_p = minus_lse(z, per_token.lse, per_token.lse_low, token, n)
+    log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)
+    d_logp = load_column(per_token.d_logp, token, n)
+    slope = load_column(per_token.scale, token, n) + d_logp
+    if per_token.d_entropy is not None:
+        d_entropy, entropy = load_column(per_token.d_entropy, token, n), load_column(per_token.entropy, token, n)
+        slope = slope - d_entropy * (log_p + entropy)
+    return exp_ftz(log_p) * slope - expm1f(log_p) * d_logp

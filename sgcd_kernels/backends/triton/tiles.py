@@ -245,25 +245,18 @@ def target_logits(z, vocab_ids, target):
 
 @triton.jit
 def rescaled(m, rest, s, new_m):
-    """Online softmax: rest, its ones, and s relative to the maximum `new_m`, and the shift of exponents.
+    """Online softmax: rest and s relative to the maximum `new_m`, and the shift of exponents; 0 before the first tile.
 
-    rest = l - 1 goes without one vocab id at the maximum: see `core.statistics`. `ones` is 1 where that is so still,
-    and 0 where the maximum has grown, or before the first tile (rest -1).
+    rest = l - 1 goes without one vocab id at the maximum: see `core.statistics`. Where the maximum has grown, or before
+    the first tile (rest -1), that 1 is in the next tile's l, and is subtracted here. (To sum each tile without its 1
+    takes more registers than the kernels have.)
     """
     filled = rest != -1.0  # also if it is NaN
     shift = tl.where(filled, m - new_m, 0.0)
     shrink = exp_ftz(shift)
     l = rest + 1.0  # noqa: E741
-    holds = filled & (shift == 0)
     new_s = tl.where(shrink > 0, (s + shift * l) * shrink, 0.0)
-    return tl.where(holds, rest, l * shrink), tl.where(holds, 1.0, 0.0), new_s, shift
-
-
-@triton.jit
-def sum_without_ones(e, centred):
-    """(sum of e = e^centred without those at the maximum, the number of these)"""
-    at_maximum = centred == 0.0
-    return tl.sum(tl.where(at_maximum, 0.0, e), 1), tl.sum(tl.where(at_maximum, 1.0, 0.0), 1)
+    return tl.where(shift == 0, rest, l * shrink - 1.0), new_s, shift
 
 
 @triton.jit

@@ -41,8 +41,13 @@ def head(impl: str, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return *zeros, torch.zeros(1, dtype=torch.long, device=device)
 
 
-def assert_near(got: Tensor, true: Tensor, relative: float = 4e-6) -> None:
-    torch.testing.assert_close(got.detach().cpu().double(), true.double(), rtol=relative, atol=1e-30)
+def rounding(impl: str) -> float:
+    """What a log-prob may be off by, absolutely: Triton's kernels sum the tile that holds the 1 in fp32."""
+    return 2.5e-7 if impl == "triton" else 1e-30
+
+
+def assert_near(got: Tensor, true: Tensor, relative: float = 4e-6, absolute: float = 1e-30) -> None:
+    torch.testing.assert_close(got.detach().cpu().double(), true.double(), rtol=relative, atol=absolute)
 
 
 def leaf(z: Tensor, impl: str) -> Tensor:
@@ -61,12 +66,12 @@ class TestPeaked:
         stats = linear_logprob(x, w, y, bias=bias, impl=impl)
         logp, entropy, _ = reference.logprob(true_z[None], torch.zeros(1, dtype=torch.long))
         for got, true in ((stats.logp, logp), (stats.entropy, entropy)):
-            assert_near(got, true)
+            assert_near(got, true, absolute=rounding(impl))
             (grad,) = torch.autograd.grad(got, bias, retain_graph=True)
             (true_grad,) = torch.autograd.grad(true, true_z, retain_graph=True)
             # An entropy's gradient is 0 at one probability; near it, an error of p is all of the gradient.
             size = true_grad.abs() + true_z.softmax(0).detach() * 1e-2 * (got is stats.entropy)
-            assert float(((grad.cpu() - true_grad).abs() / size).max()) < 4e-6
+            assert ((grad.cpu() - true_grad).abs() < 4e-6 * size + rounding(impl)).all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_policy_loss(self, impl: str, vocab: int, offset: float, others: float, dtype: torch.dtype) -> None:
@@ -84,7 +89,10 @@ class TestPeaked:
             )
             (grad,) = torch.autograd.grad(loss, bias)
             # With products of bf16 the gradients of the logits are rounded to bf16; fp64 has its own rounding.
-            relative, absolute = 4e-6 if dtype == torch.float32 else 2e-2, abs(offset) * 2**-52 if given else 1e-30
+            relative, absolute = (
+                4e-6 if dtype == torch.float32 else 2e-2,
+                abs(offset) * 2**-52 if given else rounding(impl),
+            )
             torch.testing.assert_close(grad.cpu().double(), true_grad, rtol=relative, atol=absolute)
 
     @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -102,9 +110,9 @@ class TestPeaked:
             "jsd": lambda: reference.jsd(p, q),
         }[kind]().sum()
         (grad,), (true_grad,) = torch.autograd.grad(loss, bias), torch.autograd.grad(true, true_p)
-        assert_near(loss, true, 2e-5)
+        assert_near(loss, true, 2e-5, rounding(impl))
         # Absolutely, at the size of the row's largest: a probability of which the gradient is 0 has no relative error.
-        assert float((grad.cpu() - true_grad).abs().max() / true_grad.abs().max()) < 2e-5
+        assert float((grad.cpu() - true_grad).abs().max()) < 2e-5 * float(true_grad.abs().max()) + rounding(impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -162,9 +170,7 @@ def test_statistics_of_parts_merge_exactly() -> None:
     for at in (slice(None), torch.arange(5).flip(0)):
         blocks = [z[:, i * 16 : (i + 1) * 16] for i in range(5)]
         start = HeadStats.start(4, z)
-        parts = torch.stack(
-            [torch.stack(start.with_targets(b, y, i * 16).updated(b)[0]) for i, b in enumerate(blocks)]
-        )
+        parts = torch.stack([torch.stack(start.with_targets(b, y, i * 16).updated(b)[0]) for i, b in enumerate(blocks)])
         order = torch.arange(5)[at]
         in_turn = start
         for i in order.tolist():

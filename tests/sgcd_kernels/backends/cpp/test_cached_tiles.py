@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_policy_loss
+from sgcd_kernels.core.statistics import HeadStats
 from tests.sgcd_kernels.backends.cases import Case, case, weights
 
 STATUS = backend_status()["cpp"]
