@@ -69,7 +69,7 @@ class Backend(Protocol):
         self,
         x: Projection,
         targets: Tensor,  # [n]
-        values: LogprobValues,  # lse and lse_low; and the entropy where it has an upstream gradient
+        values: LogprobValues,  # lse and lse_low; logp if known; and the entropy where it has an upstream gradient
         upstream: LogprobValues,
         needs: Needs,
         cached: Any = None,

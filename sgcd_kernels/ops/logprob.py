@@ -87,7 +87,7 @@ def _setup(
     ctx: Any, values: LogprobValues, hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str
 ) -> None:
     inputs = {"hidden": hidden, "head": head, "targets": targets, "ignore_index": ignore_index, "impl": impl}
-    save(ctx, **inputs, values=values._replace(logp=None))
+    save(ctx, **inputs, values=values)
 
 
 def _backward(ctx: Any, upstream: LogprobValues) -> dict[str, Tensor | None]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgcd_kernels.backends.torch import logprob as plain
 from sgcd_kernels.backends.triton import launch
 from sgcd_kernels.backends.triton.gradients import Write, loss_scale_of, sweep_gradients
 from sgcd_kernels.backends.triton.tiles import (
@@ -24,7 +25,6 @@ from sgcd_kernels.backends.triton.tiles import (
     any_nan,
     any_target,
     exp_ftz,
-    expm1f,
     grouped_order,
     head_logits,
     hidden_rows,
@@ -39,6 +39,7 @@ from sgcd_kernels.backends.triton.tiles import (
     transform_backward,
 )
 from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, as_fp32
+from sgcd_kernels.core.statistics import MIN_EXPONENT as MIN_LOGP
 from sgcd_kernels.core.statistics import HeadStats, LogprobValues
 
 
@@ -70,8 +71,15 @@ def logprob_backward(
         coefficients = [c * loss_scale for c in coefficients]
     scale, d_logp, *rest = coefficients
     entropy, d_entropy = None if entropy is None else as_fp32(entropy), rest[0] if rest else None
+    # Here, because expm1 in the kernel would spill: of a nearly certain target, 1 - p would be rounding error.
+    logp = plain.target_logp(x, targets, lse, values.lse_low) if values.logp is None else values.logp
+    logp = as_fp32(logp).clamp(min=MIN_LOGP)
+    slope = scale + d_logp
+    if entropy is not None and d_entropy is not None:
+        slope = slope - d_entropy * (logp + entropy)
+    at_target = logp.exp() * slope - logp.expm1() * d_logp
     low = None if values.lse_low is None else as_fp32(values.lse_low)
-    per_token = PerToken(x.local_targets(targets), as_fp32(lse), low, scale, d_logp, entropy, d_entropy)
+    per_token = PerToken(x.local_targets(targets), as_fp32(lse), low, scale, at_target, entropy, d_entropy)
 
     def writer(part: Projection, tokens: slice) -> Write:
         return _logit_grad_writer(part, PerToken._make(None if v is None else v[tokens] for v in per_token))
@@ -151,7 +159,7 @@ class PerToken(NamedTuple):
     lse: Tensor
     lse_low: Tensor | None
     scale: Tensor  # d_lse - d_logp
-    d_logp: Tensor
+    at_target: Tensor  # the gradient of the target's logit
     entropy: Tensor | None
     d_entropy: Tensor | None
 
@@ -178,7 +186,7 @@ def logprob_grad_kernel(
     rows, transform, per_token, out, out_stride,
     n, vocab, first_id, chunk, token_tiles, vocab_tiles, group_n, META: tl.constexpr,
 ):  # fmt: skip
-    """p (scale - d_entropy (ln p + entropy)), and d_logp more at the target, where 1 - p is -expm1(ln p)."""
+    """p (scale - d_entropy (ln p + entropy)), but `at_target` at the target."""
     head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
     BLOCK_N: tl.constexpr = META.BLOCK_N
     tile, block = grouped_order(token_tiles, vocab_tiles, group_n)
@@ -187,11 +195,6 @@ def logprob_grad_kernel(
     temperature = load_temperature(transform, token, n)
     x = hidden_rows(head, rows, token, n)
     z = head_logits(x, head, vocab_ids, vocab, transform, temperature, META)
-    target = tl.load(per_token.targets + token, mask=token < n, other=-1)
-    has_target = any_target(target, tile_first_id, META.BLOCK_V)
-    target_z = tl.zeros((BLOCK_N,), tl.float32)
-    if has_target:  # before dz: logits and their gradient would not both fit into the registers
-        target_z = target_logits(z, vocab_ids, target)
     log_p = minus_lse(z, per_token.lse, per_token.lse_low, token, n)
     log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)  # not a maximum, which would lose a NaN
     slope = load_column(per_token.scale, token, n)
@@ -199,24 +202,8 @@ def logprob_grad_kernel(
         d_entropy, entropy = load_column(per_token.d_entropy, token, n), load_column(per_token.entropy, token, n)
         slope = slope - d_entropy * (log_p + entropy)
     dz = exp_ftz(log_p) * slope
-    if has_target:
-        own = target_gradient(target_z[:, None], per_token, token, n)
-        dz = tl.where(vocab_ids[None, :] == target[:, None], own, dz)
+    target = tl.load(per_token.targets + token, mask=token < n, other=-1)
+    if any_target(target, tile_first_id, META.BLOCK_V):
+        dz = tl.where(vocab_ids[None, :] == target[:, None], load_column(per_token.at_target, token, n), dz)
     dz = transform_backward(dz, z, transform.softcap, temperature)
     store_logit_grad(out, out_stride, dz, token, column, n, chunk, META.DIVISIBLE_V)
-
-
-@triton.jit
-def target_gradient(z, per_token, token, n):
-    """d_logp (1 - p) + p (d_lse - d_entropy (ln p + entropy)) of the targets' logits, a column.
-
-    1 - p is -expm1(ln p): of a nearly certain target it would be rounding error. By rows, since expm1 of a tile spills.
-    """
-    log_p = minus_lse(z, per_token.lse, per_token.lse_low, token, n)
-    log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)
-    d_logp = load_column(per_token.d_logp, token, n)
-    slope = load_column(per_token.scale, token, n) + d_logp
-    if per_token.d_entropy is not None:
-        d_entropy, entropy = load_column(per_token.d_entropy, token, n), load_column(per_token.entropy, token, n)
-        slope = slope - d_entropy * (log_p + entropy)
-    return exp_ftz(log_p) * slope - expm1f(log_p) * d_logp
