@@ -22,7 +22,9 @@ def check_names(what: str, given: Iterable[str], valid: Iterable[str]) -> None:
     valid = list(valid)
     for name in given:
         if name not in valid:
-            raise UserError(f"unknown {what} {name!r}; there are {', '.join(valid)}")
+            from sgcd_kernels.core.spelling import explain_choice  # here, because the package imports torch
+
+            raise UserError(f"unknown {what} {name!r}; there are {', '.join(valid)}{explain_choice(name, valid)}")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ OPS = (
 )
 OTHERS = {
     "FusedLinearSGCDLoss": sgcd_kernels.FusedLinearSGCDLoss.forward,
+    "output_head": sgcd_kernels.output_head,
+    "OutputHead.options": sgcd_kernels.OutputHead.options,
+    "pack_tokens": sgcd_kernels.pack_tokens,
     "check_model": sgcd_kernels.check_model,
     "backend_status": sgcd_kernels.backend_status,
     "integrations.cut_cross_entropy.linear_cross_entropy": cut_cross_entropy.linear_cross_entropy,
@@ -40,7 +43,7 @@ OTHERS = {
     "integrations.liger.LigerFusedLinearGRPOLoss": liger.LigerFusedLinearGRPOLoss.forward,
     "integrations.liger.LigerFusedLinearSGCDLoss": liger.LigerFusedLinearSGCDLoss.forward,
 }
-RESULTS = ("LogprobStats", "DivergenceStats", "Credit")
+RESULTS = ("PackedTokens", "LogprobStats", "DivergenceStats", "Credit")
 
 
 def fact(function: Callable[..., Any], name: str) -> str:

@@ -1,7 +1,8 @@
 """The commands train, eval, view and check.
 
-A reported error is one line on stderr and exit code 2; Ctrl-C is one line and 130; a bug shows its traceback. torch and
-transformers are imported only after the arguments are parsed, so that a usage error is reported at once.
+A reported error is one line on stderr and exit code 2, and so is an error of the disk. SIGINT (Ctrl-C), SIGTERM and
+SIGHUP are one line and 130, 143 and 129. A bug shows its traceback and gives 1. torch and transformers are imported
+only after the arguments are parsed, so that a usage error is reported at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import ReportedError, UserError
+from trainer import stop_signals
+from trainer.errors import ReportedError, UserError, file_failed
 from trainer.optional_packages import missing
 
 USAGE = """\
@@ -32,18 +34,21 @@ a section: --max_steps 10 --credit.gamma 0.5 --output_dir runs/mine
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     try:
-        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        with stop_signals.StopSignals():
+            return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except ReportedError as error:
         return _fail(error)
+    except stop_signals.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except ModuleNotFoundError as error:
         try:
             return _fail(missing(error))
         except ModuleNotFoundError:
             traceback.print_exc()
             return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the newest checkpoint", file=sys.stderr)
-        return 130
+    except OSError as error:
+        return _fail(file_failed(error))
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -82,7 +87,12 @@ def evaluate(source: Path, overrides: Sequence[str]) -> int:
     from trainer.evaluation import command as evaluation
     from trainer.records import checkpoint
 
-    weights = None if source.is_file() else checkpoint.latest(source) if run_dir is source else source
+    if source.is_file():
+        weights = None
+    elif run_dir is source:
+        weights = checkpoint.latest(source, lambda line: print(f"WARNING: {line}", file=sys.stderr))
+    else:
+        weights = source
     if source.is_dir() and weights is None:
         raise UserError(f"{source}: holds no checkpoint; to evaluate the model it started from: eval CONFIG.yaml")
     evaluation.run(config, weights)

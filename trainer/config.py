@@ -82,6 +82,23 @@ class EngineConfig(Section):
         return self
 
 
+class RewardConfig(Section):
+    """One component of the reward: a function of the finished rollout, or `verifier`, the environment's own."""
+
+    path: str  # module:function, importable from the working directory or installed; or verifier
+    weight: float = 1.0
+    name: str = Field("", pattern=r"^[\w.-]*$")  # in metrics and traces; default: the function's
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, value: str) -> str:
+        module, colon, function = value.partition(":")
+        parts = [*module.split("."), function]
+        if value != "verifier" and not (colon and all(part.isidentifier() for part in parts)):
+            raise ValueError(f"needs module:function or verifier, got {value!r}")
+        return value
+
+
 class WriterConfig(Section):
     """The writer of references. Its API key is read from the environment variable named here, and never stored."""
 
@@ -142,6 +159,12 @@ class Config(Section):
     dynamic_sample: bool = True  # keep sampling until groups_per_step groups are mixed
     max_resample_times: int = Field(3, ge=0)  # R: then train on the mixed groups found
 
+    # reward
+    rewards: list[RewardConfig] = []  # their weighted sum trains; none: the environment's verifier alone
+    # Reward from which a rollout counts as a success, for references and figures. Default: the verifier's word where it
+    # gives one, else above the mean of its group.
+    success_threshold: float | None = None
+
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"
     epsilon: float = Field(0.2, gt=0)
@@ -170,6 +193,7 @@ class Config(Section):
     save_steps: int = Field(20, ge=0)  # 0: only at the end
     save_total_limit: int = Field(2, gt=0)
     trace_steps: int = Field(5, ge=0)  # every how many steps all siblings are written to rollouts/
+    trace_total_limit: int = Field(100, gt=0)  # of these files, the newest are kept
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
     @model_validator(mode="after")

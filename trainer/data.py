@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.text import encodable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,13 +43,19 @@ class Task:
     instruction: str
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("id", "env", "split", "scenario", "instruction"):
+            object.__setattr__(self, name, encodable(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Outcome:
     """The verifier's verdict on a finished episode."""
 
-    reward: float  # 0.0 or 1.0
+    reward: float
     details: Mapping[str, Any] = field(default_factory=dict)  # machine labels; kept from policy and writer
+    success: bool | None = None  # None: judged from the reward, as `trainer.rollout.rewards` says
+    reason: str = ""  # why it failed, in a few words for who reads the run; kept from policy and writer
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,24 @@ class Rollout:
     classes: list[int] = field(default_factory=list)  # TokenClass of each token; FORMAT at observed tokens
     messages: list[Message] = field(default_factory=list)  # the transcript after the prompt
     reward: float = 0.0
+    components: Mapping[str, float] = field(default_factory=dict)  # of the reward, unweighted, where it is a sum
+    success: bool | None = None  # None until it is judged
+    reason: str = ""  # of a failure
     stop: str = ""  # "answer" | "max_turns" | "length" | "context" | "env_done" | "crashed"
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BugReport:
+    """A rollout that broke by a fault in code: what is needed to bring the fault back."""
+
+    task: str  # its id
+    error: str
+    traceback: str
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # everything after the prompt, as far as it came
+    text: str = ""  # of `ids`
+    messages: list[Message] = field(default_factory=list)  # after the prompt
 
 
 @dataclass
@@ -96,13 +120,26 @@ class Group:
     reference: str = ""  # "" means none: the group trains with W = 1
     # writer, cached, tokens, seconds, error, sanitiser_hits
     reference_info: dict[str, Any] = field(default_factory=dict)
-    broken: int = 0  # rollouts that the environment broke, retried ones included
+    broken: int = 0  # rollouts that broke, retried ones included
     problem: str = ""  # why the last of them broke
+    bugs: list[BugReport] = field(default_factory=list)  # of those that broke by a fault in code
 
     @property
     def mixed(self) -> bool:
-        """Some sibling succeeded and some failed."""
-        return 0 < sum(r.reward for r in self.rollouts) < len(self.rollouts)
+        """Siblings differ in reward: the group has advantages."""
+        return len({r.reward for r in self.rollouts}) > 1
+
+    @property
+    def contrasts(self) -> bool:
+        """Siblings differ, some succeeded and some failed: a reference can be written from them."""
+        return self.mixed and len({bool(r.success) for r in self.rollouts}) > 1
+
+    @property
+    def no_contrast(self) -> str:
+        """Why a mixed group gets no reference, as an error of `reference_info`; "" where it can get one."""
+        if not self.mixed or self.contrasts:
+            return ""
+        return "all_succeeded" if self.rollouts[0].success else "all_failed"
 
 
 @dataclass(frozen=True)

@@ -7,40 +7,45 @@ evaluation, which is long and may fail, and holds the step's metrics: a resumed 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trainer import engines, envs
+from trainer import engines, envs, randomness, stop_signals
 from trainer.config import Config
 from trainer.data import Group, Sampling, Scored
 from trainer.errors import NotFinite, UserError
 from trainer.evaluation import evaluate
 from trainer.learning import model as policy
 from trainer.learning.update import Learner
+from trainer.preflight import config_file
 from trainer.protocols import Engine, Renderer, Suite
-from trainer.records import checkpoint, rollout_files
+from trainer.records import bug_reports, checkpoint, checkpoint_folder, rollout_files, run_records
 from trainer.records.metric_logger import MetricLogger
 from trainer.records.step_report import report_step
 from trainer.references import writers
+from trainer.rollout import rewards
 from trainer.rollout.dynamic_sampling import Batch, sample_batch
 from trainer.rollout.episode import RolloutSetup
+from trainer.rollout.rewards import Grading
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 from trainer.rollout.task_order import TaskOrder
 from trainer.stage_clock import Clock
 from trainer.step_guard import STOPS, StepGuard
+from trainer.text import encodable
 
 MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
 
 
 def train(config: Config) -> None:
-    """Train by `config`, from the newest checkpoint of `output_dir` if there is one."""
-    asyncio.run(Run.open(config).train())
+    """Train by `config`, from the newest whole checkpoint of `output_dir` if there is one.
+
+    Raises:
+        Stopped: SIGINT, SIGTERM or SIGHUP came; a checkpoint of the last finished step is written.
+    """
+    stop_signals.run(Run.open(config).train())
 
 
 @dataclass
@@ -57,16 +62,18 @@ class Run:
     order: TaskOrder
     learner: Learner
     monitor: EnvironmentMonitor
+    grading: Grading
     step: int = 0  # steps that are finished
     saved: tuple[int, Any] = (0, None)  # step and writer's state of the newest checkpoint
     unlogged: dict[str, float] = field(default_factory=dict)  # metrics of the checkpoint's step that were not written
     skipped: int = 0  # updates in a row
     warned_too_long: bool = False
+    notes: list[str] = field(default_factory=list)  # to be shown when the logger is there
 
     @staticmethod
     def open(config: Config) -> Run:
         """Load the model, environment and engine of the config, and the newest checkpoint's state."""
-        torch.manual_seed(config.seed)
+        randomness.seed_all(config.seed)
         if config.top_p < 1:
             raise UserError(f"top_p: got {config.top_p:g}, training needs 1: a cut distribution biases the gradient")
         suite = envs.load(config.env.name, **config.env.options)
@@ -85,35 +92,61 @@ class Run:
             TaskOrder(tasks, config.seed),
             Learner.of(config, model, renderer, suite),
             EnvironmentMonitor(len(tasks)),
+            rewards.load(config.rewards, config.success_threshold),
         )
         run._resume()
         return run
 
     def _resume(self) -> None:
-        folder, extra = self.config.output_dir, dict[str, Any]()
-        newest = checkpoint.latest(folder)
-        if newest and not self.config.resume_from_checkpoint:
-            raise UserError(f"output_dir: {folder} holds {newest.name}; resume, or choose another one")
-        if not (folder / "checkpoints").is_dir() and checkpoint.recorded(folder):
+        """Continue from the newest whole checkpoint; records are cut back to it, and only to one that was loaded."""
+        folder = self.config.output_dir
+        checkpoint_folder.recover(folder)
+        found = checkpoint_folder.found(folder)
+        if found and not self.config.resume_from_checkpoint:
+            raise UserError(f"output_dir: {folder} holds {found[-1].name}; resume, or choose another one")
+        extra = self._load_newest(found)
+        gone = checkpoint_folder.was_there(folder) or not (folder / "checkpoints").is_dir()
+        if not self.step and gone and run_records.recorded(folder):
             raise UserError(
-                f"output_dir: {folder} holds the records of a run whose checkpoints are gone; choose another one, or "
-                "remove that folder"
+                f"output_dir: {folder} holds the records of a run whose checkpoints are gone; put one back as "
+                f"{folder / 'checkpoints' / 'step_N'}, or choose another --output_dir"
             )
-        if newest:
-            self.step, extra = checkpoint.load(
-                newest,
-                model=self.model,
-                optimiser=self.learner.optimiser,
-                generators={"engine": self.engine.generator},
-            )
+        last = run_records.rewind(folder, self.step or -1)
+        if last < self.step:
+            self.unlogged = extra.get("metrics", {})
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # from now on, records without it are an accident
+
+    def _load_newest(self, found: list[Path]) -> dict[str, Any]:
+        """Load the newest whole one of the checkpoints `found`, and give its `extra`; {} if there are none.
+
+        Damaged ones that are newer lose their names, so that no later save counts them among the checkpoints.
+        """
+        damaged: list[checkpoint_folder.DamagedCheckpoint] = []
+        for path in reversed(found):
+            try:
+                step, extra = checkpoint.load(
+                    path,
+                    model=self.model,
+                    optimiser=self.learner.optimiser,
+                    generators={"engine": self.engine.generator},
+                )
+            except checkpoint_folder.DamagedCheckpoint as error:
+                damaged.append(error)
+                continue
+            config_file.refuse_difference(self.config, extra.get("config", {}), str(path))
+            renamed = [f"{e.path.name} ({e.why}) is now {checkpoint_folder.set_aside(e.path).name}" for e in damaged]
+            if renamed:
+                self.notes.append(f"WARNING: resumes from {path}, the newest whole checkpoint: {', '.join(renamed)}")
+            self.step = step
             self.order.load_state_dict(extra["order"])
             if "writer" in extra:
                 self.writer.load_state_dict(extra["writer"])
             self.saved = self.step, self.writer.state_dict()
-        last = checkpoint.rewind(folder, self.step if newest else -1)
-        if last < self.step:
-            self.unlogged = extra.get("metrics", {})
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # from now on, records without it are an accident
+            checkpoint_folder.keep_newest(self.config.output_dir, self.config.save_total_limit)
+            return extra
+        if damaged:
+            raise damaged[0]
+        return {}
 
     async def train(self) -> None:
         """Run the remaining steps."""
@@ -125,6 +158,8 @@ class Run:
             report_to=config.report_to,
             config=config.model_dump(mode="json"),
         ) as logger:
+            for line in self.notes:
+                logger.note(line)
             if self.step == 0 and config.eval_on_start:
                 logger.log(0, await self.evaluate(logger, Clock()))
             if self.unlogged:
@@ -132,6 +167,7 @@ class Run:
             elif self.step and self.step >= config.max_steps:
                 logger.note(f"nothing to do: {self.step} steps are finished, and max_steps is {config.max_steps}")
             while self.step < config.max_steps:
+                stop_signals.check()
                 metrics = await self.take_step(logger)
                 if _due(self.step, config.save_steps, config.max_steps):
                     self.keep_checkpoint(metrics, logger)
@@ -167,7 +203,9 @@ class Run:
         """Sample siblings of the next tasks, until enough groups are mixed."""
         config = self.config
         sampling = Sampling(config.temperature, config.top_p, config.max_completion_length)
-        setup = RolloutSetup(self.engine, self.suite, self.renderer, sampling, config.env, config.model.max_length)
+        setup = RolloutSetup(
+            self.engine, self.suite, self.renderer, sampling, config.env, config.model.max_length, self.grading
+        )
         with clock("rollout"), logger.track("sample siblings", config.groups_per_step) as advance:
             sample = GroupSampler(setup, config.num_generations, advance)
             batch = await sample_batch(
@@ -179,6 +217,7 @@ class Run:
                 monitor=self.monitor,
             )
             sample.check_that_some_fit()
+        bug_reports.append(config.output_dir, self.step + 1, batch.bugs)
         if sample.too_long and not self.warned_too_long:
             logger.note(
                 f"WARNING: a task is left out, like all that are too long (rollout/too_long): {sample.too_long[0]}"
@@ -191,6 +230,8 @@ class Run:
         if self.config.arm != "grpo":
             with clock("reference"):
                 await self.writer.write(groups)
+                for group in groups:
+                    group.reference = encodable(group.reference)
 
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:
@@ -216,8 +257,9 @@ class Run:
         config, step = self.config, self.step
         with clock("report"):
             if config.trace_steps and (step == 1 or _due(step, config.trace_steps, config.max_steps)):
-                path = Path(config.output_dir) / "rollouts" / f"step_{step}.jsonl"
+                path = config.output_dir / run_records.TRACES / f"step_{step}.jsonl"
                 rollout_files.write_step(path, groups, scored or None, self.renderer.pieces)
+                run_records.keep_newest(config.output_dir, config.trace_total_limit)
 
     async def log(self, metrics: dict[str, float], logger: MetricLogger) -> None:
         """Log the step that was taken, with an evaluation where one is due."""
@@ -232,6 +274,7 @@ class Run:
         with clock("eval"), logger.track(f"evaluate {split}", self.suite.splits[split]) as advance:
             result = await evaluate.evaluate(self.engine, self.suite, self.renderer, self.config, advance=advance)
             self.engine.load_weights(self.model)
+        bug_reports.append(self.config.output_dir, self.step, result.bugs)
         return result.metrics
 
     def keep_checkpoint(self, metrics: dict[str, float], logger: MetricLogger) -> None:
@@ -249,7 +292,12 @@ class Run:
             model=self.model,
             optimiser=self.learner.optimiser,
             generators={"engine": self.engine.generator},
-            extra={"order": self.order.state_dict(), "writer": self.writer.state_dict(), "metrics": metrics},
+            extra={
+                "order": self.order.state_dict(),
+                "writer": self.writer.state_dict(),
+                "metrics": metrics,
+                "config": config_file.dump(self.config),
+            },
             tokenizer=self.tokenizer,
             save_total_limit=self.config.save_total_limit,
         )

@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from trainer import randomness
 from trainer.errors import ReportedError
 from trainer.rollout.task_order import TaskOrder
 
@@ -23,6 +24,7 @@ class StepGuard:
     def __init__(self, order: TaskOrder, generator: torch.Generator, keep_checkpoint: Callable[[], None]) -> None:
         self._order, self._generator, self._keep_checkpoint = order, generator, keep_checkpoint
         self._order_state, self._generator_state = order.state_dict(), generator.get_state()
+        self._random_state = randomness.get_state()
 
     def __enter__(self) -> None: ...
 
@@ -30,4 +32,5 @@ class StepGuard:
         if isinstance(error, STOPS):
             self._order.load_state_dict(self._order_state)
             self._generator.set_state(self._generator_state)
+            randomness.set_state(self._random_state)
             self._keep_checkpoint()

@@ -29,9 +29,33 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels.core.segments import Segments
-from sgcd_kernels.core.validation import check_choice, check_float
+from sgcd_kernels.core.validation import SMALLEST, check_choice, check_float, in_tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+# What other libraries know by a name that is none of these (as of TRL 1.16, Liger 0.8, verl 0.9).
+LOSSES_ELSEWHERE = {
+    name: f"{what} of {owner} that this library does not have"
+    for what, owner, names in (
+        ("a loss", "TRL, Liger and verl", "sapo"),
+        ("a loss", "TRL and Liger", "luspo vespo"),
+        ("a loss", "TRL", "gmpo a2po tpo sdpo dpo ipo kto bco cpo simpo alphapo orpo online_dpo nash_md xpo sft"),
+        ("a loss", "verl", "geo_mean gpg clip_cov kl_cov dppo_tv dppo_kl dro bypass_mode"),
+        ("a loss", "prime-rl or SkyRL", "icepop aipo opd dual_clip cross_entropy"),
+        (
+            "a loss",
+            "the literature",
+            "bapo dcpo dppo dgpo dspo papo vapo gvpo gtpo gfpo srpo cppo fipo apo gpo spo ppg trpo",
+        ),
+        ("an advantage estimator", "verl", "gae remax opo gdpo grpo_passk grpo_vectorized rloo_vectorized"),
+        ("an advantage estimator", "verl", "optimal_token_baseline tir_optimal_token_baseline"),
+        ("an advantage estimator", "verl and OpenRLHF", "reinforce reinforce_baseline reinforce_plus_plus group_norm"),
+        ("an advantage estimator", "verl and OpenRLHF", "reinforce++ reinforce_plus_plus_baseline rloo"),
+    )
+    for name in names.split()
+} | dict.fromkeys(
+    ("vanilla", "ppo", "regular", "clip", "default"),
+    "a name of the clipped loss elsewhere; here grpo averages it over sequences, bnpo and dapo over tokens",
+)
 PER_SEQUENCE = ("grpo", "gspo", "dr_grpo")  # these need to know where sequences begin
 
 
@@ -45,20 +69,23 @@ class PolicyLossConfig:
 
     loss_type: str = "grpo"
     epsilon: float = 0.2
-    epsilon_high: float | None = None  # None is epsilon
+    epsilon_high: float | None = None  # None is epsilon; for cispo, whose cap is 1 + epsilon_high, from -1
     beta: float = 0.0  # weight of the k3 estimate of KL(p || ref)
     num_items_in_batch: float | Tensor | None = None  # the divisor of the whole batch; None counts this call's
 
     def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("loss_type", self.loss_type, LOSS_TYPES, LOSSES_ELSEWHERE)
         check_float("epsilon", self.epsilon, 0.0)
         check_float("beta", self.beta, 0.0)
         if self.epsilon_high is not None:
-            check_float("epsilon_high", self.epsilon_high, 0.0)
-        items = self.num_items_in_batch
-        one_value = isinstance(items, Tensor) and items.numel() == 1  # as TRL gives it
-        if items is not None and not one_value:
-            check_float("num_items_in_batch", items, 0.0, open_low=True)
+            check_float("epsilon_high", self.epsilon_high, -1.0 if self.loss_type == "cispo" else 0.0)
+        if self.num_items_in_batch is not None:
+            check_float("num_items_in_batch", self.num_items_in_batch, SMALLEST)
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether there is a term of the reference. The value of a tensor is not read: it counts as not 0."""
+        return in_tensor(self.beta) or self.beta != 0
 
     @property
     def clip_high(self) -> float:
@@ -115,7 +142,7 @@ def surrogate_loss(
     if tokens.importance_weights is not None:
         token_loss = token_loss * tokens.importance_weights
     metrics = _metrics(ratio, advantages, cfg)
-    if tokens.ref_logp is not None and cfg.beta != 0:
+    if tokens.ref_logp is not None:
         gap = tokens.ref_logp - logp
         kl = gap.expm1() - gap
         token_loss = token_loss + cfg.beta * kl

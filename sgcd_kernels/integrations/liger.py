@@ -7,6 +7,7 @@ Names, order and meaning of the arguments are those of liger-kernel 0.8.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack  # a dependency of torch; in `typing` from 3.11
 
-from sgcd_kernels.core.validation import check_choice, check_tensor
+from sgcd_kernels.core.registration import as_number_tensor
+from sgcd_kernels.core.surrogate import LOSSES_ELSEWHERE
+from sgcd_kernels.core.validation import check_choice, check_float, check_tensor
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.ops.logprob import linear_logprob
 from sgcd_kernels.ops.policy_loss import linear_policy_loss
@@ -22,6 +25,7 @@ from sgcd_kernels.ops.sgcd import sgcd_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
+ELSEWHERE = {**LOSSES_ELSEWHERE, "gspo": "loss_type 'grpo' with importance_sampling_level 'sequence' in Liger"}
 
 
 class LigerOptions(TypedDict, total=False):
@@ -82,14 +86,12 @@ class _LigerLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_choice("loss_type", loss_type, LOSS_TYPES)
+        check_choice("loss_type", loss_type, LOSS_TYPES, ELSEWHERE)
         check_choice("importance_sampling_level", importance_sampling_level, LEVELS)
         if importance_sampling_level == "sequence" and loss_type != "grpo":
             raise ValueError(f"importance_sampling_level is 'sequence', needs loss_type 'grpo', got {loss_type!r}")
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("max_completion_length is None, needs a number of tokens for loss_type 'dr_grpo'")
-        if loss_type == "cispo" and epsilon_high < 1:
-            raise ValueError(f"epsilon_high is {epsilon_high}, needs at least 1 for cispo: it is the cap of the ratio")
         for name, value in {"delta": delta, "use_bias_correction_kl": use_bias_correction_kl}.items():
             if value:
                 raise ValueError(f"{name} is {value}, needs to be off: the policy loss has no such term")
@@ -114,6 +116,10 @@ class _LigerLoss(nn.Module):
         """The keywords of `linear_policy_loss` and `sgcd_loss`."""
         if not self.use_ref_model:
             ref_logp = None  # as in Liger, even if one is given
+        elif ref_logp is not None and ref_input is not None:
+            warnings.warn(
+                "Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps.", stacklevel=3
+            )
         elif self.beta != 0 and ref_logp is None:
             ref_logp = self._reference(ids, ref_input, ref_weight, ref_bias)
         return {
@@ -124,23 +130,31 @@ class _LigerLoss(nn.Module):
             "epsilon_high": self.epsilon[1],
             "beta": self.beta if ref_logp is not None else 0.0,
             "ref_logp": ref_logp,
-            "importance_weights": None if vllm_is_ratio is None else _per_token(vllm_is_ratio, ids.shape),
+            "importance_weights": None if vllm_is_ratio is None else self._importance(vllm_is_ratio, mask),
             "temperature": self.temperature,
             "bias": bias,
             "num_items_in_batch": self._divisor(mask, num_items_in_batch),
             "impl": self.impl,
         }
 
+    def _importance(self, ratio: Tensor, mask: Tensor) -> Tensor:  # [B, T]
+        """At the level of sequences the mean of each: all tokens' gradients go through one ratio, as in Liger."""
+        weights = _per_token(ratio, mask.shape)
+        if self.loss_type != "gspo":
+            return weights
+        total = weights.masked_fill(mask == 0, 0.0).sum(dim=1, keepdim=True)
+        return (total / (mask != 0).sum(dim=1, keepdim=True).clamp(min=1)).expand(mask.shape)
+
     @torch.no_grad()
     def _reference(self, ids: Tensor, states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if states is None or weight is None:
             raise ValueError("ref_input or ref_weight is None, and ref_per_token_logps too: beta needs a reference")
-        states = states.reshape(*ids.shape, -1)
+        states = _states("ref_input", states, ids)
         return linear_logprob(states, weight, ids, bias=bias, temperature=self.temperature, impl=self.impl).logp
 
-    def _metrics(self, metrics: dict[str, Tensor]) -> list[Tensor]:
+    def _metrics(self, metrics: dict[str, Tensor]) -> tuple[Tensor, ...]:
         clipped = metrics["clip_ratio/region_mean"]
-        return [clipped] if self.beta == 0 else [metrics.get("kl", torch.zeros_like(clipped)), clipped]
+        return (clipped,) if self.beta == 0 else (metrics.get("kl", torch.zeros_like(clipped)), clipped)
 
     def _divisor(self, mask: Tensor, num_items_in_batch: float | Tensor | None) -> float | Tensor | None:
         """dapo and cispo divide by the mean number of tokens of the processes; dr_grpo by a constant."""
@@ -154,7 +168,19 @@ class _LigerLoss(nn.Module):
                 return None
             num_items_in_batch = mask.sum()
             dist.all_reduce(num_items_in_batch)
-        return (torch.as_tensor(num_items_in_batch, device=mask.device).float() / processes).clamp(min=1.0)
+        check_float("num_items_in_batch", num_items_in_batch, 0.0)
+        items = as_number_tensor(num_items_in_batch) / processes
+        return torch.where(items < 0, items, items.clamp(min=1.0))  # the op refuses what is negative
+
+
+def _states(name: str, states: Tensor, ids: Tensor) -> Tensor:  # [B, T, H] or [B T, H]
+    """Hidden states as [B, T, H]."""
+    check_tensor("selected_token_ids", ids)
+    check_tensor(name, states)
+    if ids.dim() != 2 or states.dim() < 2 or states.shape[:-1].numel() != ids.numel():
+        got, ids_got = list(states.shape), list(ids.shape)
+        raise ValueError(f"{name} has shape {got}, needs [B, T, H] to fit selected_token_ids [B, T], here {ids_got}")
+    return states.reshape(*ids.shape, states.shape[-1])
 
 
 def _per_token(ratio: Tensor, shape: torch.Size) -> Tensor:
@@ -206,7 +232,7 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
         ref_bias: Tensor | None = None,  # [V]
         vllm_is_ratio: Tensor | None = None,  # [B, T], or [B] or [B, 1] per sequence
         num_items_in_batch: float | Tensor | None = None,  # tokens
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the fraction of clipped tokens."""
         more = self._arguments(
             selected_token_ids,
@@ -220,7 +246,7 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
             vllm_is_ratio,
             num_items_in_batch,
         )
-        states = _input.reshape(*selected_token_ids.shape, -1)
+        states = _states("_input", _input, selected_token_ids)
         loss, metrics = linear_policy_loss(states, lin_weight, selected_token_ids, advantages, **more)
         return loss, self._metrics(metrics)
 
@@ -274,7 +300,7 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
         teacher_bias: Tensor | None = None,  # [V]
         turn_ids: Tensor | None = None,  # [B, T]
         credit_mask: Tensor | None = None,  # [B, T]; true where a loss token may carry credit
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss and its metrics: the k3 KL to the reference (if beta is not 0), the fraction of clipped tokens."""
         more = self._arguments(
             selected_token_ids,
@@ -289,10 +315,10 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
             num_items_in_batch,
         )
         loss, metrics = sgcd_loss(
-            _input.reshape(*selected_token_ids.shape, -1),
+            _states("_input", _input, selected_token_ids),
             lin_weight,
             selected_token_ids,
-            teacher_input.reshape(*selected_token_ids.shape, -1),
+            _states("teacher_input", teacher_input, selected_token_ids),
             advantages,
             teacher_weight=teacher_weight,
             teacher_bias=teacher_bias,

@@ -14,12 +14,13 @@ from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs, Projection, empty_grads, stats_dtype
 from sgcd_kernels.core.registration import register, restore, save
 from sgcd_kernels.core.validation import (
+    FLAGS,
+    check_beside,
+    check_beta,
     check_choice,
-    check_float,
-    check_jsd_beta,
     check_pair,
     check_per_token,
-    checked_temperature,
+    checked_head,
 )
 from sgcd_kernels.ops.divergence import teacher_head
 
@@ -78,18 +79,17 @@ def linear_distill_loss(
     """
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_float("beta", beta, 0.0, 1.0)
-    if kind == "jsd":
-        check_jsd_beta(beta)
+    check_beta(beta, kind == "jsd")
     check_choice("impl", impl, IMPLS)
     head = LMHead(weight, bias, softcap, temperature, group)
     teacher = teacher_head(head, teacher_weight, teacher_bias)
     leading = check_pair(student_hidden, head, teacher_hidden, teacher)
-    check_per_token("mask", mask, leading, student_hidden.device)
+    check_beside("beta", beta, "student_hidden", student_hidden)
+    check_per_token("mask", mask, leading, student_hidden.device, FLAGS)
     head, teacher = head.with_constant_temperature(), teacher.with_constant_temperature()
     teacher = replace(teacher, weight=teacher.weight.detach(), bias=_detached(teacher.bias))
     inputs = _Inputs(student_hidden, head, teacher_hidden.detach(), teacher, mask)
-    return distill_op(inputs, _Options(kind, float(beta), reduction, impl)).loss
+    return distill_op(inputs, _Options(kind, beta, reduction, impl)).loss
 
 
 class _Inputs(NamedTuple):
@@ -100,10 +100,10 @@ class _Inputs(NamedTuple):
     mask: Tensor | None
 
     def projections(self) -> tuple[Projection, Projection]:
-        student = Projection.of(self.hidden, checked_temperature(self.head))
+        student = Projection.of(self.hidden, checked_head(self.head))
         if self.mask is not None:
             student = student.on(self.mask.reshape(-1) != 0)
-        return student, Projection.of(self.teacher_hidden, checked_temperature(self.teacher), student.rows)
+        return student, Projection.of(self.teacher_hidden, checked_head(self.teacher), student.rows)
 
     def stats_dtype(self) -> torch.dtype:
         return stats_dtype(self.hidden, self.head.weight, self.teacher_hidden, self.teacher.weight)
@@ -147,6 +147,7 @@ def _backward(ctx: Any, upstream: _Result) -> dict[str, Tensor | None]:
 @register(_fake, _setup, _backward, differentiable=("loss",))
 def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     kind, shape = options.kind, inputs.hidden.shape[:-1]
+    check_beta(options.beta, kind == "jsd")
     student, teacher = inputs.projections()
     asked = DivergenceOptions(("jsd", "mixture_kl") if kind == "jsd" else (), options.beta)
     if inputs.head.group is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -15,14 +15,16 @@ from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import LMHead, Projection, shard_range, stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
+    check_beside,
+    check_beta,
     check_choice,
-    check_float,
     check_int,
-    check_jsd_beta,
     check_pair,
     check_targets,
-    checked_temperature,
+    check_tensor,
+    checked_head,
     project_targets,
+    shown,
 )
 
 FEATURES = ("jsd", "tv")
@@ -105,11 +107,13 @@ def linear_divergence(
     """
     if isinstance(features, str):
         raise ValueError(f"features is {features!r}, a string; needs a sequence of names, such as ({features!r},)")
+    if not isinstance(features, (Sequence, Set)):  # an iterator would be empty when it is read again
+        raise ValueError(f"features is {shown(features)}, needs a sequence of names, such as ('jsd',)")
     for feature in features:
         check_choice("features", feature, FEATURES)
-    check_float("beta", beta, 0.0, 1.0)
-    if "jsd" in features:
-        check_jsd_beta(beta)
+    check_beta(beta, "jsd" in features)
+    check_tensor("student_hidden", student_hidden)
+    check_beside("beta", beta, "student_hidden", student_hidden)
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     head = LMHead(weight, bias, softcap, temperature, group)
@@ -118,7 +122,7 @@ def linear_divergence(
     check_targets(targets, leading, student_hidden.device)
     if top_k is not None:  # a shard's V is known inside the op
         check_int("top_k", top_k, 1, weight.shape[0] if group is None else math.inf)
-    options = DivergenceOptions(tuple(name for name in FEATURES if name in features), float(beta), top_k)
+    options = DivergenceOptions(tuple(name for name in FEATURES if name in features), beta, top_k)
     with torch.no_grad():
         return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl).stats
 
@@ -168,8 +172,9 @@ def divergence_op(
     options: DivergenceOptions,
     impl: str,
 ) -> Divergence:
+    check_beta(options.beta, "jsd" in options.features)
     student, y = project_targets(student_hidden, head, targets, ignore_index)
-    other = Projection.of(teacher_hidden, checked_temperature(teacher), student.rows)
+    other = Projection.of(teacher_hidden, checked_head(teacher), student.rows)
     if head.group is not None and options.top_k is not None:
         check_int("top_k", options.top_k, 1, shard_range(head)[1])
     second_pass = bool(options.features) or options.top_k is not None

@@ -17,7 +17,7 @@ from sgcd_kernels.core.validation import (
     check_head,
     check_int,
     check_targets,
-    checked_temperature,
+    checked_head,
     project_targets,
 )
 
@@ -130,7 +130,7 @@ def logprob_backward_op(
     needs: Needs,
 ) -> HeadGrads:
     y = targets.reshape(-1).long()
-    x = Projection.of(hidden, checked_temperature(head)).on(y != ignore_index)
+    x = Projection.of(hidden, checked_head(head)).on(y != ignore_index)
 
     def rows(given: LogprobValues) -> LogprobValues:
         return LogprobValues(*(None if value is None else x.gather(value.reshape(-1)) for value in given))

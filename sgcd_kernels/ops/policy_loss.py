@@ -6,7 +6,6 @@ multiplies them by the incoming gradient, in place.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,8 @@ from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, empty_grads,
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments
 from sgcd_kernels.core.statistics import LogprobValues
-from sgcd_kernels.core.surrogate import PolicyLossConfig, PolicyMetrics, TokenInputs, surrogate_loss
-from sgcd_kernels.core.validation import (
-    check_all_per_token,
-    check_float,
-    project_targets,
-)
+from sgcd_kernels.core.surrogate import PolicyMetrics, TokenInputs, surrogate_loss
+from sgcd_kernels.core.validation import check_all_per_token, project_targets
 from sgcd_kernels.ops.policy_inputs import PolicyOptions, PolicyTokens, Settings, check_policy_inputs
 
 
@@ -110,6 +105,8 @@ class PolicyResult(NamedTuple):
 
 def policy_loss(hidden: Tensor, tokens: PolicyTokens, settings: Settings, known: KnownLse) -> PolicyResult:
     """The op on checked inputs. Only hidden, weight and bias are differentiable."""
+    if not settings.policy.has_kl:
+        tokens = tokens._replace(ref_logp=None)
     plain = PolicyTokens(*(None if x is None else x.detach() for x in tokens))  # type: ignore[arg-type]
     known = KnownLse(*(None if x is None else x.detach() for x in known))
     settings = settings._replace(head=settings.head.with_constant_temperature())
@@ -122,8 +119,7 @@ def _fake(hidden: Tensor, settings: Settings, tokens: PolicyTokens, known: Known
     def scalar(given: bool = True) -> Tensor | None:
         return hidden.new_empty((), dtype=dtype) if given else None
 
-    with_kl = tokens.ref_logp is not None and settings.policy.beta != 0
-    optional = {"kl": scalar(with_kl), "entropy": scalar(known.lse is None)}
+    optional = {"kl": scalar(tokens.ref_logp is not None), "entropy": scalar(known.lse is None)}
     metrics = PolicyMetrics(**{name: optional.get(name, scalar()) for name in PolicyMetrics._fields})  # type: ignore[arg-type]
     logp, entropy = (targets.new_empty(targets.shape, dtype=dtype) for _ in range(2))
     grads = empty_grads(hidden, head, needs, saved=True)
@@ -177,7 +173,7 @@ def policy_loss_op(
     surrogate = (
         x.gather(segments.per_token(advantages, leading)),
         segments.gather(x.rows),
-        _with_number_of_items(settings.policy),
+        settings.policy,
         TokenInputs(*(optional(v) for v in (tokens.old_logp, tokens.ref_logp, tokens.importance_weights))),
     )
     with no_autocast(hidden.device):
@@ -234,14 +230,6 @@ def _log_probs(
         pairs = zip(values, own, strict=True)
         values = LogprobValues(*(total.index_copy(0, left, part) for total, part in pairs))  # type: ignore[union-attr, arg-type]
     return values, None
-
-
-def _with_number_of_items(policy: PolicyLossConfig) -> PolicyLossConfig:
-    items = policy.num_items_in_batch
-    if not isinstance(items, Tensor):
-        return policy
-    check_float("num_items_in_batch", items.item(), 0.0, open_low=True)
-    return replace(policy, num_items_in_batch=float(items))
 
 
 def _with_slope(logp: Tensor, *surrogate: Any) -> tuple[Tensor, PolicyMetrics, Tensor]:

@@ -119,7 +119,7 @@ def test_tgc_counts_tasks_and_sgc_whole_scenarios(suite: AppWorldSuite) -> None:
     tasks = suite.tasks("train")
     plans = {**GOLD, "bbbbbb1_2": [FINISH]}
     rollouts = [
-        Rollout(t, [], [], [1], ids=[2], generated=[True], reward=play(suite, t.id, plans[t.id])[1].reward)
+        Rollout(t, [], [], [1], ids=[2], generated=[True], success=play(suite, t.id, plans[t.id])[1].success)
         for t in tasks
     ]
     figures = estimates.summarise(tasks, rollouts, {}, samples=1)

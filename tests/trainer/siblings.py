@@ -35,9 +35,8 @@ def rollout(names: Sequence[str], reward: float, *, of: Task | None = None, answ
         messages.append({"role": "assistant", "content": answer})
     tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in TOOLS]
     own = of or task()
-    made = Rollout(
-        own, [{"role": "user", "content": own.instruction}], tools, [1, 2, 3], messages=messages, reward=reward
-    )
+    prompt = [{"role": "user", "content": own.instruction}]
+    made = Rollout(own, prompt, tools, [1, 2, 3], messages=messages, reward=reward, success=reward > 0)
     made.details = {"label": "missing_check:look", "gold": "HIDDEN"}
     return made
 

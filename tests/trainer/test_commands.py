@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.trainer import toy
 from trainer.commands import main
@@ -153,8 +155,12 @@ def test_eval_takes_a_run_a_checkpoint_or_a_config_and_never_the_wrong_weights(
     config_file.claim(config_file.load(ROOT / CONFIG, ["--output_dir", str(tmp_path)]))
     assert main(["eval", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-    steps = [tmp_path / "checkpoints" / f"step_{n}" for n in (1, 2)]
-    for step in steps:
-        step.mkdir(parents=True)
+    policy = torch.nn.Linear(1, 1)
+    policy.save_pretrained = lambda folder, **options: save_file(policy.state_dict(), f"{folder}/model.safetensors")
+    optimiser = torch.optim.SGD(policy.parameters())
+    steps = [checkpoint.save(tmp_path, n, model=policy, optimiser=optimiser) for n in (1, 2)]
     assert [main(["eval", str(p)]) for p in (tmp_path, steps[0], tmp_path / "config.yaml")] == [0, 0, 0]
     assert asked == [steps[1], steps[0], None]
+    (steps[1] / "model.safetensors").write_bytes(b"")
+    assert main(["eval", str(tmp_path)]) == 0 and asked[-1] == steps[0]
+    assert "step_2: damaged checkpoint (model.safetensors has 0 bytes" in capsys.readouterr().err

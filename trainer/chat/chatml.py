@@ -14,6 +14,7 @@
 
 How tools are shown and calls are written is what a model was trained on, so it belongs to the model: the folder's
 tokenizer_config.json may hold `"chatml": {"calls": "python", "tools": "signatures"}`, and checkpoints keep it.
+A prompt begins with whatever the tokenizer puts before a text (Llama's BOS; nothing for SmolLM2 and Qwen).
 Text from outside is encoded with special tokens switched off: a file that contains `<|im_end|>` ends no turn.
 """
 
@@ -54,6 +55,7 @@ class ChatMLRenderer(ChatReader):
             got = f"calls={calls!r}, tools={self.tools!r}"
             raise UserError(f"chatml: got {got}; calls is one of {', '.join(CALLS)}, tools of {', '.join(TOOLS)}")
         self.calls = calls
+        self._beginning = _beginning(tokenizer)
         self.syntax = CALLS[calls]()
         super().__init__(tokenizer, self.syntax)
 
@@ -71,7 +73,7 @@ class ChatMLRenderer(ChatReader):
         if reference:
             parts.append(f"# Reference\n{reference}")
         block = self._block("system", "\n\n".join(parts)) if parts else []
-        return [*block, *self._blocks(rest), *self._opening()]
+        return [*self._beginning, *block, *self._blocks(rest), *self._opening()]
 
     def describe(self, tools: list[Tool]) -> str:
         """The tools as the system prompt shows them, one per line; those marked "unlisted" are left out."""
@@ -90,6 +92,9 @@ class ChatMLRenderer(ChatReader):
             for call in message.get("tool_calls") or []
         ]
         text = "\n".join(part for part in (message.get("content") or "", self.syntax.write(calls)) if part)
+        thought = message.get("reasoning_content") or ""
+        if thought or text.lstrip().startswith("<think>"):  # an empty thought before them: these words are none
+            text = f"<think>\n{thought}\n</think>\n\n{text}"
         return [*self.encode(text), self._end]
 
     def _opening(self) -> list[int]:
@@ -116,6 +121,15 @@ class ChatMLRenderer(ChatReader):
             else:
                 ids += self._block(message["role"], str(message.get("content") or ""))
         return ids
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before any text, such as a BOS: the model has never read a text without it."""
+    plain, whole = (list(tokenizer("x", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+    if at is None:
+        raise UserError("model.renderer: the tokenizer changes a text where it adds special tokens; chatml needs one")
+    return whole[:at]
 
 
 def _arguments(value: Any) -> dict[str, Any]:

@@ -10,9 +10,11 @@ message, so every later token is the same for teacher and student.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trainer.chat.literals import as_json
 from trainer.data import Message, TokenClass, Tool
 from trainer.errors import UserError
 
@@ -26,6 +28,9 @@ PAD, UNKNOWN, USER, TOOL, ASSISTANT, REFERENCE, CALL, END = SPECIAL = (
     "<call>",
     "<end>",
 )
+
+
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def words_of(value: Any) -> Iterable[str]:
@@ -86,7 +91,7 @@ class CompactRenderer:
             word = self.words.get(token, UNKNOWN)
             if word == CALL:
                 segments.append([])
-            elif token != self.end:
+            elif token not in self.stop_ids:
                 segments[-1].append(word)
         message: Message = {"role": "assistant", "content": " ".join(segments[0])}
         calls = []
@@ -94,7 +99,7 @@ class CompactRenderer:
             problem = _malformed(segment)
             if problem:
                 return message, problem
-            arguments = {k: int(v) if v.isdigit() else v for k, v in zip(segment[1::2], segment[2::2])}
+            arguments = {k: _number_or_word(v) for k, v in zip(segment[1::2], segment[2::2])}
             function = {"name": segment[0], "arguments": json.dumps(arguments)}
             calls.append({"id": f"call_{i}", "type": "function", "function": function})
         if calls:
@@ -109,7 +114,7 @@ class CompactRenderer:
             if token == self.vocabulary[CALL]:
                 found.append(TokenClass.FORMAT)
                 current = TokenClass.CALL_NAME
-            elif token == self.end:
+            elif token in self.stop_ids:
                 found.append(TokenClass.FORMAT)
             else:
                 found.append(current)
@@ -133,8 +138,13 @@ def _malformed(segment: list[str]) -> str:
     return f"{markers[0]} inside a call" if markers else ""
 
 
+def _number_or_word(word: str) -> int | str:
+    """A whole number where the word is its usual spelling, which rules out 007 and the digits of other scripts."""
+    return int(word) if NUMBER.fullmatch(word) else word
+
+
 def _json_or_text(content: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError:
+        return as_json(json.loads(content))
+    except (ValueError, RecursionError):
         return content

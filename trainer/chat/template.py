@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.chat.functions import Functions
-from trainer.chat.reader import END, OPENED, START, ChatReader
+from trainer.chat.reader import CLOSED, END, OPENED, START, ChatReader
 from trainer.chat.syntax import Hermes
 from trainer.data import Message, Tool
 from trainer.errors import UserError
@@ -62,8 +62,8 @@ class TemplateRenderer(ChatReader):
             raise _unknown(str(error)) from None
         if not opening.startswith("assistant\n") or "seen" not in observed:
             raise _unknown(f"a turn must open with {START}assistant and tool results must be shown")
-        if "</think>" not in opening and "<think>" in opening:
-            self.think = OPENED
+        if "<think>" in opening:
+            self.think = CLOSED if "</think>" in opening else OPENED
         if "<function=probe>" in called and "<parameter=a>" in called:
             self.reading = Functions()
             self._schemas = self.reading.schemas
@@ -135,7 +135,10 @@ def _with_reference(messages: list[Message], reference: str) -> list[Message]:
 
 
 def _with_objects(message: Message) -> Message:
-    """Arguments as objects, which every template takes; the OpenAI format has them as JSON text."""
+    """Arguments as objects, which every template takes; the OpenAI format has them as JSON text. A thought stands in
+    `reasoning_content` alone: where that is left out, templates look for one in the words."""
+    if message["role"] == "assistant":
+        message = {"reasoning_content": "", **message}
     if not message.get("tool_calls"):
         return message
     calls = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -11,17 +10,16 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer import engines, envs
+from trainer import engines, envs, files, randomness, stop_signals
 from trainer.errors import UserError
 from trainer.evaluation.estimates import by_task
 from trainer.evaluation.evaluate import Evaluation, evaluate
 from trainer.learning import model as policy
-from trainer.records import checkpoint
+from trainer.records import bug_reports, checkpoint
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 def run(config: Config, weights: Path | None = None) -> Evaluation:
     """The `eval` command: evaluate a checkpoint, or the model folder of the config; print and write the result."""
-    torch.manual_seed(config.seed)
+    randomness.seed_all(config.seed)
     suite = envs.load(config.env.name, **config.env.options)
     split = config.env.eval_split
     envs.check_split(suite, "eval_split", split)
@@ -42,10 +40,11 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
     console = Console(highlight=False)
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(f"evaluate {split}", total=suite.splits[split])
-        result = asyncio.run(evaluate(engine, suite, renderer, config, advance=lambda n: progress.advance(bar, n)))
+        result = stop_signals.run(evaluate(engine, suite, renderer, config, advance=lambda n: progress.advance(bar, n)))
     source = str(weights or config.model.path)
     console.print(_table(result, suite.name, f"{source} on {suite.name}/{split}"))
     _write(path, result, config, source)
+    bug_reports.append(path.parent, 0, result.bugs)
     print(f"written: {path}")
     return result
 
@@ -96,10 +95,11 @@ def _write(path: Path, result: Evaluation, config: Config, source: str) -> None:
             name: {
                 "scenario": task.scenario,
                 "class": task.task_class,
-                "rewards": attempts[name],
+                "successes": attempts[name],
+                "rewards": [r.reward for r in result.rollouts if r.task.id == name],
                 "refuser": result.refusals.get(name),
             }
             for name, task in tasks.items()
         },
     }
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.data import Rollout, Task
-from trainer.records.rollout_metrics import class_success, tool_metrics
+from trainer.records.rollout_metrics import class_success, component_means, tool_metrics
 
 N_BOOTSTRAP = 2_000
 BOOTSTRAP_SEED = 20_260_612  # its own, so that an evaluation changes nothing else and two runs compare
@@ -28,19 +28,21 @@ def summarise(
     Args:
         tasks: the whole split.
         rollouts: finished attempts, in any order.
-        refusals: task id -> reward of the polite refuser.
+        refusals: task id -> 1 where the polite refuser succeeds, else 0.
         samples: attempts per task that were asked for.
 
     Returns:
         `tgc` share of tasks solved in one attempt, `sgc` share of scenarios of which one attempt at each task solves
         all, `pass@1` (= tgc), `pass^k` chance that k attempts at a task all succeed, `<x>_low` and `<x>_high` 95 %
         intervals (percentile bootstrap over scenarios: over tasks where each is its own), success by class, tool use,
-        `refuser`; {} when no attempt finished.
+        `refuser`, and where rewards are graded `reward`, their mean, and `reward/<name>` of each component; {} when no
+        attempt finished.
     """
     if not rollouts:
         return {}
     attempts = by_task(rollouts)
-    rate = {task: fmean(rewards) for task, rewards in attempts.items()}
+    rate = {task: fmean(successes) for task, successes in attempts.items()}
+    graded = any(r.reward != float(bool(r.success)) for r in rollouts)
     solved, whole = scenario_terms(tasks, rate)
     return {
         "tgc": ratio(solved),
@@ -49,6 +51,7 @@ def summarise(
         "pass@1": ratio(solved),
         **_interval("pass@1", solved),
         **_pass_hats(tasks, attempts, samples),
+        **({"reward": fmean(r.reward for r in rollouts), **component_means(rollouts)} if graded else {}),
         **({"refuser": fmean(refusals.values())} if refusals else {}),
         "tasks": len(rate),
         "scenarios": len(whole),
@@ -59,10 +62,10 @@ def summarise(
 
 
 def by_task(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
-    """The rewards of each task's attempts."""
+    """The successes of each task's attempts, 1 or 0."""
     attempts: dict[str, list[float]] = {}
     for r in rollouts:
-        attempts.setdefault(r.task.id, []).append(r.reward)
+        attempts.setdefault(r.task.id, []).append(float(bool(r.success)))
     return attempts
 
 
@@ -88,7 +91,7 @@ def pass_hat(attempts: Mapping[str, Sequence[float]], k: int) -> dict[str, float
 
     The unbiased estimator of tau-bench (arXiv 2406.12045, section 3).
     """
-    counts = {t: (sum(r == 1 for r in rewards), len(rewards)) for t, rewards in attempts.items() if len(rewards) >= k}
+    counts = {t: (round(sum(each)), len(each)) for t, each in attempts.items() if len(each) >= k}
     return {task: comb(won, k) / comb(n, k) for task, (won, n) in counts.items()}
 
 

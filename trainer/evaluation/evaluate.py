@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from trainer import randomness
 from trainer.concurrency import run_together
-from trainer.data import Rollout, Sampling, Task
+from trainer.data import BugReport, Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
 from trainer.protocols import Engine, Renderer, Suite
 from trainer.rollout.episode import RolloutSetup, wait_until_open
+from trainer.rollout.rewards import FULL_REWARD, load
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     rollouts: list[Rollout]
-    refusals: dict[str, float]  # task id -> reward of the polite refuser
+    refusals: dict[str, float]  # task id -> 1 where the polite refuser succeeds, else 0
+    bugs: list[BugReport]  # of the errored attempts, those that a fault in code broke
 
 
 async def evaluate(
@@ -48,34 +48,39 @@ async def evaluate(
 ) -> Evaluation:
     """Play `config.eval_samples` attempts at every task of `split` (default `env.eval_split`).
 
-    `advance(1)` is called when a task is finished. The engine's own randomness is put back afterwards, so that a run
-    trains the same whether it is evaluated or not.
+    `advance(1)` is called when a task is finished. All randomness is put back afterwards, so that a run trains the
+    same whether it is evaluated or not.
 
     Raises:
         EnvironmentLost: every attempt broke: there is nothing to report.
     """
     tasks = suite.tasks(split or config.env.eval_split)
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
-    setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length)
+    grading = load(config.rewards, config.success_threshold)
+    setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length, grading)
     sample = GroupSampler(setup, config.eval_samples, advance)
-    with _separate_randomness(engine, config.seed):
+    generator = getattr(engine, "generator", None)  # a server has none
+    with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
+        refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
     if too_long := sample.too_long:
         log.warning("%d of %d tasks are left out, being too long: %s", len(too_long), len(tasks), too_long[0])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
+    bugs = [bug for group in groups for bug in group.bugs]
     figures["errored"] = float(sum(group.broken for group in groups))
+    figures["bugs"] = float(len(bugs))
     figures["too_long"] = float(len(too_long))
-    return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals)
+    return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals, bugs)
 
 
 async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:
-    """Task id -> what the environment pays for refusing politely until the episode is over, or `max_turns` times.
+    """Task id -> success (1 or 0) of refusing politely until the episode is over, or `max_turns` times.
 
-    Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
+    It is the verifier's word, or its full reward. Tasks whose environment broke, or took longer than `timeout` seconds
+    for a call, are left out.
     """
 
     async def one(task: Task) -> float | None:
@@ -90,7 +95,7 @@ async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns:
 
 
 async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16) -> float:
-    """What refusing pays at one task; raises what the environment raises."""
+    """Success of refusing at one task, 1 or 0; raises what the environment raises."""
     environment = suite.make()
     try:
         await wait_until_open(environment)
@@ -99,21 +104,7 @@ async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 
             _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
             if done:
                 break
-        return (await asyncio.wait_for(environment.outcome(), timeout)).reward
+        outcome = await asyncio.wait_for(environment.outcome(), timeout)
+        return float(outcome.reward >= FULL_REWARD if outcome.success is None else outcome.success)
     finally:
         await environment.close()
-
-
-@contextmanager
-def _separate_randomness(engine: Engine, seed: int) -> Iterator[None]:
-    """Evaluate from a separate seed, the same each time, and restore the engine's generator afterwards."""
-    generator: torch.Generator | None = getattr(engine, "generator", None)
-    if generator is None:
-        yield
-        return
-    state = generator.get_state()
-    generator.manual_seed(seed + EVALUATION_SEED)
-    try:
-        yield
-    finally:
-        generator.set_state(state)

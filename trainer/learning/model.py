@@ -1,7 +1,7 @@
 """The policy: a Hugging Face folder on this machine, and the two parts of it that the trainer touches.
 
 The trainer never calls the model's own head: hidden states come from the decoder and go to `sgcd_kernels` together
-with the head's weight, so that no [tokens, vocabulary] matrix exists.
+with what `output_head` measured of the head, so that no [tokens, vocabulary] matrix exists.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgcd_kernels import output_head
 from trainer.errors import UserError
 from trainer.learning import lora
 from trainer.optional_packages import need
 from trainer.protocols import Renderer
+from trainer.records import checkpoint_folder
 
 if TYPE_CHECKING:
     from trainer.config import ModelConfig
@@ -30,6 +32,7 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     from transformers.utils import logging
 
     from trainer import chat
+    from trainer.chat import stop_tokens
 
     check_folder(config)
     logging.disable_progress_bar()  # reading a shard takes no time worth a bar
@@ -53,13 +56,15 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
         lora.add(model, config.lora)
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    _check_head(config.path, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())
     if config.gradient_checkpointing:
         recompute_layers(model)
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
-    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
+    ends = stop_tokens.of_model(model, tokenizer)
+    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs, ends)
 
 
 def check_folder(config: ModelConfig) -> None:
@@ -74,6 +79,8 @@ def check_folder(config: ModelConfig) -> None:
         raise UserError(f"model.path: {config.path} {what}; {remedy(config)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"model.path: {config.path} has a config.json and no weights; {remedy(config)}")
+    if checkpoint_folder.is_sealed(folder):
+        checkpoint_folder.verify(folder)
     _check_kernels(config)
 
 
@@ -124,6 +131,14 @@ def _cannot_load(config: ModelConfig, error: Exception) -> str:
     if "attn_implementation" in reason or (isinstance(error, ImportError) and kind not in ("sdpa", "eager")):
         return f"model.attn_implementation: cannot load {config.path} with {kind!r}; sdpa always works ({reason})"
     return f"model.path: cannot load {config.path} ({reason})"
+
+
+def _check_head(path: str, model: Any) -> None:
+    """Refuse a model whose logits `sgcd_kernels` cannot compute: engine and trainer would agree on wrong log-probs."""
+    try:
+        output_head(model)
+    except ValueError as error:
+        raise UserError(f"model.path: {path} cannot be trained: {error}") from error
 
 
 def _check_whole(path: str, found: dict[str, Any]) -> None:
@@ -214,9 +229,3 @@ def _recomputing(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def head(model: Any) -> tuple[Tensor, Tensor | None]:  # weight [V, H], bias [V]
-    """The output projection's parameters."""
-    layer = model.get_output_embeddings()
-    return layer.weight, layer.bias

@@ -61,11 +61,11 @@ def check_run_directory(probe: Probe) -> str:
     from trainer.records import checkpoint
 
     config_file.refuse_another(probe.config)
-    newest = checkpoint.latest(probe.config.output_dir)
+    notes: list[str] = []
+    newest = checkpoint.latest(probe.config.output_dir, notes.append)
     if newest is None:
         return f"{probe.config.output_dir}: a new run"
-    manifest = checkpoint.verify(newest)
-    return f"{probe.config.output_dir}: resumes after step {manifest['step']}"
+    return "; ".join([f"{probe.config.output_dir}: resumes after {newest.name}", *notes])
 
 
 def check_reports(probe: Probe) -> str:
@@ -201,7 +201,7 @@ def check_scoring(probe: Probe) -> str:
     """Two short rollouts, scored under a reference: divergences are finite, and engine and trainer agree."""
     import torch
 
-    from sgcd_kernels import CreditConfig
+    from sgcd_kernels import CreditConfig, output_head
     from trainer.learning.scoring import Scorer, prepare_samples
 
     if probe.config.top_p < 1:
@@ -211,7 +211,8 @@ def check_scoring(probe: Probe) -> str:
     group = asyncio.run(_sample_short_group(probe))
     group.reference = PROBE_REFERENCE
     samples = prepare_samples([group], [1.0, -1.0], suite, renderer)
-    scorer = Scorer(probe.model, renderer.pad_id, probe.config.temperature, CreditConfig())
+    head = output_head(probe.model)
+    scorer = Scorer(probe.model, head, renderer.pad_id, probe.config.temperature, CreditConfig())
     with torch.no_grad():
         batch = scorer.forward(samples)
         scored = batch.unpack(scorer.without_loss(batch, scorer.score(batch)))
@@ -251,6 +252,7 @@ async def _sample_short_group(probe: Probe) -> Group:
 
 
 def check_writer(probe: Probe) -> str:
+    """The endpoint is there, has the model, and answers a short request of the kind that asks for a reference."""
     from trainer.references import writers
     from trainer.references.endpoint import reach
 
@@ -260,12 +262,23 @@ def check_writer(probe: Probe) -> str:
     if config.name != "openai":
         return f"{config.name}: offline"
     answers: list[str] = []
+    loaded: list[Any] = []
     suite: Any = probe.suite  # the writer asks it for the key of its endpoint, if there is a suite
     all_of(
-        lambda: writers.load(config, suite, probe.renderer),
+        lambda: loaded.append(writers.load(config, suite, probe.renderer)),
         lambda: answers.append(reach("writer.base_url", config.base_url, config.model, config.api_key_env)),
     )
-    return answers[0]
+    return f"{answers[0]}; {asyncio.run(loaded[0].probe())}"
+
+
+def check_rewards(probe: Probe) -> str:
+    from trainer.rollout import rewards
+
+    config = probe.config
+    grading = rewards.load(config.rewards, config.success_threshold)
+    threshold = config.success_threshold
+    success = "as the verifier says, else above the group's mean" if threshold is None else f"from {threshold:g}"
+    return f"{' + '.join(f'{r.weight:g} x {r.name}' for r in grading.rewards)}; success {success}"
 
 
 def check_disk(probe: Probe) -> str:
@@ -291,6 +304,7 @@ CHECKS: dict[str, Callable[[Probe], str]] = {
     "model": check_model,
     "user simulator": check_user_simulator,
     "environment": check_environment,
+    "rewards": check_rewards,
     "renderer": check_renderer,
     "engine": check_engine,
     "scoring": check_scoring,

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainer import files
 from trainer.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ FREE = frozenset(
         "save_steps",
         "save_total_limit",
         "trace_steps",
+        "trace_total_limit",
         "report_to",
         "engine.urls",
         "engine.python",
@@ -99,7 +101,7 @@ def _assemble(source: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         run_dir, source = source, source / RESOLVED
         if not source.exists():
             raise UserError(f"{run_dir} is no run directory (it has no {RESOLVED}): give a YAML file or a run's folder")
-        tree = {**_read(source), "output_dir": str(run_dir)}  # a run may have been moved
+        tree = {**_read_resolved(run_dir), "output_dir": str(run_dir)}  # a run may have been moved
     else:
         tree = _read(source)
     changes = parse_overrides(overrides)
@@ -155,31 +157,47 @@ def claim(config: Config) -> None:
     """Write the config into its output directory, or refuse when another run lives there."""
     refuse_another(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    path = config.output_dir / RESOLVED
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
+    files.write(config.output_dir / RESOLVED, yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
 
 
 def refuse_another(config: Config) -> None:
     """A `UserError` when the output directory holds a run whose steps another config made."""
     run_dir = config.output_dir
-    records = [run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step_*")]
-    begun = any(record.exists() and record.stat().st_size for record in records)
+    metrics = run_dir / "metrics.jsonl"
+    checkpoints = [name for name in files.names(run_dir / "checkpoints") if name.startswith("step_")]
+    begun = bool(checkpoints) or (metrics.exists() and metrics.stat().st_size > 0)
     if not begun or not (run_dir / RESOLVED).exists():  # a run that failed before its first step is no run
         return
-    theirs, ours = dict(_flatten(_read(run_dir / RESOLVED))), dict(_flatten(dump(config)))
+    refuse_difference(config, _read_resolved(run_dir), str(run_dir))
+
+
+def refuse_difference(config: Config, tree: Mapping[str, Any], where: str) -> None:
+    """A `UserError` when the plain config `tree`, found at `where`, made other steps than `config` would."""
+    if not tree:
+        return
+    theirs, ours = dict(_flatten(tree)), dict(_flatten(dump(config)))
     for key in [*ours, *(k for k in theirs if k not in ours)]:
         if key in FREE or theirs.get(key, _ABSENT) == ours.get(key, _ABSENT):
             continue
         raise UserError(
-            f"{run_dir} holds another run: {key} is {_show(key, theirs.get(key, _ABSENT))} there and "
-            f"{_show(key, ours.get(key, _ABSENT))} here; choose another --output_dir, or delete that folder"
+            f"{where} holds another run: {key} is {_show(key, theirs.get(key, _ABSENT))} there and "
+            f"{_show(key, ours.get(key, _ABSENT))} here; choose another --output_dir, or give that run's config"
         )
 
 
 _ABSENT = object()
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words for a key that is none
+
+
+def _read_resolved(run_dir: Path) -> dict[str, Any]:
+    """The config in a run directory. It is written whole, so an empty one is damaged."""
+    tree = _read(run_dir / RESOLVED)
+    if not tree:
+        raise UserError(
+            f"{run_dir / RESOLVED}: is empty, so it was damaged; put it back, or move it away and give the YAML file "
+            "that the run was started with (checkpoints hold the config too, and another one is refused)"
+        )
+    return tree
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -288,7 +306,17 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] in ("value_error", "assertion_error"):  # ours: it says itself what it got
         return ": ".join(part for part in (key, message.removeprefix("Value error, ")) if part)
     need = _NEED.get(detail["type"]) or message.removeprefix("Input should be ").partition(", unable")[0]
-    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}"
+    hint = _hint(key, detail) if detail["type"] in ("literal_error", "enum") else ""
+    return f"{key}: got {_show(key, detail['input'])}, needs {need[:1].lower() + need[1:]}{hint}"
+
+
+def _hint(key: str, detail: ErrorDetails) -> str:
+    """What a value that is not among the names of its key was probably meant to be."""
+    from sgcd_kernels.core.spelling import explain_choice  # here, because both import torch
+    from sgcd_kernels.core.surrogate import LOSSES_ELSEWHERE
+
+    names = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+    return explain_choice(detail["input"], names, LOSSES_ELSEWHERE if key == "loss_type" else None)
 
 
 _NEED = {  # where pydantic speaks of its own types

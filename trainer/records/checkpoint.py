@@ -3,31 +3,32 @@
     output_dir/checkpoints/step_20/            config.json model.safetensors ... loads with `from_pretrained`
     output_dir/checkpoints/step_20/state/      state.pt (optimiser, generators, the loop's own data), manifest.json
 
-Everything is written into a temporary folder, flushed to disk, and renamed. A folder named `step_N` is therefore
-complete unless something else damaged it, and a kill at any moment leaves the newest complete one in place. A folder is
-removed in the same way: renamed first, then deleted.
+A folder named `step_N` is complete unless something else damaged it, and a kill at any moment leaves the newest
+complete one: see `trainer.records.checkpoint_folder`. Exactly the files of its manifest are read.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from trainer import files, randomness
 from trainer.errors import NotFinite, UserError
 from trainer.learning import lora
+from trainer.records import checkpoint_folder
+from trainer.records.checkpoint_folder import STATE, TEMPORARY, DamagedCheckpoint, latest, verify
 
-STATE = "state"
-MANIFEST = "manifest.json"
-_TEMPORARY = ".writing-"
-_STEP = re.compile(r"step_(\d+)")
+__all__ = ["latest", "load", "load_weights", "save", "verify"]
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 
 
 def save(
@@ -46,6 +47,10 @@ def save(
     `model` and `tokenizer` are whatever has transformers' `save_pretrained`. `generators` are saved beside the global
     ones of python, numpy and torch. `extra` is the loop's own plain data (numbers, strings, lists, dicts, tensors):
     task order, counters. What is logged after its checkpoint may be missing after a resume: put it into `extra`.
+
+    Raises:
+        NotFinite: a weight is not finite; nothing is written.
+        OSError: the disk refuses; the checkpoints that were there are there still.
     """
     not_finite = next(
         (n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None
@@ -56,32 +61,40 @@ def save(
             "the checkpoint before"
         )
     folder = output_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    beside = folder / f"{_TEMPORARY}step_{step}"
-    beside.mkdir()
-    model.save_pretrained(str(beside), save_original_format=False)  # under the model's own names, as `load` wants them
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(beside))
-    _write_state(beside, step, optimiser, generators or {}, extra or {})
-    _flush(beside)
-    target = folder / f"step_{step}"
-    gone = _aside(target)
-    if target.exists():  # a step that is saved again: the old one is there until the new one is
-        target.rename(gone)
-    beside.rename(target)
-    _fsync(folder)
-    shutil.rmtree(gone, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    checkpoint_folder.recover(output_dir)
+    beside = folder / f"{TEMPORARY}step_{step}"
+    try:
+        beside.mkdir()
+        with _as_os_errors(beside):
+            # under the model's own names, as `load` wants them
+            model.save_pretrained(str(beside), save_original_format=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(beside))
+            _write_state(beside / STATE, optimiser, generators or {}, extra or {})
+        checkpoint_folder.seal(beside, step=step, torch=torch.__version__)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # gives a full disk its space back
+        raise
+    target = checkpoint_folder.publish(beside, output_dir)
     if save_total_limit is not None:
-        for old in _complete(folder)[:-save_total_limit]:
-            _discard(old)
+        checkpoint_folder.keep_newest(output_dir, save_total_limit)
     return target
 
 
-def latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. Leftovers of an interrupted save are skipped."""
-    found = _complete(output_dir / "checkpoints")
-    return found[-1] if found else None
+@contextmanager
+def _as_os_errors(folder: Path) -> Iterator[None]:
+    """Let an error of the disk that a library wrapped into one of its own be an `OSError` again."""
+    try:
+        with files.naming(folder):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        told = _OS_ERROR.search(str(error))
+        if told:
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
+        if isinstance(error.__context__, OSError):  # torch, which then finds its file too short
+            raise error.__context__ from None
+        raise
 
 
 def load(
@@ -93,11 +106,15 @@ def load(
 ) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint into the live objects, in place; give its step and `extra`.
 
-    The global generators are set only when `optimiser` is given, that is when a run resumes. `UserError` when the
-    folder is damaged or belongs to another model or optimiser.
+    The global generators are set only when `optimiser` is given, that is when a run resumes.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written; nothing has been changed.
+        UserError: it belongs to another model or optimiser.
+        OSError: a file cannot be read.
     """
     manifest = verify(path)
-    load_weights(path, model)
+    load_weights(path, model, manifest["files"])
     if optimiser is None:
         return int(manifest["step"]), {}
     state = _read_state(path)
@@ -106,13 +123,13 @@ def load(
     return int(manifest["step"]), state["extra"]
 
 
-def load_weights(path: Path, model: Any) -> None:
-    """Load a folder's safetensors into `model`, bit by bit; tied weights that the folder leaves out stay tied.
+def load_weights(path: Path, model: Any, names: Iterable[str]) -> None:
+    """Load the safetensors among a folder's files `names` into `model`; tied weights that they leave out stay tied.
 
     A model with adapters takes adapters only: its base is what model.path gave.
     """
     wanted = lora.adapter_weights(model) if lora.adapted(model) else model.state_dict()
-    stored = _read_weights(path)
+    stored = _read_weights(path, names)
     absent = [name for name in wanted if name not in stored and not _is_tied(name, wanted, stored)]
     wrong = [
         n for n, t in stored.items() if n not in wanted or wanted[n].shape != t.shape or wanted[n].dtype != t.dtype
@@ -128,92 +145,42 @@ def load_weights(path: Path, model: Any) -> None:
             wanted[name].copy_(tensor)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the sizes that were written; else a `UserError`."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / STATE / MANIFEST).read_text())
-        sizes: dict[str, int] = manifest["files"]
-    except (OSError, ValueError, KeyError):
-        raise _damaged(path, f"no readable {STATE}/{MANIFEST}") from None
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            raise _damaged(path, f"{name} has {'gone' if found is None else f'{found} bytes'}, {size} were written")
-    return manifest
-
-
-def recorded(output_dir: Path) -> bool:
-    """Whether a run left metrics or rollouts here."""
-    metrics = output_dir / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or any((output_dir / "rollouts").glob("step_*.jsonl"))
-
-
-def rewind(output_dir: Path, step: int) -> float:
-    """Make the run's records end at `step`: later metrics and rollouts belong to steps that will happen again.
-
-    Gives the last step of the metrics that are left, -1 for none.
-    """
-    metrics = output_dir / "metrics.jsonl"
-    kept: list[str] = []
-    if metrics.exists():
-        try:
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"output_dir: {metrics} cannot be read ({error}); remove it, or choose another") from None
-        kept = [line for line in lines if _line_step(line) <= step]
-        temporary = metrics.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(metrics)
-    for file in (output_dir / "rollouts").glob("step_*.jsonl"):
-        match = _STEP.fullmatch(file.stem)
-        if match and int(match[1]) > step:
-            file.unlink()
-    return _line_step(kept[-1]) if kept else -1.0
-
-
-def _line_step(line: str) -> float:
-    """The step of one line of metrics.jsonl; a line cut short by a kill counts as later than every step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
 def _write_state(
     folder: Path,
-    step: int,
     optimiser: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
     extra: Mapping[str, Any],
 ) -> None:
-    (folder / STATE).mkdir()
-    state = {"optimiser": optimiser.state_dict(), "generators": _get_generators(generators), "extra": dict(extra)}
-    torch.save(state, folder / STATE / "state.pt")
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    (folder / STATE / MANIFEST).write_text(
-        json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1)
-    )
+    folder.mkdir()
+    named = {name: generator.get_state() for name, generator in generators.items()}
+    random_state = {**randomness.get_state(), "named": named}
+    state = {"optimiser": optimiser.state_dict(), "generators": random_state, "extra": dict(extra)}
+    with files.naming(folder / "state.pt"), (folder / "state.pt").open("wb") as out:
+        torch.save(state, out)  # given a path, it would not say what the disk said
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+def _read_weights(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     stored: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for name in sorted(n for n in names if n.endswith(".safetensors")):
         try:
-            stored.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, f"{file.name}: {error}") from None
+            with _as_os_errors(path / name):
+                stored.update(load_file(path / name))
+        except SafetensorError as error:
+            raise DamagedCheckpoint(path, f"{name}: {error}") from None
     return stored
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path / STATE / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise _damaged(path, f"{STATE}/state.pt: {type(error).__name__}") from None
+    file = path / STATE / "state.pt"
+    with files.naming(file), file.open("rb") as stream:
+        try:
+            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            raise DamagedCheckpoint(path, f"{STATE}/state.pt: {type(error).__name__}") from None
     return state
 
 
@@ -235,33 +202,12 @@ def _load_optimiser(path: Path, optimiser: torch.optim.Optimizer, state: dict[st
         raise UserError(f"{path}: its optimiser does not fit ({error}); use another --output_dir") from None
 
 
-def _get_generators(named: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """The state of every source of randomness, as types that `torch.load(weights_only=True)` reads."""
-    import numpy as np
-
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - it is saved, not used
-    return {
-        "python": random.getstate(),
-        "numpy": (str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "named": {name: generator.get_state() for name, generator in named.items()},
-    }
-
-
 def _set_generators(path: Path, state: dict[str, Any], named: Mapping[str, torch.Generator]) -> None:
-    import numpy as np
-
     if set(state["named"]) != set(named):
         raise UserError(
             f"{path}: has generators {sorted(state['named'])}, needs {sorted(named)}; use another --output_dir"
         )
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    randomness.set_state(state)
     for name, generator in named.items():
         generator.set_state(state["named"][name])
 
@@ -274,42 +220,3 @@ def _is_tied(name: str, wanted: Mapping[str, torch.Tensor], stored: Iterable[str
 
 def _describe(tensor: torch.Tensor | None) -> str:
     return "has none" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({why}); delete this folder and the run resumes from the one before")
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoint folders by rising step."""
-    matches = [(p, _STEP.fullmatch(p.name)) for p in folder.glob("step_*") if p.is_dir()]
-    return [p for p, m in sorted(((p, m) for p, m in matches if m), key=lambda pair: int(pair[1][1]))]
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what an interrupted save or removal left."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
-
-
-def _discard(path: Path) -> None:
-    gone = _aside(path)
-    path.rename(gone)
-    shutil.rmtree(gone)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{_TEMPORARY}old-{path.name}")
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

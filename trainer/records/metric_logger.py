@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.errors import UserError
+from trainer import files
 from trainer.optional_packages import need
+from trainer.records import run_records
 
 # label on the console -> metric, in the order they are shown
 LINE = {
@@ -55,10 +56,8 @@ class MetricLogger:
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._sinks = [_SINKS[name](output_dir, config or {}, start_step) for name in report_to]
-        try:
-            self._file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output_dir: {output_dir}/metrics.jsonl cannot be written ({error.strerror})") from None
+        self._path = output_dir / run_records.METRICS
+        self._file = self._path.open("a", encoding="utf-8")
         self._console = console or Console(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -78,9 +77,10 @@ class MetricLogger:
         """Record one step; it is on disk when this returns."""
         assert self._last_step is None or step > self._last_step, f"step {step} was logged after {self._last_step}"
         record = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # the next step's checkpoint must not outlive the metrics of this one
+        with files.naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # the next step's checkpoint must not outlive the metrics of this one
         for sink in self._sinks:
             sink.log(step, metrics)
         self._print(step, metrics)
@@ -97,11 +97,12 @@ class MetricLogger:
 
     def note(self, text: str) -> None:
         """Print a line that is no metric: a warning, where a checkpoint went."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
-        self._file.close()
+        with files.naming(self._path):
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
@@ -151,7 +152,7 @@ class _Wandb:
         remembered = output_dir / "wandb_id.txt"
         run_id = remembered.read_text().strip() if remembered.exists() and start_step else wandb.util.generate_id()
         self._run = wandb.init(project="sgcd", id=run_id, resume="allow", dir=str(output_dir), config=dict(config))
-        remembered.write_text(run_id)
+        files.write(remembered, run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

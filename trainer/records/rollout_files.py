@@ -1,19 +1,21 @@
 """The rollouts of one step on disk: `rollouts/step_N.jsonl`, one line per group, read by `view` and by people.
 
 A line is {"schema", "task": {id, env, split, scenario, class, instruction}, "reference", "reference_info", "siblings"};
-a sibling is {"reward", "stop", "messages", "prompt", "pieces", "ids", "generated", "turns", "classes", "logprobs"} and,
-when it was scored, {"student_logp", "teacher_logp", "student_entropy", "teacher_entropy", "d", "W", "s", "span"}: lists
-that run parallel to `ids`. `span` is -1 outside a span. Task data and verifier details stay out: files are shared.
+a sibling is {"reward", "success", "components" (of the reward, by name), "reason" (of a failure), "stop", "messages",
+"prompt", "pieces", "ids", "generated", "turns", "classes", "logprobs"} and, when it was scored, {"student_logp",
+"teacher_logp", "student_entropy", "teacher_entropy", "d", "W", "s", "span"}: lists that run parallel to `ids`, where a
+`span` of -1 means none. Task data and verifier details stay out: files are shared.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer import files
 from trainer.data import Group, Rollout
 
 SCHEMA = 1
@@ -33,24 +35,23 @@ Pieces = Callable[[Sequence[int]], list[str]]
 
 
 def write_step(path: Path, groups: Sequence[Group], scored: Sequence[Sequence[Any]] | None, pieces: Pieces) -> None:
-    """Write the groups of one step, beside and renamed.
+    """Write the groups of one step, whole or not at all.
 
     `scored[g][i]` holds the 1-D tensors of rollout i of group g, aligned with its `ids` (attributes named in `SCORES`),
     or None where it was not scored. `pieces` gives the text of each token (`renderer.pieces`).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as out:
+    with files.replacing(path) as out:
         for g, group in enumerate(groups):
             record = describe(group, scored[g] if scored else [None] * len(group.rollouts), pieces)
             out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    draft.replace(path)
 
 
-def read_step(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_step` wrote."""
+def read_step(path: Path) -> Iterator[dict[str, Any]]:
+    """Read what `write_step` wrote, group by group: a step of long rollouts is larger than memory should hold."""
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.strip()]
+        for line in lines:
+            if line.strip():
+                yield json.loads(line, parse_constant=lambda _: None)
 
 
 def describe(group: Group, scored: Sequence[Any], pieces: Pieces) -> dict[str, Any]:
@@ -74,6 +75,9 @@ def describe(group: Group, scored: Sequence[Any], pieces: Pieces) -> dict[str, A
 def sibling(rollout: Rollout, scores: Any, pieces: Pieces) -> dict[str, Any]:
     record: dict[str, Any] = {
         "reward": rollout.reward,
+        "success": rollout.success,
+        "components": dict(rollout.components),
+        "reason": rollout.reason,
         "stop": rollout.stop,
         "messages": rollout.messages,
         "prompt": "".join(pieces(rollout.prompt_ids)),

@@ -19,8 +19,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward": fmean(r.reward for r in rollouts),
         "reward_std": fmean(pstdev([r.reward for r in g.rollouts]) for g in groups if g.rollouts),
         "by_group/frac_mixed": fmean(g.mixed for g in groups),
-        "by_group/frac_solved": fmean(all(r.reward == 1 for r in g.rollouts) for g in groups),
-        "by_group/frac_failed": fmean(all(r.reward == 0 for r in g.rollouts) for g in groups),
+        "by_group/frac_solved": fmean(all(r.success for r in g.rollouts) for g in groups),
+        "by_group/frac_failed": fmean(not any(r.success for r in g.rollouts) for g in groups),
+        **component_means(rollouts),
         "completions/mean_length": fmean(lengths),
         "completions/max_length": max(lengths),
         "completions/turns": fmean(r.turns[-1] + 1 if r.turns else 0 for r in rollouts),
@@ -31,16 +32,22 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def component_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`reward/<name>`: the mean of each component, unweighted, where the reward is a sum of several."""
+    names = rollouts[0].components
+    return {f"reward/{name}": fmean(r.components[name] for r in rollouts) for name in names}
+
+
 def _length_by_outcome(rollouts: Sequence[Rollout], lengths: Sequence[int]) -> dict[str, float]:
-    won = [n for n, r in zip(lengths, rollouts) if r.reward == 1]
-    lost = [n for n, r in zip(lengths, rollouts) if r.reward != 1]
+    won = [n for n, r in zip(lengths, rollouts) if r.success]
+    lost = [n for n, r in zip(lengths, rollouts) if not r.success]
     return {f"completions/mean_length_{name}": fmean(ns) for name, ns in (("solved", won), ("failed", lost)) if ns}
 
 
 def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Calls per rollout, and the share of successes without any (the zero-tool collapse)."""
     calls = [tool_calls(r) for r in rollouts]
-    won = [n for n, r in zip(calls, rollouts) if r.reward == 1]
+    won = [n for n, r in zip(calls, rollouts) if r.success]
     return {
         "tools/per_rollout": fmean(calls),
         "tools/zero_share": fmean(n == 0 for n in calls),
@@ -51,7 +58,7 @@ def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def class_success(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Success in each task class that occurs, and their unweighted mean."""
     classes = sorted({r.task.task_class for r in rollouts})
-    rates = {c: fmean(r.reward for r in rollouts if r.task.task_class == c) for c in classes}
+    rates = {c: fmean(bool(r.success) for r in rollouts if r.task.task_class == c) for c in classes}
     return {**{f"success/{c}": rate for c, rate in rates.items()}, "success/class_balanced": fmean(rates.values())}
 
 

@@ -39,8 +39,8 @@ def format_reference(
 
 def contrast(rollouts: Sequence[Rollout]) -> str:
     """Write the reference of one mixed group; "" when an outcome class is empty, for then nothing contrasts."""
-    successes = [path(r) for r in rollouts if r.reward > 0]
-    failures = [path(r) for r in rollouts if r.reward <= 0]
+    successes = [path(r) for r in rollouts if r.success]
+    failures = [path(r) for r in rollouts if not r.success]
     if not successes or not failures:
         return ""
     steps = min(successes, key=lambda names: (len(names), names))

@@ -81,11 +81,17 @@ def reach(what: str, base_url: str, model: str, key_env: str) -> str:
         raise UserError(f"{what}: {base_url} is there but broken (HTTP {answer.status_code}); restart it, or wait")
     offered = _models(answer)
     if offered and model not in offered:
-        some = ", ".join(offered[:5])
+        some = ", ".join(printable(name, 80) for name in offered[:5])
         raise UserError(
             f"{what}: {base_url} has no model {model!r}; it has {some}{', ...' if len(offered) > 5 else ''}"
         )
     return f"{base_url} answers (HTTP {answer.status_code}), model {model}"
+
+
+def printable(text: str, most: int = 200) -> str:
+    """An endpoint's words for a terminal: on one line, without control characters, at most so many characters."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return line if len(line) <= most else line[:most] + " ..."
 
 
 def _models(answer: object) -> list[str]:

@@ -8,11 +8,9 @@ both pass the sanitiser. The API key is held only in the environment and in the 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -24,23 +22,31 @@ from trainer.data import Group, Message
 from trainer.errors import UserError
 from trainer.protocols import Renderer, Suite
 from trainer.references import writer_prompt as prompts
-from trainer.references.endpoint import is_loopback, transport
+from trainer.references.bounded_reading import TooLong, read_bounded, refuse_floods
+from trainer.references.completion_body import Completion, ErrorInBody, completion_of, read_completion
+from trainer.references.endpoint import is_loopback, printable, transport
 from trainer.references.reply_cache import ReferenceCache, key_of
-from trainer.references.retries import LONGEST_PAUSE, Budget, TooLong, pause_after
+from trainer.references.request_shape import RequestShape, complaint_of
+from trainer.references.retries import LONGEST_PAUSE, Budget, pause_after
 from trainer.references.sanitiser import Sanitiser
 from trainer.references.secret_values import SHORTEST_OWN
 from trainer.references.writer_prompt import Refused
+from trainer.references.writers import describe
 
 if TYPE_CHECKING:
     from trainer.config import WriterConfig
 
 log = logging.getLogger(__name__)
-MAX_BODY = 4 << 20  # bytes of an answer
 MOST_CHARS_PER_TOKEN = 8  # a prompt has at least one token per so many characters, whatever the endpoint reports
 FRAME_TOKENS = 16  # that a chat template may put around a message
 MAY_HAVE_WORKED = (500, 502, 504)  # also sent by a gateway whose model has answered too late
 NOT_SENT = ("ConnectError", "ConnectTimeout")  # whichever HTTP library the client brings
 POLL = 0.02  # seconds between checks of the budget
+PROBE: list[Message] = [
+    {"role": "system", "content": "Answer with one word."},
+    {"role": "user", "content": "Say ready."},
+]
+PROBE_TOKENS = 16  # some models refuse a limit of one
 
 
 class OpenAIWriter:
@@ -54,6 +60,7 @@ class OpenAIWriter:
         self.words_only = isinstance(renderer, CompactRenderer)
         self.budget = Budget(config.token_budget)
         self.cache = ReferenceCache(config.cache_dir)
+        self.shape = RequestShape()
         self._warned: set[str] = set()
         self._key = read_key(config, is_loopback(config.base_url))
         # Masked whatever their variables are called: the writer's key and that of an environment's endpoint.
@@ -74,8 +81,8 @@ class OpenAIWriter:
     async def write(self, groups: list[Group]) -> None:
         """Fill every group. The client lives for one batch, because an event loop may."""
         for group in groups:
-            group.reference, group.reference_info = "", {"writer": self.name}
-        mixed = [group for group in groups if group.mixed]
+            group.reference, group.reference_info = "", describe(self.name, group)
+        mixed = [group for group in groups if group.contrasts]
         if not mixed:
             return
         gate = asyncio.Semaphore(self.config.concurrency)
@@ -86,7 +93,6 @@ class OpenAIWriter:
             await asyncio.gather(*(self._write_one(client, gate, *each) for each in asked))
 
     def _client(self) -> AsyncOpenAI:
-        # No compression: a megabyte of zeros must not become a gigabyte.
         http = transport(self.config.base_url, self._key or "none", response=[refuse_floods])
         return AsyncOpenAI(
             api_key=self._key or "none",
@@ -138,11 +144,11 @@ class OpenAIWriter:
         info["cached"] = answer is not None
         if answer is None:
             async with gate:
-                answer = prompts.parse_reply(await self._ask(client, messages, info))
+                answer = reply_in(await self._ask(client, messages, info))
         reply = prompts.only_tools(answer, tools)
         incoming = self._sanitiser(self.suite.answer_literals(group.task))
         if not self.words_only:  # the folder of the cache may be shared: an entry is trusted no more than an answer
-            reply = prompts.clean_reply(answer, incoming)
+            reply = prompts.clean_reply(answer, incoming, tools)
         reference = (
             prompts.render_words(reply) if self.words_only else prompts.render_prose(reply, 4 * self.config.max_tokens)
         )
@@ -162,22 +168,33 @@ class OpenAIWriter:
         clean = [self._sanitiser([]).text(text)[:80].strip() for text in wanted[: prompts.MAX_ITEMS]]
         return [text for text in clean if len(text) >= 3 and "[masked" not in text and text not in tools]
 
-    async def _ask(self, client: AsyncOpenAI, messages: list[Message], info: dict[str, Any]) -> str:
-        """One call within the budget of tokens and seconds; gives the text of the answer."""
+    async def _ask(self, client: AsyncOpenAI, messages: list[Message], info: dict[str, Any]) -> Completion:
+        """One call within the budget of tokens and seconds.
+
+        A request that the endpoint refuses because of a parameter is made again without it, which is no retry; what
+        worked is kept for the rest of the run.
+        """
         left = self._deadline()  # the client's time-out is between bytes: an endpoint that drips must not hold the run
         most = sum(len(m["content"].encode()) + FRAME_TOKENS for m in messages) + self.config.max_tokens
-        for tries in count(1):
+        shape, tries = self.shape, 1
+        while True:
             await self._reserve(most)
             start = time.monotonic()
             try:
-                return text_of(await self._try(client, messages, most, left, info))
+                completion = await self._try(client, shape, messages, most, left, info)
+                self.shape = shape.after(completion.completion_tokens, self.config.max_tokens)
+                return completion
             except openai.APIError as error:
+                left -= time.monotonic() - start
+                if left > 0 and (changed := shape.without(complaint_of(error))) is not None:
+                    shape = changed
+                    continue
                 pause = pause_after(error, tries)
-                left -= time.monotonic() - start + (pause or 0.0)
+                left -= pause or 0.0
                 if pause is None or left <= 0 or tries > self.config.max_retries:
                     raise
+            tries += 1
             await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
 
     async def _reserve(self, most: int) -> None:
         """Wait until so many tokens can be reserved: other requests release theirs by their deadline."""
@@ -187,15 +204,22 @@ class OpenAIWriter:
             await asyncio.sleep(POLL)
 
     async def _try(
-        self, client: AsyncOpenAI, messages: list[Message], most: int, left: float, info: dict[str, Any]
-    ) -> Any:
+        self,
+        client: AsyncOpenAI,
+        shape: RequestShape,
+        messages: list[Message],
+        most: int,
+        left: float,
+        info: dict[str, Any],
+    ) -> Completion:
         """One request of at most `left` seconds. Its reserve counts as spent where the cost is unknown."""
         tokens = spent = most
         try:
-            answer = await asyncio.wait_for(self._call(client, messages), left)
-            tokens = usage_of(answer, most)
+            arguments = shape.arguments(self.config.model, messages, self.config.max_tokens)
+            completion = await asyncio.wait_for(self._call(client, arguments), left)
+            tokens = credible(completion.total_tokens, most)
             spent = max(tokens, sum(len(m["content"]) for m in messages) // MOST_CHARS_PER_TOKEN)
-            return answer
+            return completion
         except openai.APIError as error:
             refused = isinstance(error, openai.APIStatusError) and error.status_code not in MAY_HAVE_WORKED
             if refused or type(error.__cause__).__name__ in NOT_SENT:
@@ -205,13 +229,49 @@ class OpenAIWriter:
             self.budget.settle(most, spent)
             info["tokens"] += tokens
 
-    async def _call(self, client: AsyncOpenAI, messages: list[Message]) -> Any:
+    async def _call(self, client: AsyncOpenAI, arguments: dict[str, Any]) -> Completion:
         create: Any = client.chat.completions.with_streaming_response.create
-        asked = create(model=self.config.model, messages=messages, max_completion_tokens=self.config.max_tokens, n=1)
-        async with asked as response:
-            body = await read_bounded(response)
-        answer = json.loads(body)
-        return ChatCompletion.construct(**answer) if isinstance(answer, dict) else None
+        try:
+            async with create(**arguments) as response:
+                request = response.http_request
+                body = await read_bounded(response.http_response)
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, openai.APIStatusError):  # older clients wrap what a hook raises
+                raise error.__cause__ from None
+            raise
+        try:
+            return read_completion(body)
+        except ErrorInBody as error:
+            raise openai.APIError(str(error), request, body=error.body) from error
+
+    async def probe(self) -> str:
+        """Ask the endpoint for one word, as `write` would ask for a reference; return a line on what came back.
+
+        Raises:
+            UserError: nothing usable did. It says what, in the endpoint's words without secrets in them.
+        """
+        words = ""
+        try:
+            async with self._client() as client:
+                while True:
+                    try:
+                        call = self._call(client, self.shape.arguments(self.config.model, PROBE, PROBE_TOKENS))
+                        completion = await asyncio.wait_for(call, self.config.timeout)
+                        before, self.shape = self.shape, self.shape.after(completion.completion_tokens, PROBE_TOKENS)
+                        if self.shape == before:
+                            break
+                    except openai.APIError as error:
+                        words = complaint_of(error)
+                        if (changed := self.shape.without(words)) is None:
+                            raise
+                        self.shape = changed
+        except Exception as error:
+            said = f": {printable(self._sanitiser([]).text(words))}" if words else ""
+            raise UserError(
+                f"writer.base_url: {self.config.base_url} gives no answer to a chat request ({reason_of(error)}){said}"
+            ) from None
+        tokens = completion.total_tokens
+        return f"a chat request was answered ({'no count of' if tokens is None else tokens} tokens)"
 
     def _deadline(self) -> float:
         """Seconds of one reference: every try, and the longest pause of our own choosing between two."""
@@ -227,29 +287,6 @@ class OpenAIWriter:
             log.warning("writer %s: %s; such groups train with W = 1", self.config.model, reason)
 
 
-async def refuse_floods(response: Any) -> None:
-    """Refuse an answer by its headers if it is an error, too large or compressed, before reading it."""
-    packed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
-    length = response.headers.get("Content-Length", "")
-    if response.is_error:
-        await response.aclose()  # its status is enough; the client would read the body however long it is
-    elif packed or (length.isdecimal() and int(length) > MAX_BODY):
-        raise TooLong
-
-
-async def read_bounded(response: Any) -> bytes:
-    """The body, if it is no longer than `MAX_BODY`."""
-    body = bytearray()
-    try:
-        async for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise TooLong
-    except Exception as error:  # whichever HTTP library the client brings, its errors are its own
-        raise openai.APIConnectionError(request=response.http_request) from error
-    return bytes(body)
-
-
 def read_key(config: WriterConfig, loopback: bool) -> str:
     """The API key from the environment; a server on this machine needs none."""
     key = os.environ.get(config.api_key_env, "").strip()
@@ -261,23 +298,39 @@ def read_key(config: WriterConfig, loopback: bool) -> str:
     return key
 
 
+def reply_in(completion: Completion) -> prompts.Reply:
+    """The reply that a completion holds, which may have been cut off behind it; raises `Refused` if there is none."""
+    try:
+        return prompts.parse_reply(text_in(completion))
+    except Refused:
+        if completion.truncated:
+            raise Refused("truncated") from None
+        raise
+
+
+def text_in(completion: Completion) -> str:
+    """The text of a completion; raises `Refused` with the reason if it has none."""
+    if not completion.text.strip():
+        raise Refused("refused" if completion.refused else "empty")
+    return completion.text
+
+
 def text_of(answer: Any) -> str:
-    """The text of a chat completion; raises `Refused` with the reason if there is none."""
+    """The words of a whole chat completion, without a thought before them; raises `Refused` if there are none."""
     if not isinstance(answer, ChatCompletion) or not answer.choices:
         raise Refused("not_json")
-    choice = answer.choices[0]
-    if getattr(choice, "finish_reason", None) == "length":
-        raise Refused("truncated")
-    content = getattr(getattr(choice, "message", None), "content", None)
-    if not isinstance(content, str) or not content.strip():
+    completion = completion_of([answer.to_dict(warnings=False)])
+    if completion.truncated:
+        raise Refused("truncated")  # half a sentence
+    text = prompts.without_thought(text_in(completion))
+    if not text.strip():
         raise Refused("empty")
-    return content
+    return text
 
 
-def usage_of(answer: Any, most: int) -> int:
+def credible(total: int | None, most: int) -> int:
     """Tokens as the endpoint counts them; the upper bound `most` where its count is not credible."""
-    total = getattr(getattr(answer, "usage", None), "total_tokens", None)
-    return total if isinstance(total, int) and 0 < total <= most else most
+    return total if total is not None and 0 < total <= most else most
 
 
 def reason_of(error: Exception) -> str:
@@ -292,4 +345,6 @@ def reason_of(error: Exception) -> str:
         return "rate_limited"
     if isinstance(error, openai.APIStatusError):
         return f"http_{error.status_code}"
+    if isinstance(error.__cause__, ErrorInBody):
+        return f"http_{error.__cause__.status}" if error.__cause__.status else "error_reply"
     return "not_json" if isinstance(error, ValueError) else "unexpected_reply"

@@ -31,6 +31,11 @@ class Writer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def describe(writer: str, group: Group) -> dict[str, Any]:
+    """The `reference_info` of a group before anything is written: who writes, and why it may get no reference."""
+    return {"writer": writer, **({"error": group.no_contrast} if group.no_contrast else {})}
+
+
 class Stateless:
     """A writer that remembers nothing."""
 
@@ -47,8 +52,8 @@ class ContrastWriter(Stateless):
 
     async def write(self, groups: list[Group]) -> None:
         for group in groups:
-            group.reference = contrast(group.rollouts) if group.mixed else ""
-            group.reference_info = {"writer": self.name, "cached": False, "tokens": 0, "seconds": 0.0}
+            group.reference = contrast(group.rollouts) if group.contrasts else ""
+            group.reference_info = {**describe(self.name, group), "cached": False, "tokens": 0, "seconds": 0.0}
 
 
 class NoneWriter(Stateless):
@@ -68,8 +73,8 @@ class EmptyShellWriter(Stateless):
 
     async def write(self, groups: list[Group]) -> None:
         for group in groups:
-            group.reference = EMPTY_SHELL if group.mixed else ""
-            group.reference_info = {"writer": self.name}
+            group.reference = EMPTY_SHELL if group.contrasts else ""
+            group.reference_info = describe(self.name, group)
 
 
 class WrongTaskWriter(Stateless):
@@ -82,9 +87,9 @@ class WrongTaskWriter(Stateless):
         own = [(group.task.scenario, group.reference) for group in groups]
         for i, group in enumerate(groups):
             others = [text for scenario, text in own[i + 1 :] + own[:i] if scenario != group.task.scenario and text]
-            group.reference = others[0] if group.mixed and others else ""
+            group.reference = others[0] if group.contrasts and others else ""
             group.reference_info["writer"] = self.name
-            if group.mixed and not others:
+            if group.contrasts and not others:
                 group.reference_info["error"] = "no_other_scenario"
 
 

@@ -10,16 +10,22 @@ from transformers import ProcessorMixin
 from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.integrations.trl.config import SGCDConfig
 
+# The ways on, for whoever took SGCDTrainer for GRPOTrainer.
+PLAIN = "SGCDConfig(gamma=0.0) trains without credit, as GRPOTrainer does"
 
-def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None:
+
+def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any, processor: Any = None) -> None:
     """Checks before anything is loaded. Raises ValueError or TypeError."""
     if not isinstance(args, SGCDConfig):
-        raise TypeError(f"args is {type(args).__name__}, needs SGCDConfig, which is a GRPOConfig with gamma, clip, ...")
+        raise TypeError(
+            f"args is {type(args).__name__}, needs SGCDConfig, which is a GRPOConfig with gamma, clip, ...; {PLAIN}"
+        )
     check_stage(args)
     if reference_func is not None and not callable(reference_func):
         raise TypeError(f"reference_func is {type(reference_func).__name__}, needs a function of Siblings")
     if never_acts(args.credit()):
         return
+    check_processor(processor)
     if args.importance_sampling_level == "sequence" and args.loss_type != "cispo":  # whose ratio is detached
         raise ValueError(
             "importance_sampling_level is 'sequence', needs 'token' (or loss_type 'cispo'): all gradients of a "
@@ -39,16 +45,16 @@ def check_arguments(args: SGCDConfig, dataset: Any, reference_func: Any) -> None
     columns = getattr(dataset, "column_names", None)  # None for a stream with unknown columns
     if columns is not None and column not in columns:
         raise ValueError(
-            f"train_dataset has no column {column!r} (it has {', '.join(columns)}): give reference_func, or "
-            "reference_column, or rule='none' for plain GRPO"
+            f"train_dataset has no column {column!r} (it has {', '.join(columns)}), which the teacher reads: add it, "
+            f"or name another as reference_column, or give SGCDTrainer a reference_func; {PLAIN}"
         )
 
 
 def check_trainer(trainer: Any) -> None:
     """Checks of the trainer after TRL's constructor. Raises ValueError."""
-    check_processor(trainer.processing_class)
     if never_acts(trainer.args.credit()):
         return
+    check_processor(trainer.processing_class)
     check_dropout(trainer.model)
 
 
@@ -71,9 +77,12 @@ def check_dropout(model: Any) -> None:
 
 
 def check_processor(processor: Any) -> None:
-    """Raises ValueError for a processor of images or sound."""
+    """Raises ValueError for a processor of images or sound, which only a trainer without credit may have."""
     if isinstance(processor, ProcessorMixin):
-        raise ValueError("a processor of images or sound is not supported: teacher prompts are text; give a tokenizer")
+        raise ValueError(
+            f"processing_class is a {type(processor).__name__}, needs a tokenizer for credit: "
+            f"teacher prompts are text; {PLAIN}"
+        )
 
 
 def check_stage(args: Any) -> None:

@@ -23,7 +23,7 @@ from sgcd_kernels.integrations.trl.config import SGCDConfig
 from sgcd_kernels.integrations.trl.credit import Batch, metrics, weigh
 from sgcd_kernels.integrations.trl.head import LinearHead, Unprojected
 from sgcd_kernels.integrations.trl.references import Prompt, Reference, ReferenceFunc, Siblings, ask, teacher_prompt
-from sgcd_kernels.integrations.trl.refusals import check_arguments, check_processor, check_trainer
+from sgcd_kernels.integrations.trl.refusals import check_arguments, check_trainer
 
 PAPER = {
     "title": "Sibling-Guided Credit Distillation",
@@ -36,7 +36,8 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
     """trl.GRPOTrainer with per-token advantages, weighted by the divergence from a teacher that reads a reference.
 
     Args:
-        model, reward_funcs, args, train_dataset, ...: as GRPOTrainer's, `args` an `SGCDConfig`.
+        model, reward_funcs, args, train_dataset, ...: as GRPOTrainer's, in its order; `args` an `SGCDConfig`, whose
+            default has credit (gamma 1) and so needs a reference.
         reference_func: called with each group's `Siblings`, returns its reference: a text, the teacher's whole prompt
             as messages, or None. May be `async def`; then all groups of a batch are awaited together. Without it each
             row's reference comes from the column `args.reference_column`.
@@ -58,18 +59,43 @@ class SGCDTrainer(GRPOTrainer):  # type: ignore[misc]
         reward_funcs: Any = None,
         args: SGCDConfig | None = None,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         reference_func: ReferenceFunc | None = None,
-        **others: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SGCDConfig(f"{name.split('/')[-1]}-SGCD")
-        check_arguments(args, train_dataset, reference_func)
-        check_processor(others.get("processing_class"))
-        super().__init__(model, reward_funcs, args, train_dataset, **others)
+        check_arguments(args, train_dataset, reference_func, processing_class)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+            tools,
+            rollout_func,
+            environment_factory,
+        )
         check_trainer(self)
         self.reference_func = reference_func
+        if self._is_vlm:  # there is no credit, so this is the stock trainer, its head included
+            return
         options = {"temperature": self.temperature, "fp32": args.cast_lm_head_to_fp32}
         self._head = LinearHead(self.model.get_base_model() if is_peft_model(self.model) else self.model, **options)
         if self.ref_model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bnpo": (NO_REFERENCE | {"loss_type": "bnpo", "temperature": 0.7}, {}),
     "dr_grpo": (NO_REFERENCE | {"loss_type": "dr_grpo", "max_completion_length": 20}, {}),
     "cispo": (NO_REFERENCE | {"loss_type": "cispo", "epsilon_high": 5.0}, {}),
+    "cispo by default": (NO_REFERENCE | {"loss_type": "cispo"}, {}),  # a cap of 0.2: every ratio above it is cut
+    "cispo, nothing left": (NO_REFERENCE | {"loss_type": "cispo", "epsilon_high": 0.0}, {}),
     "gspo": (NO_REFERENCE | {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
     "on-policy": (NO_REFERENCE, {"old_per_token_logps": None}),
     "kl": ({"beta": 0.1}, {"ref_per_token_logps": -4 + torch.linspace(-1, 1, B * T).view(B, T)}),
@@ -62,6 +65,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "importance weights": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([[0.5], [1.0], [2.0]])}),
     "importance weights [B]": (NO_REFERENCE, {"vllm_is_ratio": torch.tensor([0.5, 1.0, 2.0])}),
     "importance weights [B, T]": (NO_REFERENCE, {"vllm_is_ratio": torch.linspace(0.5, 2, B * T).view(B, T)}),
+    "gspo, importance weights [B, T]": (
+        NO_REFERENCE | {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"vllm_is_ratio": torch.linspace(0.5, 2, B * T).view(B, T)},
+    ),
+    "a sequence without loss tokens": (
+        NO_REFERENCE | {"loss_type": "grpo"},
+        {"attention_mask": torch.tensor([[1.0] * T, [0.0] * T, [1.0] * T])},
+    ),
     "items": (NO_REFERENCE, {"num_items_in_batch": 40}),
 }
 
@@ -72,7 +83,7 @@ def test_the_import_may_be_changed(name: str) -> None:
     loss, metrics, grads = run(LigerFusedLinearGRPOLoss, options, more)
     want, their_metrics, their_grads = run(theirs.LigerFusedLinearGRPOLoss, options | {"compiled": False}, more)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(list(metrics), list(their_metrics), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metrics, their_metrics, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
 
 
@@ -123,7 +134,7 @@ def test_without_credit_sgcd_is_their_loss(name: str) -> None:
     loss, metrics, grads = run(made, options, more | credit())
     want, their_metrics, their_grads = run(theirs.LigerFusedLinearGRPOLoss, options | {"compiled": False}, more)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(list(metrics), list(their_metrics), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metrics, their_metrics, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-6)
 
 
@@ -188,16 +199,33 @@ def test_advantages_per_token() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "sapo"}, "loss_type"),
+        ({"loss_type": "sapo"}, "'sapo' is a loss of TRL, Liger and verl that this library does not have"),
         ({"importance_sampling_level": "sequence"}, "needs loss_type 'grpo'"),
         ({"delta": 2.0}, "delta is 2.0"),
         ({"loss_type": "dr_grpo"}, "max_completion_length"),
-        ({"loss_type": "cispo"}, "epsilon_high"),
+        ({"loss_type": "gspo"}, "'gspo' is loss_type 'grpo' with importance_sampling_level 'sequence' in Liger"),
     ],
 )
 def test_what_cannot_work_is_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LigerFusedLinearGRPOLoss(**options)
+
+
+def test_two_references_are_warned_of_as_liger_does() -> None:
+    states = torch.linspace(-1, 1, B * T * H).view(B, T, H)
+    more = {"ref_per_token_logps": -4 * torch.ones(B, T), "ref_input": states, "ref_weight": torch.eye(V, H)}
+    found = []
+    for loss_class, options in ((LigerFusedLinearGRPOLoss, {}), (theirs.LigerFusedLinearGRPOLoss, {"compiled": False})):
+        for used in (True, False):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                loss, metrics, _ = run(loss_class, options | {"use_ref_model": used}, more)
+            found.append((loss, metrics, [(w.category, str(w.message)) for w in seen]))
+    ours, torch_results = found[:2], found[2:]
+    assert [len(messages) for *_, messages in ours] == [1, 0]
+    for (loss, metrics, messages), (want, their_metrics, their_messages) in zip(ours, torch_results):
+        assert messages == their_messages
+        torch.testing.assert_close((loss, metrics), (want, their_metrics), rtol=1e-4, atol=1e-6)
 
 
 def test_a_reference_that_is_missing_is_named() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import subprocess
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from sgcd_kernels import (
 from sgcd_kernels.backends import registry
 from sgcd_kernels.backends.protocol import DistillSaved, DivergenceOptions
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs
-from sgcd_kernels.core.registration import _codec
 from sgcd_kernels.core.statistics import LogprobValues
 from sgcd_kernels.credit.rules import Credit
 from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
@@ -247,11 +244,8 @@ def test_a_process_group_does_not_break_the_graph(group: dist.ProcessGroup) -> N
 
 def flattened(op: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[Any, ...]]:
     """(the op of torch.library, its flat arguments), where `op` takes bundles."""
-    body: Any = op.__wrapped__  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(body)
-    codecs = [_codec(hints[name]) for name in inspect.signature(body).parameters]
-    flat = tuple(x for codec, value in zip(codecs, arguments, strict=True) for x in codec.split(value))
-    return getattr(torch.ops.sgcd_kernels, body.__name__.removesuffix("_op")).default, flat
+    registered: Any = op.op  # type: ignore[attr-defined]
+    return registered.dispatched, tuple(registered.flat(arguments))
 
 
 def test_an_op_called_after_a_graph_break_is_not_traced() -> None:
@@ -339,7 +333,7 @@ class TestOpcheck:
         d, n = i["a"].reshape(-1).abs().to(dtype), i["a"].numel()
         signals, turns = CreditSignals(d, d, d[:2], d, d, None, None), torch.arange(n) // 5
         for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear"), CreditConfig(rule="turn_level")):
-            check(credit_op, signals, i["cu"], i["mask"].reshape(-1), turns, config_for_op(config), "auto")
+            check(credit_op, signals, i["cu"], i["mask"].reshape(-1), turns, config_for_op(config), "auto", "")
         cu, head, a = None if padded else i["cu"], LMHead(i["w"].detach()), i["a"].to(dtype)
         every = PolicyTokens(i["y"], a, mask=i["mask"], cu_seqlens=cu)
         check(batch_op, head, every, i["some"].float(), i["some"], -100)

@@ -166,15 +166,15 @@ def test_an_unended_conversation_fails(airline: Suite) -> None:
         await environment.reset(find(airline, "airline_26"))
         return await environment.outcome()
 
-    assert asyncio.run(unfinished()) == Outcome(0.0, {"termination": "max_steps"})
+    assert asyncio.run(unfinished()) == Outcome(0.0, {"termination": "max_steps"}, False, "max_steps")
 
 
 def test_silence_and_ten_errors_end_the_conversation_as_in_the_benchmark(airline: Suite) -> None:
     task = find(airline, "airline_26")
     silent, _ = play(airline, task, [{"role": "assistant", "content": " "}])
-    assert silent == Outcome(0.0, {"termination": "agent_error"})
+    assert silent == Outcome(0.0, {"termination": "agent_error"}, False, "agent_error")
     wrong, seen = play(airline, task, [call("get_user_details", user_id="nobody")] * 12)
-    assert wrong == Outcome(0.0, {"termination": "too_many_errors"})
+    assert wrong == Outcome(0.0, {"termination": "too_many_errors"}, False, "too_many_errors")
     assert len([m for m in seen if m["role"] == "tool"]) == 10
 
 

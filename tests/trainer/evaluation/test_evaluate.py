@@ -27,7 +27,9 @@ from trainer.records import checkpoint
 
 def attempt(task: Task, reward: float) -> Rollout:
     said = [{"role": "assistant", "content": "even"}]
-    return Rollout(task, [], [], [1], ids=[2], generated=[True], messages=said, reward=reward, stop="answer")
+    return Rollout(
+        task, [], [], [1], ids=[2], generated=[True], messages=said, reward=reward, success=reward == 1, stop="answer"
+    )
 
 
 def scenario(name: str, n: int = 3) -> list[Task]:

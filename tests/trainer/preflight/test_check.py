@@ -14,6 +14,7 @@ import torch
 from transformers import Qwen3_5TextConfig
 
 from tests.trainer import toy
+from tests.trainer.stub_endpoint import completion
 from trainer import envs
 from trainer.commands import main
 from trainer.config import Config
@@ -119,6 +120,12 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'{"data": []}')
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(completion("ready"))
+
     def log_message(self, *arguments: object) -> None:
         pass
 
@@ -145,6 +152,23 @@ def test_the_writers_endpoint_is_asked(
     found = attempt("writer", probe)
     assert found[0] == mark and text in found[1]
     assert key not in found[1].split()
+
+
+def test_an_endpoint_that_lists_models_but_answers_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    def refuse(self: Endpoint) -> None:
+        self.send_response(400)
+        self.end_headers()
+        self.wfile.write(b'{"error": "no chat template for Bearer the-right-key"}')
+
+    monkeypatch.setattr(Endpoint, "do_POST", refuse)
+    monkeypatch.setenv("OPENAI_API_KEY", "the-right-key")
+    monkeypatch.setattr(Endpoint, "do_GET", Busy.do_GET)
+    found = attempt(
+        "writer", Probe(config(folder, tmp_path, writer={"name": "openai", "base_url": endpoint, "model": "that"}))
+    )
+    assert found[0] == "FAIL" and "no chat template" in found[1] and "the-right-key" not in found[1]
 
 
 def test_an_endpoint_that_is_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,5 +36,6 @@ def rollout(reward: float, messages: Any = (), *, generated: int = 4, observed: 
         classes=fields.pop("classes", [int(TokenClass.ANSWER)] * n),
         messages=list(messages),
         reward=reward,
+        success=reward == 1,
         stop=fields.pop("stop", "answer"),
     )

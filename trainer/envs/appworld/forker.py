@@ -22,6 +22,7 @@ import hmac
 import importlib.util
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -52,6 +53,13 @@ def load(path: str) -> Any:
     os.environ.clear()
     os.environ.update(before)
     return module.World
+
+
+def seed(value: str) -> None:
+    """Let a world begin from the run's seed: Python seeds `random` anew, from the system, in every forked process."""
+    random.seed(int(value))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(int(value))
 
 
 def main(path: str, folder: str) -> None:
@@ -127,6 +135,7 @@ def become_world(make: Any, listener: socket.socket, request: dict[str, str]) ->
         limit = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]) + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         os.chdir(request["root"])
+        seed(os.environ.get("SGCD_SEED", "0"))
         serve(make(request["root"]), listener, request["token"])
         code = 0
     finally:

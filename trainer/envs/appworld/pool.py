@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EnvironmentBroken
+from trainer.randomness import SEED
 
 FORKER = Path(__file__).with_name("forker.py")
 START_SECONDS = 300.0  # to import the benchmark; seen: 6 to 20
 SECONDS = 20.0  # for it to fork or to end a process; seen: 0.02
 DEATH_SECONDS = 5.0  # for a process that has stopped to answer to be gone; seen: 0.03
-KEPT = ("PATH", "LANG", "LC_ALL", "TZ")  # of our environment: the code of a policy runs there, so no keys
+KEPT = ("PATH", "LANG", "LC_ALL", "TZ", SEED)  # of our environment: the code of a policy runs there, so no keys
 
 
 class WorldDied(EnvironmentBroken):

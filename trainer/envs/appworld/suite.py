@@ -133,7 +133,8 @@ class AppWorldEnvironment:
         self._process = judge = await self._pool.fork(self._place)
         verdict: dict[str, Any] = await judge.call("evaluate", task_id=self._task.id)
         self.seconds = played.seconds + judge.seconds
-        return Outcome(float(verdict.pop("success")), verdict)
+        success = bool(verdict.pop("success"))
+        return Outcome(float(success), verdict, success=success)
 
     async def close(self) -> None:
         self._pool.discard(self._process, self._place)

@@ -168,7 +168,8 @@ class BfclEnvironment:
         failure = self._checker.failure
         if failure is None and self._turn < self._turns:
             failure = {"failed_turn": self._turn, "reason": "unfinished"}
-        return Outcome(0.0 if failure else 1.0, {**details, **(failure or {})})
+        why = f"turn {failure['failed_turn']}: {failure['reason']}" if failure else ""
+        return Outcome(0.0 if failure else 1.0, {**details, **(failure or {})}, success=not failure, reason=why)
 
     async def close(self) -> None:
         self._entry = None

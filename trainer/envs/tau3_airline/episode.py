@@ -161,7 +161,9 @@ class Tau3AirlineEnvironment:
             messages=run.trajectory,
         )
         found = evaluate_simulation(simulation, run.task, EvaluationType.ALL, False, self._home.name)
-        return Outcome(float(found.reward), {"termination": reason.value, **_labels(found)})
+        success = found.reward >= 1
+        details = {"termination": reason.value, **_labels(found)}
+        return Outcome(float(found.reward), details, success=success, reason="" if success else reason.value)
 
 
 def _labels(found: RewardInfo) -> dict[str, Any]:

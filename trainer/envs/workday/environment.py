@@ -44,10 +44,11 @@ class WorkdayEnvironment:
     async def outcome(self) -> Outcome:
         gold = solve(self.task.data)
         if self.answer is None:
-            return Outcome(0.0, {"label": "unfinished"})
+            return Outcome(0.0, {"label": "unfinished"}, success=False, reason="unfinished")
         if passes(self.task.data, gold, self.state, self.done, self.answer):
-            return Outcome(1.0, {"label": "passed"})
-        return Outcome(0.0, {"label": label(gold, self.trace)})
+            return Outcome(1.0, {"label": "passed"}, success=True)
+        mistake = label(gold, self.trace)
+        return Outcome(0.0, {"label": mistake}, success=False, reason=mistake)
 
     async def close(self) -> None: ...
 

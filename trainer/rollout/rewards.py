@@ -1,0 +1,144 @@
+"""What a finished rollout is worth, and which siblings count as successes.
+
+The reward that trains is the verifier's, or the weighted sum of the config's `rewards`. Success is a judgement beside
+it: references contrast successes with failures, and figures count them. It is the verifier's own word where it gives
+one, else `reward >= success_threshold`, else whether the rollout did better than the mean of its group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from trainer.data import Outcome, Rollout
+from trainer.errors import EnvironmentBroken, UserError, all_of
+
+if TYPE_CHECKING:
+    from trainer.config import RewardConfig
+
+VERIFIER = "verifier"
+LIMIT = 1e6  # beyond that, the mean and the deviation of a group lose the difference between siblings in fp32
+FULL_REWARD = 1.0  # counts as success where nothing says otherwise and there is no group to compare with
+
+Function = Callable[[Rollout], "float | Awaitable[float]"]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One component of the reward: `function(rollout)`, or the environment's verifier where that is None."""
+
+    name: str
+    weight: float = 1.0
+    function: Function | None = None
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How the rollouts of a run are graded."""
+
+    rewards: Sequence[Reward] = field(default=(Reward(VERIFIER),))
+    success_threshold: float | None = None
+
+    async def grade(self, rollout: Rollout, outcome: Outcome, timeout: float) -> None:
+        """Set the reward, its components and the verifier's word on success.
+
+        Raises:
+            EnvironmentBroken: a component raises, takes longer than `timeout` seconds, or gives no number in
+                [-LIMIT, LIMIT].
+        """
+        rollout.details, rollout.reason = outcome.details, outcome.reason
+        rollout.success = outcome.success
+        rollout.reward = finite(outcome.reward, "the verifier's reward")  # what the functions see
+        found = {r.name: await self._component(r, rollout, timeout) for r in self.rewards}
+        rollout.reward = finite(sum(r.weight * found[r.name] for r in self.rewards), "the sum of rewards")
+        rollout.components = found if len(found) > 1 or VERIFIER not in found else {}
+        if self.success_threshold is not None:
+            rollout.success = rollout.reward >= self.success_threshold
+
+    async def _component(self, reward: Reward, rollout: Rollout, timeout: float) -> float:
+        if reward.function is None:
+            return rollout.reward
+        who = f"rewards: {reward.name}"
+        try:
+            return finite(await asyncio.wait_for(_call(reward.function, rollout), timeout), who)
+        except asyncio.TimeoutError:
+            raise EnvironmentBroken(f"{who} took longer than env.timeout = {timeout:g} s") from None
+        except EnvironmentBroken:
+            raise
+        except Exception as error:
+            raise EnvironmentBroken(f"{who}: {error!r}") from error
+
+
+async def _call(function: Function, rollout: Rollout) -> object:
+    """Call it in a thread, where it can block nobody, unless it is asynchronous."""
+    if inspect.iscoroutinefunction(function):
+        return await function(rollout)
+    return await asyncio.to_thread(function, rollout)
+
+
+def finite(value: object, who: str) -> float:
+    """`value` as a float; `EnvironmentBroken` where it is no number in [-LIMIT, LIMIT]."""
+    try:
+        number = math.nan if value is None or isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        number = math.nan
+    if not -LIMIT <= number <= LIMIT:  # NaN too
+        raise EnvironmentBroken(f"{who}: needs a number in [-{LIMIT:g}, {LIMIT:g}], got {value!r:.80}")
+    return number
+
+
+def judge(rollouts: Sequence[Rollout]) -> None:
+    """Decide the success of siblings of which neither the verifier nor a threshold said anything.
+
+    A sibling succeeds if its reward is above the mean of the group: with rewards 0 and 1 these are the ones. Where all
+    have the same reward, or there is one only, it needs `FULL_REWARD`.
+    """
+    if not rollouts:
+        return
+    rewards = [r.reward for r in rollouts]
+    mean, best = fmean(rewards), max(rewards)
+    for rollout in rollouts:
+        if rollout.success is None:
+            above = rollout.reward > mean or rollout.reward == best  # rounding can make the mean the best
+            rollout.success = above if best > min(rewards) else rollout.reward >= FULL_REWARD
+
+
+def load(configs: Sequence[RewardConfig], success_threshold: float | None) -> Grading:
+    """Import the reward functions of a config.
+
+    Raises:
+        UserError: one line per function that cannot be imported or called, or name that occurs twice.
+    """
+    if not configs:
+        return Grading(success_threshold=success_threshold)
+    rewards: list[Reward] = []
+    all_of(*(lambda c=c: rewards.append(_load_one(c)) for c in configs))
+    names = [reward.name for reward in rewards]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"rewards: {', '.join(twice)} occurs twice; give each a name of its own")
+    return Grading(tuple(rewards), success_threshold)
+
+
+def _load_one(config: RewardConfig) -> Reward:
+    if config.path == VERIFIER:
+        return Reward(config.name or VERIFIER, config.weight)
+    module_name, _, name = config.path.partition(":")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(f"rewards: {config.path} cannot be imported ({type(error).__name__}: {error})") from None
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"rewards: {config.path} must be a function of one rollout ({error})") from None
+    return Reward(config.name or name, config.weight, function)
