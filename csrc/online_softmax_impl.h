@@ -41,8 +41,8 @@ struct HeadSums {
 
   void add(Vec c, Vec e) {  // c = z - m, e = e^c
     const auto at_maximum = equal(c, Vec(0.0f));
-    rest = rest + where(at_maximum, Vec(0.0f), e);  // a NaN is not at the maximum
-    ones = ones + where(at_maximum, Vec(1.0f), Vec(0.0f));
+    rest = add_unless(at_maximum, rest, e);  // a NaN is not at the maximum
+    ones = add_where(at_maximum, ones, Vec(1.0f));
     s = fma_where(greater(e, Vec(0.0f)), c, e, s);  // 0 ln 0 = 0
   }
   void add(const HeadSums& o) {

@@ -37,6 +37,15 @@ class LogprobValues(NamedTuple):
     lse_low: Tensor | None = None  # lse + lse_low is m + ln l to twice the digits; has no gradient of its own
 
 
+class HeadResults(NamedTuple):
+    """The results of a head's statistics, [n]: a `LogprobValues` of which nothing is missing."""
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    lse_low: Tensor
+
+
 class HeadStats(NamedTuple):
     """One head's statistics of each row, [n]."""
 
@@ -108,14 +117,14 @@ class HeadStats(NamedTuple):
         """Log-probs of a block, in place. m and ln l are subtracted one by one: a rounded lse would cost digits."""
         return logits.sub_(self.m.unsqueeze(1)).sub_(self.log_l.unsqueeze(1))
 
-    def results(self) -> LogprobValues:
+    def results(self) -> HeadResults:
         log_l = self.log_l
         entropy = (log_l - self.s / self.l).clamp(min=0)
         lse = self.m + log_l
         # The error of the sum (Knuth's TwoSum); none where the sum is infinite or NaN.
         rounded = lse - self.m
         low = (self.m - (lse - rounded)) + (log_l - rounded)
-        return LogprobValues((self.target - self.m) - log_l, entropy, lse, torch.where(lse.isfinite(), low, 0.0))
+        return HeadResults((self.target - self.m) - log_l, entropy, lse, torch.where(lse.isfinite(), low, 0.0))
 
 
 def minus_lse(logits: Tensor, lse: Tensor, low: Tensor | None) -> Tensor:  # [n, block], [n], [n]

@@ -20,7 +20,7 @@ def logprob_forward(
     else:
         fields, cached = torch.ops.sgcd_kernels.head_stats_cached(*inputs, cache_for.weight)
     stats, _ = HeadStats(*fields).merged(x.head.group)
-    return stats.results(), cached
+    return LogprobValues(*stats.results()), cached
 
 
 def logprob_backward(

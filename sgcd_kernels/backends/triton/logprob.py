@@ -48,7 +48,7 @@ def logprob_forward(
 ) -> tuple[LogprobValues, None]:  # nothing is cached: beside fast products, memory is slow
     splits = HeadStats.of_splits(head_stats(x, x.local_targets(targets)))
     stats, _ = splits.merged(x.head.group)
-    return stats.results(), None
+    return LogprobValues(*stats.results()), None
 
 
 def logprob_backward(

@@ -74,7 +74,8 @@ def bucket_divergences(
     config = _config(student, head, other)
     block_v = config.block_v
     tiles, present = _choose_tiles(peaks[0], local, vocab, block_v, top_k)
-    tail_p, tail_q = _other_tiles(*peaks[1:3], tiles, stats.p), _other_tiles(*peaks[3:], tiles, stats.q)
+    _, m_p, mass_p, m_q, mass_q = peaks.unbind(0)
+    tail_p, tail_q = _other_tiles(m_p, mass_p, tiles, stats.p), _other_tiles(m_q, mass_q, tiles, stats.q)
     z_p, z_q = _tile_logits(student, head, other, config, tiles, present)
     ids = (tiles.unsqueeze(2) * block_v + torch.arange(block_v, device=tiles.device)).flatten(1)
     exists = present.repeat_interleave(block_v, 1) & (ids < vocab)
