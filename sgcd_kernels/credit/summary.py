@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import sgcd_kernels
 from sgcd_kernels.credit.rules import Credit
 
 
@@ -86,7 +85,7 @@ def warn_if_inert(sums: CreditSums) -> None:
 
 def _level_of_caller() -> int:
     """The `stacklevel` of the line outside this package and PyTorch that led here."""
-    inside = tuple(f"{Path(module.__file__ or '').parent}{os.sep}" for module in (sgcd_kernels, torch))
+    inside = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((*inside, "<eval_with_key>")):
         level, frame = level + 1, frame.f_back

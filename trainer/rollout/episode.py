@@ -64,7 +64,7 @@ async def play_episode(setup: RolloutSetup, task: Task, rollout: Rollout | None 
 def _make(suite: Suite) -> Environment:
     try:
         return suite.make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvironmentBug(f"make: {error!r}") from error
 
 
@@ -76,7 +76,7 @@ async def wait_until_open(environment: Environment) -> None:
 
 async def _close(environment: Environment, timeout: float) -> None:
     try:
-        await asyncio.wait_for(environment.close(), timeout)
+        await asyncio.wait_for(_without_exit(environment.close()), timeout)
     except Exception as error:  # the episode is over: nothing is lost but the clean-up
         log.warning("an environment did not close: %r", error)
 
@@ -114,7 +114,7 @@ class _Guarded:
 
     async def _guard(self, what: str, call: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(call, self._timeout)
+            return await asyncio.wait_for(_without_exit(call), self._timeout)
         except asyncio.TimeoutError:
             waits_for = getattr(self._environment, "waits_for", "")
             reason = f", waiting for {waits_for}" if waits_for else ""
@@ -124,6 +124,14 @@ class _Guarded:
         except Exception as error:
             fault = EnvironmentBroken if isinstance(error, OSError) else EnvironmentBug  # a lost connection is no bug
             raise fault(f"{what}: {error!r}") from error
+
+
+async def _without_exit(call: Awaitable[T]) -> T:
+    """An exit() within an environment ends the rollout, not the run; the event loop would pass it on to everybody."""
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"exit({error.code!r})") from error
 
 
 @dataclass
