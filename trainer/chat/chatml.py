@@ -99,9 +99,7 @@ class ChatMLRenderer(ChatReader):
         thought = message.get("reasoning_content") or ""
         if thought:
             text = f"{mark('<think>')}\n{data(thought)}\n{mark('</think>')}\n\n{text}"
-        elif text.lstrip().startswith(
-            "<think>"
-        ):  # an empty thought before them, as plain: they are none
+        elif text.lstrip().startswith("<think>"):  # an empty thought before them, as plain: they are none
             text = f"<think>\n\n</think>\n\n{text}"
         return [*self.markup.encode(text), self._end]
 
