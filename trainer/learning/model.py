@@ -23,6 +23,8 @@ from trainer.optional_packages import need
 from trainer.protocols import Renderer
 from trainer.records import checkpoint_folder
 
+EAGER = "--model.attn_implementation eager"
+
 if TYPE_CHECKING:
     from trainer.config import ModelConfig
 
@@ -141,6 +143,11 @@ def _use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def lacks_sdpa(error: Exception) -> bool:
+    """Whether transformers says that a model has no sdpa: a few have only eager attention (Gemma 2)."""
+    return "scaled_dot_product_attention" in str(error)
+
+
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
     """What failed, under the key to blame."""
     if own_code(Path(config.path)):
@@ -148,8 +155,10 @@ def _cannot_load(config: ModelConfig, error: Exception) -> str:
             f"model.path: {config.path} needs Python code of its own (auto_map), which is not run; give another model"
         )
     reason, kind = " ".join(str(error).split())[:300], config.attn_implementation
+    if lacks_sdpa(error):
+        return f"model.attn_implementation: {config.path} has no sdpa; use {EAGER}"
     if "attn_implementation" in reason or (isinstance(error, ImportError) and kind not in ("sdpa", "eager")):
-        return f"model.attn_implementation: cannot load {config.path} with {kind!r}; sdpa always works ({reason})"
+        return f"model.attn_implementation: cannot load {config.path} with {kind!r}; {EAGER} always works ({reason})"
     return f"model.path: cannot load {config.path} ({reason})"
 
 
