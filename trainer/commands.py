@@ -33,12 +33,17 @@ CONFIG is a YAML file (see configs/) or the folder of a run. --key value changes
 a section: --max_steps 10 --credit.gamma 0.5 --output_dir runs/mine
 """
 
+RESUMES = "the same command resumes from the newest checkpoint"
+BEGINS_AGAIN = "nothing was changed; the same command begins again"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    resumes = given[:1] == ["train"]
     try:
-        with stop_signals.StopSignals():
-            return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        with stop_signals.StopSignals(RESUMES if resumes else BEGINS_AGAIN):
+            return dispatch(given)
     except ReportedError as error:
         return _fail(error)
     except stop_signals.Stopped as stopped:

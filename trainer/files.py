@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
     draft = path.with_name(path.name + ".tmp")
     with naming(path):
         path.parent.mkdir(exist_ok=True)
+        if path.is_dir():  # the rename would name the draft
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         draft.unlink(missing_ok=True)
         try:
             with draft.open("x", encoding="utf-8") as out:
@@ -49,6 +53,27 @@ def write(path: Path, text: str) -> None:
     """Let `path` hold `text`, as `replacing` does."""
     with replacing(path) as out:
         out.write(text)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a folder, a pipe, a socket or a device in the place of a file: opening a pipe waits for ever.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: there is something else than a file; the errors are those that say what to do about it.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "Not a regular file", str(path))
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a regular file."""
+    check_regular(path)
+    with naming(path):
+        return path.read_bytes()
 
 
 def names(folder: Path) -> list[str]:

@@ -73,6 +73,7 @@ class Run:
     @staticmethod
     def open(config: Config) -> Run:
         """Load the model, environment and engine of the config, and the newest checkpoint's state."""
+        config.output_dir.mkdir(parents=True, exist_ok=True)  # only here: a folder that vanishes later is not made anew
         randomness.seed_all(config.seed)
         if config.top_p < 1:
             raise UserError(f"top_p: got {config.top_p:g}, training needs 1: a cut distribution biases the gradient")
@@ -105,7 +106,12 @@ class Run:
         if found and not self.config.resume_from_checkpoint:
             raise UserError(f"output_dir: {folder} holds {found[-1].name}; resume, or choose another one")
         extra = self._load_newest(found)
-        gone = checkpoint_folder.was_there(folder) or not (folder / "checkpoints").is_dir()
+        due = min(self.config.save_steps or self.config.max_steps, self.config.max_steps)
+        gone = (
+            checkpoint_folder.was_there(folder)
+            or not (folder / "checkpoints").is_dir()
+            or run_records.last_step(folder) >= due  # a checkpoint is written before its step is recorded
+        )
         if not self.step and gone and run_records.recorded(folder):
             raise UserError(
                 f"output_dir: {folder} holds the records of a run whose checkpoints are gone; put one back as "
@@ -114,7 +120,7 @@ class Run:
         last = run_records.rewind(folder, self.step or -1)
         if last < self.step:
             self.unlogged = extra.get("metrics", {})
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # from now on, records without it are an accident
+        (folder / "checkpoints").mkdir(exist_ok=True)  # from now on, records without it are an accident
 
     def _load_newest(self, found: list[Path]) -> dict[str, Any]:
         """Load the newest whole one of the checkpoints `found`, and give its `extra`; {} if there are none.
@@ -135,11 +141,14 @@ class Run:
                 continue
             config_file.refuse_difference(self.config, extra.get("config", {}), str(path))
             renamed = [f"{e.path.name} ({e.why}) is now {checkpoint_folder.set_aside(e.path).name}" for e in damaged]
+            newest = checkpoint_folder.was_there(self.config.output_dir)
             if renamed:
                 self.notes.append(f"WARNING: resumes from {path}, the newest whole checkpoint: {', '.join(renamed)}")
+            elif (checkpoint_folder.step_of(Path(newest)) or 0) > step:
+                self.notes.append(f"WARNING: resumes from {path}: {newest}, which was newer, is not there")
             self.step = step
-            self.order.load_state_dict(extra["order"])
-            if "writer" in extra:
+            with checkpoint.restoring(path):
+                self.order.load_state_dict(extra["order"])
                 self.writer.load_state_dict(extra["writer"])
             self.saved = self.step, self.writer.state_dict()
             checkpoint_folder.keep_newest(self.config.output_dir, self.config.save_total_limit)

@@ -31,21 +31,23 @@ THREADS = 5.0  # seconds for threads to end when everything is saved: a call int
 class Stopped(KeyboardInterrupt):
     """A signal asked the process to end, and it has stopped in order."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, advice: str = "") -> None:
         name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-        super().__init__(f"{name}: the same command resumes from the newest checkpoint")
+        super().__init__(f"{name}: {advice}" if advice else name)
         self.exit_code = 128 + number  # as a shell reports it: 130, 143, 129
 
 
 class StopSignals:
     """While entered, the first signal cancels the coroutine that `run` runs, or raises `Stopped` if there is none.
 
-    A signal that is ignored (`nohup`, a shell's background job) or handled by somebody else is left alone.
+    A signal that is ignored (`nohup`, a shell's background job) or handled by somebody else is left alone. `advice` is
+    what `Stopped` says about going on.
     """
 
     active: StopSignals | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, advice: str = "") -> None:
+        self.advice = advice
         self.received: int | None = None
         self._when = 0.0
         self._task: asyncio.Task[Any] | None = None
@@ -75,12 +77,15 @@ class StopSignals:
         else:
             self.received, self._when = number, time.monotonic()
             if self._task is None:
-                raise Stopped(number)
+                raise Stopped(number, self.advice)
             self._task.cancel()
             self._task.get_loop().call_soon_threadsafe(lambda: None)  # wakes a loop that waits
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """`asyncio.run(main)`; raises `Stopped` if a signal came and `main` has ended."""
+        if self.received is not None:  # and what was raised then was caught, by a library or a destructor
+            main.close()
+            raise Stopped(self.received, self.advice)
         leaving: threading.Timer | None = None
 
         async def cancellable() -> T:
@@ -90,7 +95,7 @@ class StopSignals:
                 return await main
             finally:
                 if self.received is not None:
-                    stopped = Stopped(self.received)
+                    stopped = Stopped(self.received, self.advice)
                     leaving = leave_soon(stopped.exit_code, str(stopped))  # asyncio.run waits for threads
                 self._task = None
 
@@ -99,7 +104,7 @@ class StopSignals:
         except asyncio.CancelledError:
             if self.received is None:
                 raise
-            raise Stopped(self.received) from None
+            raise Stopped(self.received, self.advice) from None
         finally:
             if leaving is not None:
                 leaving.cancel()

@@ -175,6 +175,9 @@ def test_a_fault_of_our_own_costs_a_rollout_and_is_counted_shown_and_kept(
         assert "unhashable" in report["error"] and "in fail" in report["traceback"]
         assert report["ids"] and report["text"] == toy.renderer().decode(report["ids"])
     check = tmp_path / "again"
+    bug_reports.append(check, 7, [BugReport("t", "e", "")])
+    assert not check.exists()  # a run whose folder vanished does not make it anew
+    check.mkdir()
     bug_reports.append(check, 7, [BugReport("t", "e\ud83d", "")] * 150)
     assert len((check / bug_reports.NAME).read_text().splitlines()) == bug_reports.MAX_REPORTS
 

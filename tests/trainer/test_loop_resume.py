@@ -67,6 +67,30 @@ def test_records_without_their_checkpoints_are_not_deleted(folder: Path, tmp_pat
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_records_whose_checkpoints_must_have_been_there_are_kept(folder: Path, tmp_path: Path) -> None:
+    """Also where nothing else says that there were any."""
+    run = config(folder, tmp_path, max_steps=2, eval_on_start=False)
+    loop.train(run)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "newest_checkpoint").unlink()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoints are gone"):
+        loop.train(run)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_older_checkpoint_is_not_taken_in_silence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config(folder, tmp_path, max_steps=2, eval_on_start=False)
+    loop.train(run)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_2")
+    loop.train(run)
+    said = capsys.readouterr().out
+    assert f"WARNING: resumes from {tmp_path}/checkpoints/step_1: step_2, which was newer, is not there" in said
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from trainer import commands, stop_signals
+from trainer.stop_signals import Stopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +58,8 @@ async def main(how):
 
 code = 0
 try:
-    stop_signals.run(main(sys.argv[1]))
+    with stop_signals.StopSignals("the same command resumes from the newest checkpoint"):
+        stop_signals.run(main(sys.argv[1]))
 except Stopped as stopped:
     print(stopped, flush=True)
     code = stopped.exit_code
@@ -140,3 +146,32 @@ def test_what_was_to_be_ignored_is_ignored() -> None:
     assert program.process.poll() is None
     os.kill(program.process.pid, signal.SIGTERM)
     assert program.end()[0] == 143
+
+
+def test_a_signal_whose_exception_was_caught_stops_the_coroutine_before_it_begins() -> None:
+    """A library that loads a model may catch everything, and a destructor does."""
+
+    async def main() -> None:
+        raise AssertionError("it began")
+
+    with stop_signals.StopSignals() as signals:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(Stopped, match=r"^stopped by SIGTERM$"):
+            stop_signals.run(main())
+
+
+@pytest.mark.parametrize("command", ["eval", "view", "check"])
+def test_only_a_training_is_said_to_resume(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(source: Path, overrides: Sequence[str]) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setitem(commands.COMMANDS, command, stopped)
+    assert commands.main([command, "run"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: nothing was changed; the same command begins again\n"

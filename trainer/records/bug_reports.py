@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from trainer import files
 from trainer.data import BugReport
 
 NAME = "bug_reports.jsonl"
@@ -26,9 +27,8 @@ def append(folder: Path, step: int, bugs: Sequence[BugReport]) -> None:
         return
     path = folder / NAME
     try:
-        kept = path.read_bytes().count(b"\n") if path.exists() else 0
+        kept = files.read(path).count(b"\n") if path.exists() else 0
         lines = [json.dumps({"step": step, **asdict(bug)}, default=repr) for bug in bugs[: max(0, MAX_REPORTS - kept)]]
-        folder.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="ascii") as out:
             out.writelines(line + "\n" for line in lines)
     except (OSError, ValueError, RecursionError) as error:

@@ -26,7 +26,7 @@ from trainer.learning import lora
 from trainer.records import checkpoint_folder
 from trainer.records.checkpoint_folder import STATE, TEMPORARY, DamagedCheckpoint, latest, verify
 
-__all__ = ["latest", "load", "load_weights", "save", "verify"]
+__all__ = ["latest", "load", "load_weights", "restoring", "save", "verify"]
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 
@@ -114,13 +114,26 @@ def load(
         OSError: a file cannot be read.
     """
     manifest = verify(path)
-    load_weights(path, model, manifest["files"])
+    load_weights(path, model, manifest.files)
     if optimiser is None:
-        return int(manifest["step"]), {}
+        return manifest.step, {}
     state = _read_state(path)
-    _load_optimiser(path, optimiser, state["optimiser"])
-    _set_generators(path, state["generators"], generators or {})
-    return int(manifest["step"]), state["extra"]
+    with restoring(path):
+        _load_optimiser(path, optimiser, state["optimiser"])
+        _set_generators(path, state["generators"], generators or {})
+        return manifest.step, dict(state["extra"])
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Report a state that is whole and that this process cannot take: of other packages, or of more devices."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: its {STATE}/state.pt does not fit ({type(error).__name__}: {error}); resume with the versions, "
+            "and on the kind of machine, that wrote it, or choose another --output_dir"
+        ) from None
 
 
 def load_weights(path: Path, model: Any, names: Iterable[str]) -> None:
@@ -130,6 +143,9 @@ def load_weights(path: Path, model: Any, names: Iterable[str]) -> None:
     """
     wanted = lora.adapter_weights(model) if lora.adapted(model) else model.state_dict()
     stored = _read_weights(path, names)
+    not_finite = next((n for n, t in stored.items() if t.is_floating_point() and not t.isfinite().all()), None)
+    if not_finite:
+        raise DamagedCheckpoint(path, f"{not_finite} is not finite, and such weights are never saved")
     absent = [name for name in wanted if name not in stored and not _is_tied(name, wanted, stored)]
     wrong = [
         n for n, t in stored.items() if n not in wanted or wanted[n].shape != t.shape or wanted[n].dtype != t.dtype

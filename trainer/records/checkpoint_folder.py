@@ -10,16 +10,18 @@ in a row, and all but 2**-32 of the others; what somebody changed on purpose, th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-import stat
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from trainer import files
 from trainer.errors import UserError
@@ -30,8 +32,9 @@ NEWEST = "newest_checkpoint"  # in the run's folder: the name of the newest chec
 TEMPORARY = ".writing-"
 _OLD = f"{TEMPORARY}old-"
 _DAMAGED = "damaged-"
-_STEP = re.compile(r"step_(\d+)", re.ASCII)
+_STEP = re.compile(r"step_([1-9]\d{0,17})")  # one name for each step
 _CHUNK = 1 << 20  # bytes
+FORMAT = 1  # of manifests; what another one means is not known here
 
 
 class DamagedCheckpoint(UserError):
@@ -40,6 +43,27 @@ class DamagedCheckpoint(UserError):
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"{path}: damaged checkpoint ({why}); use another one, or put back a whole copy of it")
         self.path, self.why = path, why
+
+
+def _relative(name: str) -> str:
+    """The name of a file below the manifest's folder."""
+    if "\0" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError("it names a file outside the folder")
+    return name
+
+
+class WrittenFile(BaseModel, strict=True):
+    """What was written into a file."""
+
+    bytes: NonNegativeInt
+    crc32: str
+
+
+class Manifest(BaseModel, strict=True):
+    """What a checkpoint is: its step, and every file of it by its name below the folder."""
+
+    step: PositiveInt
+    files: Annotated[dict[Annotated[str, AfterValidator(_relative)], WrittenFile], Field(min_length=1)]
 
 
 def step_of(path: Path) -> int | None:
@@ -83,33 +107,49 @@ def is_sealed(path: Path) -> bool:
     return (path / MANIFEST).exists()
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path) -> Manifest:
     """The manifest of a checkpoint of which every file holds the bytes that were written.
 
     Raises:
         DamagedCheckpoint: a file is gone, or another than was written.
+        UserError: another version of this package wrote it.
         OSError: a file cannot be read.
     """
-    try:
-        manifest = json.loads(_read(path / MANIFEST))
-        content = {key: value for key, value in manifest.items() if key != "crc32"}
-        sealed = manifest["crc32"] == _crc32_of(content)
-    except (_NotThere, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise DamagedCheckpoint(path, f"no readable {MANIFEST}") from None
-    if not sealed:
-        raise DamagedCheckpoint(path, f"{MANIFEST} is not what was written")
-    if step_of(path) not in (None, manifest["step"]):
-        raise DamagedCheckpoint(path, f"it holds step {manifest['step']}")
-    for name, written in manifest["files"].items():
+    manifest = _read_manifest(path)
+    if step_of(path) not in (None, manifest.step):
+        raise DamagedCheckpoint(path, f"it holds step {manifest.step}")
+    for name, written in manifest.files.items():
         try:
             now = _describe(path / name)
         except _NotThere:
             raise DamagedCheckpoint(path, f"{name} is gone") from None
         if now != written:
-            size = f"{now['bytes']} bytes, {written['bytes']} were written"
-            what = "other bytes than were written" if now["bytes"] == written["bytes"] else size
+            size = f"{now.bytes} bytes, {written.bytes} were written"
+            what = "other bytes than were written" if now.bytes == written.bytes else size
             raise DamagedCheckpoint(path, f"{name} has {what}")
-    return dict(manifest)
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """The manifest of a folder: first whether it is what was written, then whether it means something here."""
+    try:
+        _check_there(path / MANIFEST)
+        content = json.loads(files.read(path / MANIFEST))
+        sealed = content.pop("crc32") == _crc32_of(content)
+    except (_NotThere, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise DamagedCheckpoint(path, f"no readable {MANIFEST}") from None
+    if not sealed:
+        raise DamagedCheckpoint(path, f"{MANIFEST} is not what was written")
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: another version of this package wrote it (manifest format {content.get('format')!r:.20}, this "
+            f"one reads {FORMAT}); resume with that version, or choose another --output_dir"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        what = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DamagedCheckpoint(path, f"{MANIFEST} has no valid {what:.60}") from None
 
 
 def seal(folder: Path, **facts: Any) -> None:
@@ -120,7 +160,8 @@ def seal(folder: Path, **facts: Any) -> None:
         described = {str(path.relative_to(folder)): pool.submit(_describe, path) for path in paths if not path.is_dir()}
         for path in paths:
             files.flush(path)
-    content = {**facts, "files": {name: future.result() for name, future in described.items()}}
+    written = {name: future.result().model_dump() for name, future in described.items()}
+    content = {"format": FORMAT, **facts, "files": written}
     files.write(folder / MANIFEST, json.dumps({**content, "crc32": _crc32_of(content)}, indent=1))
     files.flush(folder)
 
@@ -175,9 +216,8 @@ def set_aside(path: Path) -> Path:
 
 def was_there(output_dir: Path) -> str:
     """The name of the newest checkpoint that this run ever had; "" if it had none."""
-    path = output_dir / NEWEST
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()[:40] or "a checkpoint"
+        return files.read(output_dir / NEWEST).decode(errors="replace").strip()[:40] or "a checkpoint"
     except FileNotFoundError:
         return ""
 
@@ -207,31 +247,28 @@ class _NotThere(Exception):
     """There is no regular file of this name."""
 
 
-def _check_regular(path: Path) -> None:
-    """Raise `_NotThere` where no regular file is; opening a pipe would wait for ever."""
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def _check_there(path: Path) -> None:
+    """Raise `_NotThere` where no regular file is: that is damage, where an error of the disk is none."""
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        regular = False
-    if not regular:
-        raise _NotThere
+        files.check_regular(path)
+    except OSError as error:
+        if error.errno in _NOWHERE:
+            raise _NotThere from None
+        raise
 
 
-def _read(path: Path) -> bytes:
-    _check_regular(path)
-    with files.naming(path):
-        return path.read_bytes()
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as a manifest has them."""
-    _check_regular(path)
+def _describe(path: Path) -> WrittenFile:
+    """Size and checksum of a file."""
+    _check_there(path)
     crc, size = 0, 0
     with files.naming(path), path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while chunk := file.read(_CHUNK):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return {"bytes": size, "crc32": f"{crc:08x}"}
+    return WrittenFile(bytes=size, crc32=f"{crc:08x}")
 
 
 def _crc32_of(content: dict[str, Any]) -> str:

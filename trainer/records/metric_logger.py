@@ -54,9 +54,10 @@ class MetricLogger:
         config: Mapping[str, Any] | None = None,
         console: VisibleConsole | None = None,
     ) -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
         self._sinks = [_SINKS[name](output_dir, config or {}, start_step) for name in report_to]
         self._path = output_dir / run_records.METRICS
+        if self._path.exists():
+            files.check_regular(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._console = console or VisibleConsole(highlight=False)
         self._progress = Progress(

@@ -48,6 +48,7 @@ def write_step(path: Path, groups: Sequence[Group], scored: Sequence[Sequence[An
 
 def read_step(path: Path) -> Iterator[dict[str, Any]]:
     """Read what `write_step` wrote, group by group: a step of long rollouts is larger than memory should hold."""
+    files.check_regular(path)
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.strip():

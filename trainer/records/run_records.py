@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +19,11 @@ def recorded(output_dir: Path) -> bool:
     """Whether a run left metrics or traces here."""
     metrics = output_dir / METRICS
     return (metrics.exists() and metrics.stat().st_size > 0) or any(traces(output_dir))
+
+
+def last_step(output_dir: Path) -> float:
+    """The highest step of the metrics, -1 without one."""
+    return _end_of(output_dir / METRICS, math.inf)[1]
 
 
 def traces(output_dir: Path) -> list[Path]:
@@ -57,10 +63,11 @@ def rewind(output_dir: Path, step: int) -> float:
     return last
 
 
-def _end_of(metrics: Path, step: int) -> tuple[int | None, float]:
+def _end_of(metrics: Path, step: float) -> tuple[int | None, float]:
     """Where the last line of `step` or earlier ends, None for no file, and the step of that line."""
     end, last, position = 0, -1.0, 0
     try:
+        files.check_regular(metrics)
         with files.naming(metrics), metrics.open("rb") as lines:
             for line in lines:
                 position += len(line)
@@ -78,5 +85,5 @@ def _step_of_line(line: bytes) -> float | None:
     """The step of one line, None if a kill cut it short or it is damaged."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None

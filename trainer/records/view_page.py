@@ -108,6 +108,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line that a killed run left unfinished is skipped."""
     path = run_dir / "metrics.jsonl"
     try:
+        files.check_regular(path)
         with path.open(encoding="utf-8", errors="replace") as lines:
             records = [rename_earlier(record) for record in parsed(lines)]
     except OSError:

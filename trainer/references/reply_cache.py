@@ -29,7 +29,7 @@ class ReferenceCache:
 
     def get(self, key: str) -> dict[str, Any] | None:
         try:
-            entry = json.loads(self.path(key).read_text(encoding="utf-8"))
+            entry = json.loads(files.read(self.path(key)))
         except (OSError, ValueError):
             return None
         return entry if isinstance(entry, dict) else None

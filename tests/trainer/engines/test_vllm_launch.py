@@ -281,3 +281,9 @@ def test_the_engine_sleeps_while_the_trainer_updates(
         steady.kill()
     wanted = ["sleep", "update", "wake", "load_weights"] if sleeps else ["update", "load_weights"]
     assert said[: len(wanted)] == wanted
+
+
+def test_the_log_of_a_server_of_ours_does_not_grow_by_requests(folder: Path, tmp_path: Path) -> None:
+    made = owning(folder, tmp_path)
+    assert set(vllm_launch.QUIET) <= set(vllm_launch.command(made, 1, "weights"))
+    assert not set(vllm_launch.QUIET) & set(vllm_launch.command(made, 1)), "a server of the user's says what he likes"

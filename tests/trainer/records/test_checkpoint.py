@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +258,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
             with pytest.raises(checkpoint_folder.DamagedCheckpoint, match=r"step_1: damaged checkpoint"):
                 checkpoint.verify(path)
         file.write_bytes(whole)
-    assert checkpoint.verify(path)["step"] == 1
+    assert checkpoint.verify(path).step == 1
 
 
 def test_only_files_of_the_manifest_are_read(tmp_path: Path) -> None:
@@ -351,3 +354,150 @@ def test_the_oldest_traces_go(tmp_path: Path) -> None:
         (tmp_path / "rollouts" / f"step_{step}.jsonl").touch()
     run_records.keep_newest(tmp_path, 2)
     assert [p.name for p in run_records.traces(tmp_path)] == ["step_10.jsonl", "step_100.jsonl"]
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Write another manifest with a right checksum, as another version or somebody with an editor would."""
+    manifest = path / "state" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["crc32"]
+    change(content)
+    manifest.write_text(json.dumps({**content, "crc32": checkpoint_folder._crc32_of(content)}))
+
+
+NO_MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no step": lambda m: m.pop("step"),
+    "step 0": lambda m: m.update(step=0),
+    "step as text": lambda m: m.update(step="1"),
+    "step as truth": lambda m: m.update(step=True),
+    "no files": lambda m: m.pop("files"),
+    "empty files": lambda m: m.update(files={}),
+    "files as list": lambda m: m.update(files=["config.json"]),
+    "file as text": lambda m: m["files"].update({"config.json": "x"}),
+    "file as null": lambda m: m["files"].update({"config.json": None}),
+    "negative size": lambda m: m["files"]["config.json"].update(bytes=-1),
+    "parent": lambda m: m["files"].update({"../../x": m["files"]["config.json"]}),
+    "absolute": lambda m: m["files"].update({"/etc/hostname": m["files"]["config.json"]}),
+    "null byte": lambda m: m["files"].update({"a\0b": m["files"]["config.json"]}),
+    "surrogate": lambda m: m["files"].update({"\ud800": m["files"]["config.json"]}),
+    "long name": lambda m: m["files"].update({"a" * 5000: m["files"]["config.json"]}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Run().save(tmp_path_factory.mktemp("saved"), 1)
+
+
+def copy(saved: Path, to: Path) -> Path:
+    return Path(shutil.copytree(saved, to / "checkpoints" / saved.name))
+
+
+@pytest.mark.parametrize("kind", NO_MANIFESTS)
+def test_a_manifest_that_is_none_is_damage(saved: Path, tmp_path: Path, kind: str) -> None:
+    path = copy(saved, tmp_path)
+    reseal(path, NO_MANIFESTS[kind])
+    with pytest.raises(checkpoint_folder.DamagedCheckpoint) as caught:
+        checkpoint.verify(path)
+    assert len(str(caught.value).replace(str(path), "").replace("a" * 5000, "")) < 200
+
+
+@pytest.mark.parametrize("other", [0, 2, "1", None])
+def test_another_version_of_the_manifest_is_refused_and_not_called_damaged(
+    saved: Path, tmp_path: Path, other: Any
+) -> None:
+    path = copy(saved, tmp_path)
+    reseal(path, lambda m: m.update(format=other))
+    with pytest.raises(UserError, match="another version of this package wrote it") as caught:
+        checkpoint.latest(tmp_path)
+    assert not isinstance(caught.value, checkpoint_folder.DamagedCheckpoint)
+
+
+def test_a_link_in_a_circle_is_damage(saved: Path, tmp_path: Path) -> None:
+    path = copy(saved, tmp_path)
+    (path / "config.json").unlink()
+    (path / "config.json").symlink_to("config.json")
+    with pytest.raises(checkpoint_folder.DamagedCheckpoint, match=r"config\.json is gone"):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("extra"),
+        lambda s: s["generators"].update(python=(3, (1, 2), None)),
+        lambda s: s["generators"].update(numpy=("PCG64", [1], 0, 0, 0.0)),
+        lambda s: s["generators"].update(torch=torch.zeros(3, dtype=torch.uint8)),
+        lambda s: s.update(optimiser={"state": {"a": 5}}),
+        lambda s: s.clear(),
+    ],
+)
+def test_a_state_that_this_process_cannot_take_is_one_line(
+    saved: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    """It is whole, and of other packages or of more devices."""
+    path = copy(saved, tmp_path)
+    state = torch.load(path / "state" / "state.pt", weights_only=True)
+    change(state)
+    torch.save(state, path / "state" / "state.pt")
+    described = checkpoint_folder._describe(path / "state" / "state.pt").model_dump()
+    reseal(path, lambda m: m["files"].update({"state/state.pt": described}))
+    with pytest.raises(UserError, match=r"its state/state\.pt does not fit") as caught:
+        Run().load(path)
+    assert len(caught.value.lines) == 1 and not isinstance(caught.value, checkpoint_folder.DamagedCheckpoint)
+
+
+def test_weights_that_are_not_finite_are_damage(saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = copy(saved, tmp_path)
+    weights = load_file(path / "model.safetensors")
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    described = checkpoint_folder._describe(path / "model.safetensors").model_dump()
+    reseal(path, lambda m: m["files"].update({"model.safetensors": described}))
+    with pytest.raises(checkpoint_folder.DamagedCheckpoint, match="is not finite"):
+        Run().load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["step_01", "step_0", "step_-1", "step_\u0661", "step_" + "9" * 240, "step_1 (copy)", "step_1\n"]
+)
+def test_a_step_has_one_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint_folder.found(tmp_path) == [] and checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": ' + "9" * 400 + "}", '{"step": NaN}', '{"step": "x"}', "[]", "[" * 9999, "\0"]
+)
+def test_a_line_of_metrics_without_a_step_is_passed_over(tmp_path: Path, line: str) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n' + line + "\n")
+    assert run_records.last_step(tmp_path) == 1 == run_records.rewind(tmp_path, 1)
+    assert metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    from trainer.records import rollout_files
+    from trainer.records.metric_logger import MetricLogger
+
+    for name in ("metrics.jsonl", checkpoint_folder.NEWEST):
+        os.mkfifo(tmp_path / name)
+    readers: list[Callable[[], Any]] = [
+        lambda: run_records.rewind(tmp_path, 1),
+        lambda: checkpoint_folder.was_there(tmp_path),
+        lambda: MetricLogger(tmp_path, total_steps=1),
+        lambda: list(rollout_files.read_step(tmp_path / "metrics.jsonl")),
+    ]
+    for read in readers:
+        with pytest.raises(OSError, match="Not a regular file") as caught:
+            read()
+        assert "move it away" in str(file_failed(caught.value))
+
+
+def test_a_folder_in_the_place_of_a_file_is_what_the_line_names(tmp_path: Path) -> None:
+    (tmp_path / "view.html").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        files.write(tmp_path / "view.html", "page")
+    assert caught.value.filename == str(tmp_path / "view.html") and files.names(tmp_path) == ["view.html"]
