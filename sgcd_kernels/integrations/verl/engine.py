@@ -37,6 +37,8 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
     invalid credit options; `initialize` raises as `patch_lm_head` does.
     """
 
+    model_config: Any  # verl's
+
     def __init__(self, model_config: Any, engine_config: Any, *others: Any, **named: Any) -> None:
         if not model_config.use_fused_kernels:
             raise ValueError("use_fused_kernels is False, needs True: only the fused head computes the divergence")
