@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def _import(key: str, name: str, path: str) -> Any:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-        hint = "; needs a module in the working directory or an installed package" if absent else ""
+        without = f", written without .py: {module_name[:-3]}:{attribute}" if module_name.endswith(".py") else ""
+        hint = f"; needs a module in the working directory or an installed package{without}" if absent else ""
         raise UserError(f"{key}: {name} cannot be imported ({explain(error, '' if absent else None)}){hint}") from error
     try:
         thing = module
@@ -83,7 +84,10 @@ def _place_of(module: Any) -> str:
 
 def explain(error: BaseException, file: str | None = None) -> str:
     """`ValueError: why (my_module.py, line 12)`, on one line. `file`: prefer its frames; "" for no place at all."""
-    text = " ".join(str(error).split())[:300]
+    try:
+        text = " ".join(str(error).split())[:300]
+    except Exception:
+        text = ""
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     frames = [] if file == "" else traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == file] or [
@@ -104,11 +108,12 @@ def build(key: str, name: str, thing: Any, options: Mapping[str, Any], **offered
         raise UserError(f"{key}: {name} is a {type(thing).__name__}, needs a class, or a function that makes one")
     section = key.rpartition(".")[0]
     try:
-        takes = inspect.signature(thing).parameters
-    except (TypeError, ValueError):  # a class of C without a signature
-        takes = {}
-    by_name = [n for n, p in takes.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind == p.VAR_KEYWORD for p in takes.values()):
+        signature = inspect.signature(thing)
+    except (TypeError, ValueError) as error:  # a class of C without a signature
+        raise UserError(f"{key}: {name} has no signature ({error}), needs a Python class or function") from None
+    takes = signature.parameters.values()
+    by_name = [p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind == p.VAR_KEYWORD for p in takes):
         for option in options:
             if option not in by_name or option in offered:
                 own = [n for n in by_name if n not in offered]
@@ -116,16 +121,14 @@ def build(key: str, name: str, thing: Any, options: Mapping[str, Any], **offered
                 raise UserError(f"{section}.options: {name} has no option {option!r}; {known}")
     given = {**{n: v for n, v in offered.items() if n in by_name}, **options}
     try:
-        inspect.signature(thing).bind(**given)
+        signature.bind(**given)
     except TypeError as error:
         raise UserError(f"{section}.options: {name} cannot be made ({error})") from None
-    except ValueError:
-        pass
     try:
         made = thing(**given)
     except ReportedError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key}: {name} cannot be made ({explain(error, file_of(thing))})") from error
     if inspect.isawaitable(made):
         getattr(made, "close", lambda: None)()  # no warning about a coroutine that was never awaited
@@ -145,7 +148,7 @@ def wrong_method(thing: Any, name: str, arguments: int, *, asynchronous: bool = 
     """What is wrong with a method that is called with so many positional arguments; "" for nothing."""
     kind = "async def" if asynchronous else "def"
     try:
-        method: Callable[..., Any] | None = getattr(thing, name, None)
+        method: Any = getattr(thing, name, None)
     except Exception as error:
         return f"{name} cannot be read ({explain(error)})"
     if method is None:

@@ -56,7 +56,7 @@ class SolvedSuite(Suite, Protocol):
     """A suite that knows how its tasks are solved: `check-env` replays that, and every task must count as a success."""
 
     def gold(self, task: Task) -> list[Message]:
-        """The assistant's messages that solve the task, in order: calls, and words at the end if the task needs them."""
+        """The assistant's messages that solve the task, in order, with words at the end if it needs an answer."""
         ...
 
 

@@ -6,9 +6,10 @@ names the plug-in, the method and what is needed, whatever their code does. Time
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from trainer import plugins
 from trainer.data import Message, Outcome, Task, TaskClass, Tool
 from trainer.errors import EnvironmentBroken, EnvironmentLost, PolicyCrashed, ReportedError, UserError
 from trainer.protocols import Environment, Suite
+from trainer.rollout.rewards import finite
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SUITE = (("tasks", 1, False), ("make", 0, False), ("answer_literals", 1, False), ("refusal", 0, False))
@@ -60,7 +62,8 @@ class CheckedEnvironment:
         if not isinstance(found, Outcome):
             raise self._broken("outcome", f"returned {_show(found)}, needs a trainer.data.Outcome")
         self._must("outcome", outcome_problem(found))
-        return replace(found, success=None if found.success is None else bool(found.success))
+        reward = finite(found.reward, f"{self.plugin}: outcome returned a reward that is none")
+        return replace(found, reward=reward, success=None if found.success is None else bool(found.success))
 
     async def close(self) -> None:
         await self._call("close", self._environment.close)
@@ -73,7 +76,9 @@ class CheckedEnvironment:
             return await found
         except (EnvironmentBroken, PolicyCrashed, ReportedError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+                raise
             file = plugins.file_of(self._environment)
             raise self._broken(method, f"raised {plugins.explain(error, file)}") from error
 
@@ -101,7 +106,11 @@ class CheckedSuite:
     def __init__(self, plugin: str, suite: Suite) -> None:
         self.plugin, self._suite = plugin, suite
         plugins.check_methods("env.name", plugin, suite, SUITE)
-        name, splits = getattr(suite, "name", None), getattr(suite, "splits", None)
+        try:
+            name, splits = getattr(suite, "name", None), getattr(suite, "splits", None)
+        except Exception as error:
+            why = plugins.explain(error, plugins.file_of(suite))
+            raise UserError(f"env.name: {plugin}: name or splits cannot be read ({why})") from error
         if not isinstance(name, str) or not name:
             raise UserError(f"env.name: {plugin} has {_show(name)} as name, needs a word, for metrics and traces")
         sizes = isinstance(splits, Mapping) and all(isinstance(k, str) and _is_int(v) for k, v in splits.items())
@@ -161,7 +170,7 @@ class CheckedSuite:
             return getattr(self._suite, method)(*arguments)
         except (EnvironmentBroken, ReportedError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = plugins.explain(error, plugins.file_of(self._suite))
             raise fault(f"{self.plugin}: {method} raised {why}") from error
 
@@ -217,7 +226,7 @@ def tools_problem(tools: Any) -> str:
     return _json_problem(tools, "tools")
 
 
-def outcome_problem(outcome: Outcome) -> str:
+def outcome_problem(outcome: Any) -> str:
     """What is wrong with an outcome but for the reward, which `trainer.rollout.rewards` looks at; "" for nothing."""
     if outcome.success is not None and not _is_bool(outcome.success):
         return f"{_show(outcome.success)} as success, needs True, False, or None to have it judged from the reward"
@@ -257,6 +266,13 @@ def _json_problem(value: Any, what: str) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         return f"{what} that are no JSON ({error}), needs strings, numbers, lists and dicts"
     return ""
+
+
+def _being_cancelled() -> bool:
+    """Whether somebody cancels this call; else a cancellation is the environment's own affair that got loose."""
+    task = asyncio.current_task()
+    cancelling = getattr(task, "cancelling", None)  # from Python 3.11 on
+    return cancelling is None or cancelling() > 0
 
 
 def _is_bool(value: Any) -> bool:

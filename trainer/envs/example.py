@@ -1,28 +1,21 @@
 """Bills: a mail says how much somebody is owed. Read it, then pay exactly that, once."""
 
-import random
-
 from trainer.data import Outcome, Task
 from trainer.envs.tools import Toolbox, call, say
 
 
-class Bills:
-    """One episode."""
-
+class Bills:  # one episode
     async def reset(self, task):
-        self.bill, self.has_read, self.payments = task.data, False, []
-        self.tools = Toolbox(self.mail_find, self.wallet_pay)
+        self.bill, self.read, self.paid, self.tools = task.data, False, [], Toolbox(self.mail_find, self.wallet_pay)
         return [{"role": "user", "content": task.instruction}], self.tools.schemas
 
     async def step(self, message):
         return await self.tools.answer(message), not message.get("tool_calls")  # words alone end the episode
 
     async def outcome(self):
-        if self.payments == [(self.bill["to"], self.bill["amount"])]:
+        if self.paid == [self.bill]:
             return Outcome(1.0, success=True)
-        if self.has_read and not self.payments:
-            return Outcome(0.3, success=False, reason="read, not paid")
-        return Outcome(0.0, success=False, reason="paid wrongly" if self.payments else "nothing done")
+        return Outcome(0.3 if self.read and not self.paid else 0.0, success=False, reason=f"paid {self.paid}")
 
     async def close(self): ...
 
@@ -30,37 +23,32 @@ class Bills:
         """Read a person's mail.
 
         Args:
-            sender: the person
-        """
+            sender: the person"""
         if sender != self.bill["to"]:
-            raise ValueError("not found")  # the policy's mistake: it reads {"error": "not found"}
-        self.has_read = True
-        return {"subject": "invoice", "amount": self.bill["amount"]}
+            raise ValueError("not found")  # a mistake of the policy, which reads this
+        self.read = True
+        return {"amount": self.bill["amount"]}
 
     def wallet_pay(self, to: str, amount: int):
         """Pay a person.
 
         Args:
             to: the person
-            amount: in whole units
-        """
-        self.payments.append((to, amount))
+            amount: in whole units"""
+        self.paid.append({"to": to, "amount": amount})
         return {"ok": "yes"}
 
 
 class Suite:
     name, splits = "bills", {"train": 40, "dev": 10}
+    make = Bills
 
     def tasks(self, split):
-        draw = random.Random(split)
-        return [self.task(split, i, draw.choice("dana omar rosa".split()), draw.randint(20, 79)) for i in range(self.splits[split])]
-
-    def task(self, split, i, to, amount):
-        ask = f"pay the invoice of {to}"
-        return Task(f"{split}-{i}", self.name, split, to, "state_changing", ask, {"to": to, "amount": amount})
-
-    def make(self):
-        return Bills()
+        bills = [(person, amount) for amount in range(20, 70) for person in ("dana", "omar")]
+        return [
+            Task(f"{to}-{n}", "bills", split, to, "state_changing", f"pay the invoice of {to}", {"to": to, "amount": n})
+            for to, n in (bills[:40] if split == "train" else bills[-10:])
+        ]
 
     def answer_literals(self, task):
         return [str(task.data["amount"])]

@@ -86,7 +86,7 @@ def _is(value: Any, wanted: str) -> bool:
     return isinstance(value, _TYPES.get(wanted, (object,)))
 
 
-def call(name: str, **arguments: Any) -> Message:
+def call(name: str, /, **arguments: Any) -> Message:
     """The assistant's message that calls one tool: for `gold`, and for tests."""
     function = {"name": name, "arguments": json.dumps(arguments)}
     return {

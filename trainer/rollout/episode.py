@@ -130,7 +130,9 @@ def _named(thing: Environment | Suite, method: str) -> str:
 
 
 def _blocked(thing: Environment | Suite, method: str, seconds: float) -> str:
-    remedy = "needs `await asyncio.to_thread(...)` around blocking work" if method != "make" else "needs `open` for that"
+    remedy = (
+        "needs `await asyncio.to_thread(...)` around blocking work" if method != "make" else "needs `open` for that"
+    )
     return f"{_named(thing, method)} held the event loop for env.timeout = {seconds:g} s; {remedy}"
 
 
