@@ -237,7 +237,7 @@ WRONG_PLAY = {  # found by check-env alone: change -> the check, and what it say
     (OUTCOME, "if self.paid == [1]:"): ("gold", "gold of dana-20 fails (reward 0"),
     ('raise ValueError("not found")', "raise KeyError(sender)"): ("mistakes", "step raised KeyError: 'x'"),
     ("async def close(self): ...", "async def close(self): del self.bill"): ("close", "close raised AttributeError"),
-    ("async def close(self): ...", "def close(self): ..."): ("close", "close is not asynchronous"),
+    ("async def close(self): ...", "def close(self): ..."): ("nothing done", "close is not asynchronous"),
     ('return {"amount": self.bill["amount"]}', 'import random\n        return {"amount": random.random()}'): (
         "determinism",
         "step differs for dana-20: the same messages twice",
