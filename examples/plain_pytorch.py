@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, logit_transform, pack_tokens
+from sgcd_kernels import CreditConfig, FusedLinearSGCDLoss, check_model, output_head, pack_tokens
 
 
 def run(prompt, answers, like=None):  # the answers' tokens, packed, each with the state that predicts it
@@ -25,10 +25,12 @@ if len(sys.argv) > 1:
 else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
     model.get_output_embeddings().weight.data.mul_(24)  # a random head gives nearly uniform logits
-check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with scaled logits
-head, optimizer = model.get_output_embeddings(), torch.optim.AdamW(model.parameters(), lr=1e-4)
-config, softcap = CreditConfig(gamma=1.0, clip=2.0), logit_transform(model).softcap
-criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, softcap=softcap)
+check_model(model)  # refuses silently wrong heads: quantised, with an adapter, with layers before it
+head, optimizer = output_head(model), torch.optim.AdamW(model.parameters(), lr=1e-4)
+options = head.options(temperature=1.0)  # bias, softcap and temperature, with the model's own scale in them
+bias = options.pop("bias")
+config = CreditConfig(gamma=1.0, clip=2.0)
+criterion = FusedLinearSGCDLoss(config=config, loss_type="dapo", epsilon_high=0.28, **options)
 # From your engine and your verifier: a task's prompt, the siblings' answers, their rewards, and the reference.
 prompt, reference = [1, 5, 9, 13], [40, 41, 42, 43]
 answers = [[20, 21, 22, 2], [20, 31, 2], [30, 31, 32, 33, 2], [20, 21, 23, 2]]
@@ -39,7 +41,7 @@ for step in range(3):
     with torch.no_grad():
         teacher = run(reference + prompt, answers, like=student)  # the same policy, given the reference
     batch = (student.hidden, head.weight, student.targets, teacher.hidden, advantages, student.cu_seqlens)
-    loss, metrics = criterion(*batch, turn_ids=student.turn_ids, bias=head.bias)
+    loss, metrics = criterion(*batch, turn_ids=student.turn_ids, bias=bias)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

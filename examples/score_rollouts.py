@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgcd_kernels import CreditConfig, check_model, credit_weights, linear_divergence, logit_transform
+from sgcd_kernels import CreditConfig, check_model, credit_weights, linear_divergence, output_head
 
 TINY = Path(__file__).resolve().parents[1] / "trainer" / "assets" / "workday-tiny"
 REFERENCE = (
@@ -80,9 +80,9 @@ def main() -> None:
     part_of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
     own = part_of % 2 == 0  # every other part was observed
 
-    weight, bias = model.get_output_embeddings().weight, model.get_output_embeddings().bias
+    head = output_head(model)
     pair = [states(model, prompt, ids.tolist()) for prompt in (student, teacher)]
-    stats = linear_divergence(pair[0], weight, ids, pair[1], bias=bias, softcap=logit_transform(model).softcap)
+    stats = linear_divergence(pair[0], head.weight, ids, pair[1], **head.options())
     config = CreditConfig(gamma=args.gamma, clip=args.clip)
     bounds = torch.tensor([0, len(ids)])
     credit = credit_weights(

@@ -9,7 +9,8 @@ from sgcd_kernels.core.surrogate import PolicyLossConfig
 from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.credit.rules import Credit
 from sgcd_kernels.credit.weights import credit_weights
-from sgcd_kernels.models import check_model, logit_transform
+from sgcd_kernels.measured_head import OutputHead, output_head
+from sgcd_kernels.models import check_model
 from sgcd_kernels.ops.distill_loss import linear_distill_loss
 from sgcd_kernels.ops.divergence import DivergenceStats, linear_divergence
 from sgcd_kernels.ops.logprob import LogprobStats, linear_logprob
@@ -25,6 +26,7 @@ __all__ = [
     "DivergenceStats",
     "FusedLinearSGCDLoss",
     "LogprobStats",
+    "OutputHead",
     "PackedTokens",
     "PolicyLossConfig",
     "backend_status",
@@ -34,7 +36,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
-    "logit_transform",
+    "output_head",
     "pack_tokens",
     "sgcd_loss",
 ]

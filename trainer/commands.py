@@ -7,7 +7,9 @@ only after the arguments are parsed, so that a usage error is reported at once.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 from trainer import stop_signals
 from trainer.errors import ReportedError, UserError, file_failed
 from trainer.optional_packages import missing
+from trainer.terminal import say
 
 USAGE = """\
 usage: python -m trainer.run COMMAND CONFIG [--key value ...]
@@ -80,7 +83,7 @@ def train(source: Path, overrides: Sequence[str]) -> int:
         loop.train(config)
         from trainer.records import view_page
 
-        print(f"view: {view_page.write(config.output_dir)}")
+        say(f"view: {view_page.write(config.output_dir)}")
     return 0
 
 
@@ -95,7 +98,7 @@ def evaluate(source: Path, overrides: Sequence[str]) -> int:
     if source.is_file():
         weights = None
     elif run_dir is source:
-        weights = checkpoint.latest(source, lambda line: print(f"WARNING: {line}", file=sys.stderr))
+        weights = checkpoint.latest(source, lambda line: say(f"WARNING: {line}", sys.stderr))
     else:
         weights = source
     if source.is_dir() and weights is None:
@@ -116,7 +119,7 @@ def view(source: Path, overrides: Sequence[str]) -> int:
     run_dir = source if source.is_dir() and not overrides else config_file.load(source, overrides).output_dir
     from trainer.records import view_page
 
-    print(f"view: {view_page.write(run_dir)}")
+    say(f"view: {view_page.write(run_dir)}")
     return 0
 
 
@@ -171,10 +174,13 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; a second training in it would mix two runs into one record."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never through a link
+        lock = os.open(run_dir / ".lock", flags, 0o666)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{run_dir / '.lock'} is a link, which the run would write through; remove it") from None
         raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another one") from None
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -182,9 +188,11 @@ def only_writer(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: another process is training there; wait, or choose another --output_dir"
             ) from None
         yield
+    finally:
+        os.close(lock)
 
 
 def _fail(error: ReportedError) -> int:
     for line in error.lines:
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", sys.stderr)
     return 2

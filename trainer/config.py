@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,10 +15,28 @@ from sgcd_kernels.core.spelling import explain_choice
 from trainer import plugins
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested data."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from (text for item in (*value, *value.values()) for text in _texts(item))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in _texts(item))
+
+
 class Section(BaseModel):
     """A group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_nul(cls, value: Any) -> Any:
+        """No name of a file, argument of a process or text of a report can hold these characters."""
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for text in _texts(value) for char in text):
+            raise ValueError("needs text without NUL characters and lone surrogates")
+        return value
 
 
 def check_name(value: str, names: Sequence[str], group: str) -> str:

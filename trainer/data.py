@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.text import encodable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,6 +42,13 @@ class Task:
     task_class: TaskClass
     instruction: str
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("id", "env", "split", "scenario", "instruction"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"Task.{name} is {value!r:.60}, needs a string")
+            object.__setattr__(self, name, encodable(value))
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,19 @@ class Rollout:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BugReport:
+    """A rollout that broke by a fault in code: what is needed to bring the fault back."""
+
+    task: str  # its id
+    error: str
+    traceback: str
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # everything after the prompt, as far as it came
+    text: str = ""  # of `ids`
+    messages: list[Message] = field(default_factory=list)  # after the prompt
+
+
 @dataclass
 class Group:
     """The siblings of one task, and the reference that was written from them."""
@@ -101,8 +123,9 @@ class Group:
     reference: str = ""  # "" means none: the group trains with W = 1
     # writer, cached, tokens, seconds, error, sanitiser_hits
     reference_info: dict[str, Any] = field(default_factory=dict)
-    broken: int = 0  # rollouts that the environment broke, retried ones included
+    broken: int = 0  # rollouts that broke, retried ones included
     problem: str = ""  # why the last of them broke
+    bugs: list[BugReport] = field(default_factory=list)  # of those that broke by a fault in code
 
     @property
     def mixed(self) -> bool:

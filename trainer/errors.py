@@ -90,6 +90,15 @@ class EnvironmentBroken(Exception):
     """The environment failed, not the policy: the rollout is dropped and counted, never scored."""
 
 
+class EnvironmentBug(EnvironmentBroken):
+    """The environment raised something else than it may: a fault of its code, or of what that relies on."""
+
+
+class RolloutBug(Exception):
+    """Our own code (a reader, a renderer, the episode) failed on what a policy or an environment said. The rollout is
+    dropped and counted like a broken one, and what it said is kept for a bug report."""
+
+
 class PolicyCrashed(Exception):
     """The policy's own code ended its world: the episode ends there and fails. Raised by `step` alone.
 

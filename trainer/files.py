@@ -26,11 +26,11 @@ def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when the block ends: written beside, flushed to disk, renamed.
 
     Whatever ends the block, the process or the machine before, `path` is what it was. The draft is made afresh, so a
-    link that lies in its place is never followed.
+    link that lies in its place is never followed. The folder is made, but not what it lies in: that has vanished then.
     """
     draft = path.with_name(path.name + ".tmp")
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         draft.unlink(missing_ok=True)
         try:
             with draft.open("x", encoding="utf-8") as out:
@@ -49,6 +49,17 @@ def write(path: Path, text: str) -> None:
     """Let `path` hold `text`, as `replacing` does."""
     with replacing(path) as out:
         out.write(text)
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder, none if there is no such folder. A folder that cannot be read is an `OSError`.
+
+    `Path.glob` would find nothing in a folder that it may not read.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def flush(path: Path) -> None:

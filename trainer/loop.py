@@ -22,7 +22,7 @@ from trainer.learning import model as policy
 from trainer.learning.update import Learner
 from trainer.preflight import config_file
 from trainer.protocols import Engine, Renderer, Suite
-from trainer.records import checkpoint, checkpoint_folder, rollout_files, run_records
+from trainer.records import bug_reports, checkpoint, checkpoint_folder, rollout_files, run_records
 from trainer.records.metric_logger import MetricLogger
 from trainer.records.step_report import report_step
 from trainer.references import writers
@@ -34,6 +34,7 @@ from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 from trainer.rollout.task_order import TaskOrder
 from trainer.stage_clock import Clock
 from trainer.step_guard import STOPS, StepGuard
+from trainer.text import encodable
 
 MAX_SKIPPED = 3  # updates in a row without a finite gradient: then the run stops
 
@@ -216,6 +217,7 @@ class Run:
                 monitor=self.monitor,
             )
             sample.check_that_some_fit()
+        bug_reports.append(config.output_dir, self.step + 1, batch.bugs)
         if sample.too_long and not self.warned_too_long:
             logger.note(
                 f"WARNING: a task is left out, like all that are too long (rollout/too_long): {sample.too_long[0]}"
@@ -228,6 +230,8 @@ class Run:
         if self.config.arm != "grpo":
             with clock("reference"):
                 await self.writer.write(groups)
+                for group in groups:
+                    group.reference = encodable(group.reference)
 
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:
@@ -270,6 +274,7 @@ class Run:
         with clock("eval"), logger.track(f"evaluate {split}", self.suite.splits[split]) as advance:
             result = await evaluate.evaluate(self.engine, self.suite, self.renderer, self.config, advance=advance)
             self.engine.load_weights(self.model)
+        bug_reports.append(self.config.output_dir, self.step, result.bugs)
         return result.metrics
 
     def keep_checkpoint(self, metrics: dict[str, float], logger: MetricLogger) -> None:

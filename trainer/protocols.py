@@ -74,7 +74,7 @@ class Engine(Protocol):
 class Renderer(Protocol):
     """Messages to tokens and back, for one family of models. Later turns are appended, never re-rendered."""
 
-    stop_ids: frozenset[int]
+    stop_ids: frozenset[int]  # tokens that end a turn: the renderer's own, and the model folder's
     pad_id: int
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
@@ -83,7 +83,7 @@ class Renderer(Protocol):
         ...
 
     def observation(self, messages: list[Message]) -> list[int]:
-        """What follows an assistant turn that ended in its stop token: the new messages, the assistant's opening."""
+        """What follows an assistant turn that ended in any stop token: the new messages, the assistant's opening."""
         ...
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,20 @@ SEED = "SGCD_SEED"  # in the environment of the processes that environments star
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch, and say the seed to the processes that are started from now on.
+    """Seed Python, NumPy and torch, here and in the processes that environments start from now on.
 
-    They find it in $SGCD_SEED; a Python takes $PYTHONHASHSEED, so that its sets are in the same order each time.
+    A forked one has NumPy's and torch's state from here, and `random` seeded, which Python would seed from the system.
+    Any other finds the seed in $SGCD_SEED; a Python takes $PYTHONHASHSEED, which fixes the order of its sets.
     """
+    _seed_forked_processes()
     os.environ |= {SEED: str(seed), "PYTHONHASHSEED": str(seed)}
     _seed_here(seed)
+
+
+@cache
+def _seed_forked_processes() -> None:
+    """Once: what is registered stays registered."""
+    os.register_at_fork(after_in_child=lambda: random.seed(int(os.environ.get(SEED, "0"))))
 
 
 def get_state() -> dict[str, Any]:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from scripts.warmstart.demonstrations import Recipe, attempt, demonstrations, reference_of
+from sgcd_kernels import output_head
 from trainer.chat.compact import CompactRenderer
 from trainer.concurrency import run_together
 from trainer.config import EnvConfig
 from trainer.data import Group, Message, Sampling, Task, TokenClass, Tool
 from trainer.engines.hf import HFEngine
 from trainer.envs.workday.environment import WorkdaySuite
-from trainer.learning.model import head, hidden_states
+from trainer.learning.model import hidden_states
 from trainer.learning.packing import right_pad
 from trainer.learning.sft import Example
 from trainer.references.contrast import EMPTY_SHELL
@@ -128,11 +129,11 @@ async def _play(
 @torch.no_grad()
 def argument_accuracy(model: Any, renderer: CompactRenderer, seed: int, count: int = 200) -> float:
     """Share of argument tokens that greedy decoding gets right, on demonstrations never trained on."""
-    right = total = 0
+    head, right, total = output_head(model), 0, 0
     for shown in demonstrations(count, renderer, Recipe(), seed + 1_000):
         wanted = torch.tensor(argument_positions(shown, renderer))
         ids = right_pad([shown.ids], renderer.pad_id)
-        guessed = (hidden_states(model, ids)[0][wanted - 1] @ head(model)[0].T).argmax(-1)
+        guessed = head.logits(hidden_states(model, ids)[0][wanted - 1]).argmax(-1)
         right += int((guessed == ids[0][wanted]).sum())
         total += len(wanted)
     return right / total

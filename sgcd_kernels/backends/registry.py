@@ -155,8 +155,6 @@ def _triton_refuses(function: str, x: Projection) -> str | None:
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.dtype not in HALVES_AND_FLOAT:
             return f"it takes float16, bfloat16 and float32 and {name} is {value.dtype}"
-    if weight.shape[1] > 1 and weight.stride(1) != 1:
-        return f"it reads rows of weight as they lie and its strides are {weight.stride()}"
     if weight.shape[1] == 0 or weight.shape[0] >= (1 << 31) - 1024 or x.num_rows >= (1 << 31) - 1024:
         return f"hidden {list(hidden.shape)} and weight {list(weight.shape)} are beyond what it indexes"
     return None
@@ -171,9 +169,6 @@ def _cpp_refuses(function: str, x: Projection) -> str | None:
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.dtype not in HALVES_AND_FLOAT:
             return f"it takes float32, bfloat16 and float16 and {name} is {value.dtype}"
-    row_major = weight.stride(0) >= weight.shape[1] and (weight.stride(1) == 1 or weight.shape[1] == 1)
-    if weight.shape[1] and weight.shape[0] > 1 and not row_major:
-        return f"it reads rows of weight as they lie and its strides are {weight.stride()}"
     if not 0 < weight.shape[1] < 1 << 20 or weight.shape[0] >= (1 << 31) - 65:
         return f"weight has shape {list(weight.shape)}, which is beyond what it indexes"
     return None

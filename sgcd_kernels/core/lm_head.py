@@ -43,7 +43,7 @@ class Projection:
     @staticmethod
     def of(hidden: Tensor, head: LMHead, rows: Tensor | None = None) -> Projection:
         """From hidden states [N, H] or [B, T, H]."""
-        return Projection(hidden.reshape(-1, hidden.shape[-1]), head, rows)
+        return Projection(hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]), head, rows)
 
     def on(self, keep: Tensor) -> Projection:  # [N] bool
         """The same head on the tokens where `keep` is true."""
@@ -131,8 +131,8 @@ def empty_grads(hidden: Tensor, head: LMHead, needs: Needs, *, saved: bool = Fal
     d_bias = None if head.bias is None else head.bias.dtype if not saved else stats_dtype(hidden, head.weight)
     return HeadGrads(
         hidden.new_empty(hidden.shape, dtype=d_hidden) if needs.hidden else None,
-        torch.empty_like(head.weight, dtype=d_weight) if needs.weight else None,
-        torch.empty_like(head.bias, dtype=d_bias) if needs.bias and head.bias is not None else None,
+        head.weight.new_empty(head.weight.shape, dtype=d_weight) if needs.weight else None,
+        head.bias.new_empty(head.bias.shape, dtype=d_bias) if needs.bias and head.bias is not None else None,
     )
 
 

@@ -1,7 +1,10 @@
 """Argument checks of the ops. Every error names the argument, what was given and what is needed.
 
-Shapes, dtypes, devices and options are checked before an op is called, also while torch.compile traces. The values of
-tensors (targets, temperatures, `cu_seqlens`) are checked inside the op.
+Kinds, shapes, dtypes, devices and options are checked before an op is called, also while torch.compile traces. The
+values of tensors (targets, temperatures, `cu_seqlens`) are checked inside the op.
+
+`check_tensor` is the one place that says what a tensor is: strided, and of no subclass whose memory means something
+else. Tensors per token lie where hidden lies; small ones (`check_beside`) may be on the CPU instead.
 """
 
 from __future__ import annotations
@@ -12,56 +15,100 @@ from dataclasses import replace
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgcd_kernels.core.lm_head import LMHead, Projection, group_name, shard_range
 from sgcd_kernels.core.spelling import explain_choice
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+NUMBERS = (*FLOATS, *INTEGERS)
+FLAGS = (*NUMBERS, torch.bool)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Subclasses of PyTorch's that behave as plain tensors: those of its compiler, and one that waits for a collective.
+_TRANSPARENT = ("torch._subclasses.", "torch.distributed._functional_collectives")
+# Numbers and their reciprocals are far from the ends of fp32, in which the ops compute.
+SMALLEST, LARGEST = 1e-20, 1e20
+INT64 = torch.iinfo(torch.int64)
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its repr, cut if long. Some have none (integers of 5,000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever a stranger's class raises
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def in_tensor(number: object) -> bool:
+    """Whether a number is given in a tensor: its value is read, and checked, inside the op only."""
+    return isinstance(number, Tensor)
 
 
 def check_choice(name: str, value: str, options: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> None:
     """Refuse a name that is not one of `options`; say what was meant, or what it is `elsewhere` (`explain_choice`)."""
     if isinstance(value, str) and value in options:
         return
-    hint = explain_choice(value, options, elsewhere)
-    raise ValueError(f"{name} is {value!r}, needs one of {', '.join(options)}{hint}")
+    hint = explain_choice(value, options, elsewhere) if isinstance(value, str | None) else ""
+    raise ValueError(f"{name} is {shown(value)}, needs one of {', '.join(options)}{hint}")
 
 
-def check_float(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Refuse a number outside [low, high] ((low, high] if `open_low`), or not finite."""
-    bounds = f"{'(' if open_low else '['}{low}, {high}]"
-    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
-    above = number > low if open_low else number >= low
+def check_float(name: str, value: object, low: float, high: float = LARGEST) -> None:
+    """Refuse a number outside [low, high]. A tensor of one element passes: its value is checked inside the op."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+        if value.numel() != 1 or value.dtype not in NUMBERS:
+            raise ValueError(f"{name} is a tensor of shape {list(value.shape)} and {value.dtype}, needs one number")
+        return
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
     # Not math.isfinite, which torch.compile cannot trace when it treats the number as a variable.
-    if not (-math.inf < number < math.inf and above and number <= high):
-        raise ValueError(f"{name} is {value!r}, needs a finite number in {bounds}")
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {shown(value)}, needs a finite number in [{low}, {high}]")
 
 
-def check_int(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+def check_int(name: str, value: object, low: float = INT64.min, high: float = INT64.max) -> None:
     """Refuse anything but an integer in [low, high]."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not (whole and low <= int(value) <= high):  # type: ignore[call-overload]
-        raise ValueError(f"{name} is {value!r}, needs an integer in [{low}, {high}]")
+        raise ValueError(f"{name} is {shown(value)}, needs an integer in [{low}, {high}]")
 
 
-def check_jsd_beta(beta: float) -> None:
-    """At beta 0 or 1 the JSD is constantly 0, and very close to them it is only rounding error."""
-    if not 1e-6 <= beta <= 1 - 1e-6:
+def check_beta(beta: float | Tensor, for_jsd: bool) -> None:
+    """The weight of a mixture. At 0 or 1 the JSD is constantly 0, and very close to them it is only rounding error."""
+    check_float("beta", beta, 0.0, 1.0)
+    if for_jsd and not in_tensor(beta) and not 1e-6 <= beta <= 1 - 1e-6:
         hint = "for beta 0 or 1 as TRL means them use forward_kl or reverse_kl"
         raise ValueError(f"beta is {beta!r}, needs 1e-06 <= beta <= 1 - 1e-06 for a jsd; {hint}")
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuse anything but a tensor, and a DTensor, whose shards mean different things to FSDP and to these ops."""
+    """Refuse anything but a plain tensor.
+
+    A DTensor's shards mean different things to FSDP and to these ops; what other subclasses, sparse and nested tensors
+    mean by their memory, the ops do not know.
+    """
+    kind = type(value)
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), needs a tensor")
+        raise ValueError(f"{name} is {shown(value)} ({kind.__name__}), needs a tensor")
+    if kind in PLAIN_TENSORS and value.layout is torch.strided and not value.is_nested:
+        return
     if hasattr(value, "placements"):  # not isinstance: that would import all of torch.distributed.tensor
         raise ValueError(
             f"{name} is a DTensor, needs a plain tensor: under FSDP2 call from the forward of the module that owns it, "
             f"under vocab-parallelism give {name}.to_local() and group (docs/parallel.md)"
         )
+    if value.is_nested:
+        raise ValueError(f"{name} is a nested tensor, needs a plain one: packed tokens have cu_seqlens")
+    if kind not in PLAIN_TENSORS and not kind.__module__.startswith(_TRANSPARENT):
+        raise ValueError(f"{name} is a {kind.__name__}, a subclass of Tensor; needs a plain tensor")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} has the layout {value.layout}, needs a dense tensor")
 
 
 def check_dtype(name: str, value: Tensor) -> None:
@@ -71,12 +118,32 @@ def check_dtype(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is {value.dtype}, needs a float dtype (fp16, bf16, fp32, fp64){hint}")
 
 
+def check_numeric(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Accept values per token or sequence: `NUMBERS`, `FLAGS` or `INTEGERS`."""
+    if value.dtype not in dtypes:
+        needs = "an integer dtype" if dtypes is INTEGERS else "a real dtype" + (" or bool" if dtypes is FLAGS else "")
+        raise ValueError(f"{name} is {value.dtype}, needs {needs}")
+
+
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device}, needs {other.device}, where {other_name} is")
 
 
-def check_per_token(name: str, value: Tensor | None, leading: torch.Size, device: torch.device) -> None:
+def check_beside(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """Refuse a small tensor (lengths, values per sequence, one number) neither on the CPU nor where `other` is."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != other.device:
+        places = " or ".join(dict.fromkeys(("cpu", str(other.device))))
+        raise ValueError(f"{name} is on {value.device}, needs {places}, where {other_name} is")
+
+
+def check_per_token(
+    name: str,
+    value: Tensor | None,
+    leading: torch.Size,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = NUMBERS,
+) -> None:
     """Accept None, or one value per token, shaped like the leading dimensions of hidden."""
     if value is None:
         return
@@ -85,11 +152,17 @@ def check_per_token(name: str, value: Tensor | None, leading: torch.Size, device
         raise ValueError(f"{name} has shape {list(value.shape)}, needs {list(leading)}, one value per token")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, needs {device}, where hidden is")
+    check_numeric(name, value, dtypes)
 
 
-def check_all_per_token(values: Mapping[str, Tensor | None], leading: torch.Size, device: torch.device) -> None:
+def check_all_per_token(
+    values: Mapping[str, Tensor | None],
+    leading: torch.Size,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = NUMBERS,
+) -> None:
     for name, value in values.items():
-        check_per_token(name, value, leading, device)
+        check_per_token(name, value, leading, device, dtypes)
 
 
 def check_hidden(name: str, hidden: Tensor) -> torch.Size:
@@ -101,9 +174,9 @@ def check_hidden(name: str, hidden: Tensor) -> torch.Size:
     return hidden.shape[:-1]
 
 
-def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "") -> torch.Size:
-    """Check hidden states and their head; return the leading shape. `checked_temperature` checks a tensor's values."""
-    hidden_name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "", hidden_name: str = "hidden") -> torch.Size:
+    """Check hidden states and their head; return the leading shape. `checked_head` checks a tensor's values."""
+    hidden_name, weight_name, bias_name = f"{prefix}{hidden_name}", f"{prefix}weight", f"{prefix}bias"
     leading = check_hidden(hidden_name, hidden)
     check_weight(weight_name, head.weight, hidden_name, hidden)
     if head.bias is not None:
@@ -114,11 +187,13 @@ def check_head(hidden: Tensor, head: LMHead, *, prefix: str = "") -> torch.Size:
             raise ValueError(f"{bias_name} has shape {list(head.bias.shape)}, needs {needs}")
         check_device(bias_name, head.bias, hidden_name, hidden)
     if head.softcap is not None:
-        check_float("softcap", head.softcap, 0.0, open_low=True)
-    if not isinstance(head.temperature, Tensor):
-        check_float("temperature", head.temperature, 0.0, open_low=True)
-    elif head.temperature.dim() != 0:
+        check_float("softcap", head.softcap, SMALLEST)
+        check_beside("softcap", head.softcap, hidden_name, hidden)
+    if isinstance(head.temperature, Tensor) and head.temperature.dim() != 0:
         check_per_token("temperature", head.temperature, leading, hidden.device)
+    else:
+        check_float("temperature", head.temperature, SMALLEST)
+        check_beside("temperature", head.temperature, hidden_name, hidden)
     group_name(head.group)
     return leading
 
@@ -133,14 +208,16 @@ def check_weight(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) ->
     check_device(name, weight, hidden_name, hidden)
 
 
-def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher: LMHead) -> torch.Size:
-    """Check two heads over one vocabulary; return the leading shape."""
-    leading = check_head(student_hidden, head)
+def check_pair(
+    student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher: LMHead, name: str = "student_hidden"
+) -> torch.Size:
+    """Check two heads over one vocabulary; return the leading shape. `name` is what the caller calls the first."""
+    leading = check_head(student_hidden, head, hidden_name=name)
     check_tensor("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != leading:
         got, needs = list(teacher_hidden.shape[:-1]), list(leading)
-        raise ValueError(f"teacher_hidden has leading shape {got}, needs {needs} as student_hidden")
-    check_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+        raise ValueError(f"teacher_hidden has leading shape {got}, needs {needs} as {name}")
+    check_device("teacher_hidden", teacher_hidden, name, student_hidden)
     check_head(teacher_hidden, teacher, prefix="teacher_")
     if teacher.weight.shape[0] != head.weight.shape[0]:
         vocab, needed = teacher.weight.shape[0], head.weight.shape[0]
@@ -151,38 +228,49 @@ def check_pair(student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor, tea
 def check_targets(targets: Tensor, leading: torch.Size, device: torch.device, mask: Tensor | None = None) -> None:
     """Accept integers, and a mask, per token."""
     check_tensor("targets", targets)
-    if targets.dtype not in INTEGERS:
-        raise ValueError(f"targets is {targets.dtype}, needs an integer dtype")
-    check_all_per_token({"targets": targets, "mask": mask}, leading, device)
+    check_numeric("targets", targets, INTEGERS)
+    check_per_token("targets", targets, leading, device, INTEGERS)
+    check_per_token("mask", mask, leading, device, FLAGS)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, other_name: str, other: Tensor) -> None:
     """Accept integers [B + 1]; their values are checked by `cu_seqlens_values`."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {got}, needs integers [B + 1]")
+    check_beside("cu_seqlens", cu_seqlens, other_name, other)
 
 
-def check_advantages(advantages: Tensor, leading: torch.Size, sequences: int) -> None:
-    """Accept one per token or one per sequence."""
-    check_tensor("advantages", advantages)
-    if advantages.shape != leading and advantages.shape != (sequences,):
-        got, needs = list(advantages.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
-        raise ValueError(f"advantages has shape {got}, needs {needs}")
+def check_per_token_or_sequence(
+    name: str,
+    value: Tensor,
+    leading: torch.Size,
+    sequences: int,
+    like: tuple[str, Tensor],
+    dtypes: Sequence[torch.dtype] = NUMBERS,
+) -> None:
+    """Accept one value per token or one per sequence, on the CPU or where `like`, a name and its tensor, is."""
+    check_tensor(name, value)
+    if value.shape != leading and value.shape != (sequences,):
+        got, needs = list(value.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
+        raise ValueError(f"{name} has shape {got}, needs {needs}")
+    check_numeric(name, value, dtypes)
+    check_beside(name, value, *like)
 
 
-def checked_temperature(head: LMHead) -> LMHead:
-    """Refuse temperatures that are not positive; return a 0-dimensional one as a number, others flat, per token."""
+def checked_head(head: LMHead) -> LMHead:
+    """Refuse temperatures and a softcap outside [SMALLEST, LARGEST]; return temperatures per token flat."""
     temperature = head.temperature
+    if head.softcap is not None:
+        check_float("softcap", head.softcap, SMALLEST)
     if not isinstance(temperature, Tensor):
+        check_float("temperature", temperature, SMALLEST)
         return head
-    if temperature.dim() == 0:
-        check_float("temperature", float(temperature), 0.0, open_low=True)
-        return replace(head, temperature=float(temperature))
     flat = temperature.detach().reshape(-1)
-    if flat.numel() and not bool((flat > 0).all() & flat.isfinite().all()):
-        raise ValueError(f"temperature has a minimum of {float(flat.min())}, needs finite numbers > 0")
+    wrong = ~((flat >= SMALLEST) & (flat <= LARGEST))  # not <, which a NaN would pass
+    if bool(wrong.any()):
+        raise ValueError(f"temperature holds {float(flat[wrong][0])}, needs numbers in [{SMALLEST}, {LARGEST}]")
     return replace(head, temperature=flat)
 
 
@@ -207,7 +295,7 @@ def project_targets(
 ) -> tuple[Projection, Tensor]:
     """(the head on the tokens that are neither ignored nor masked, their targets [n]), values checked."""
     flat = checked_targets(targets, head, ignore_index, mask)
-    x = Projection.of(hidden, checked_temperature(head)).on(flat != ignore_index)
+    x = Projection.of(hidden, checked_head(head)).on(flat != ignore_index)
     return x, x.gather(flat)
 
 
@@ -216,7 +304,6 @@ def cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, look: bool = True) -> 
 
     Without `look` the values are not read, for which the host would have to wait for the GPU.
     """
-    check_cu_seqlens(cu_seqlens)
     cu = cu_seqlens.long()
     if look and (int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((cu.diff() < 0).any())):
         got = f"from {int(cu[0])} to {int(cu[-1])}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from sgcd_kernels.core.validation import check_choice, check_float, check_int
+from sgcd_kernels.core.validation import SMALLEST, check_choice, check_float, check_int, in_tensor, shown
 
 Rule = Literal[
     "sgcd", "gear", "rlsd", "sc_grpo", "egrsd", "dgpo", "turn_level", "uniform", "matched_uniform", "permuted", "none"
@@ -18,13 +19,14 @@ class CreditConfig:
     """How divergence becomes token weights. Raises ValueError naming the invalid field.
 
     (P) is stated by SGCD, arXiv 2606.12634; (R) is our choice where the paper is silent, after GEAR, arXiv 2605.11853.
-    `d_floor` is .1: with .01, a reference without content (mean KL about .005) still produced spikes in a trial run.
+    `d_floor` is .1: with .01, a reference without content (mean KL about .005) still produced spikes in a trial run. A
+    float may be a tensor of one element, whose value is checked when it is used.
 
     >>> CreditConfig(gamma=0.5).clip
     2.0
     >>> CreditConfig(clip=0.5)
     Traceback (most recent call last):
-    ValueError: clip is 0.5, needs a finite number in [1.0, inf]
+    ValueError: clip is 0.5, needs a finite number in [1.0, 1e+20]
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -58,17 +60,17 @@ class CreditConfig:
         check_choice("span_value", self.span_value, get_args(SpanValue))
         check_float("gamma", self.gamma, 0.0)
         check_float("clip", self.clip, 1.0)
-        check_float("quantile", self.quantile, 0.0, 1.0, open_low=True)
+        check_float("quantile", self.quantile, SMALLEST, 1.0)
         check_float("start", self.start, 0.0, 1.0)
         check_float("entropy_ratio", self.entropy_ratio, 1.0)
         check_float("entropy_margin", self.entropy_margin, 0.0)
         check_float("reset", self.reset, 0.0)
-        if self.reset > self.start:
+        if not in_tensor(self.reset) and not in_tensor(self.start) and self.reset > self.start:
             raise ValueError(f"reset is {self.reset}, needs 0 <= reset <= start = {self.start}")
         check_int("patience", self.patience, 1)
-        check_int("seed", self.seed)
+        check_int("seed", self.seed, -math.inf, math.inf)
         for name in ("d_floor", "sc_grpo_floor", "dgpo_tau"):
-            check_float(name, getattr(self, name), 0.0, open_low=True)
+            check_float(name, getattr(self, name), SMALLEST)
         for name in ("egrsd_gamma", "dgpo_kappa"):
             check_float(name, getattr(self, name), 0.0)
         for name in (
@@ -89,4 +91,4 @@ DEFAULT = CreditConfig()
 def check_config(config: object) -> None:
     """Refuse anything but a CreditConfig."""
     if not isinstance(config, CreditConfig):
-        raise ValueError(f"config is {config!r} ({type(config).__name__}), needs a CreditConfig")
+        raise ValueError(f"config is {shown(config)} ({type(config).__name__}), needs a CreditConfig")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgcd_kernels.backends.protocol import Backend, SpanLimits
+from sgcd_kernels.core.validation import in_tensor
 from sgcd_kernels.credit.config import CreditConfig
 from sgcd_kernels.credit.eligible import EligibleTokens
 
@@ -44,7 +45,7 @@ class Rule:
 
     compute: Callable[[Batch, CreditConfig], Credit]
     reads: tuple[str, ...]  # arguments of `credit_weights`
-    uses_gamma: bool = False  # W = 1 wherever gamma is 0
+    never_acts: Callable[[CreditConfig], bool] = lambda cfg: False  # whether W is 1 whatever it reads
 
 
 def _normalise(d: Tensor, batch: Batch, cfg: CreditConfig) -> Tensor:
@@ -148,22 +149,43 @@ def _none(batch: Batch, cfg: CreditConfig) -> Credit:
     return _plain(batch.zeros + 1)
 
 
+def _any_is(*values: tuple[float, float]) -> bool:
+    """Whether one of the numbers has its value. Those in tensors are not read, and count as others."""
+    return any(not in_tensor(number) and number == value for number, value in values)
+
+
+def _flat(cfg: CreditConfig) -> bool:
+    return _any_is((cfg.gamma, 0.0), (cfg.clip, 1.0))
+
+
+def _spanless(cfg: CreditConfig) -> bool:
+    return _flat(cfg) or _any_is((cfg.start, 1.0))  # u never exceeds 1
+
+
 _SPIKES = ("divergence", "teacher_entropy")
 RULES = {
-    "sgcd": Rule(_sgcd, _SPIKES, uses_gamma=True),
-    "none": Rule(_none, ()),
-    "uniform": Rule(_uniform, (), uses_gamma=True),
-    "matched_uniform": Rule(_matched_uniform, _SPIKES, uses_gamma=True),
-    "permuted": Rule(_permuted, _SPIKES, uses_gamma=True),
-    "gear": Rule(_gear, ("advantages", "log_ratio", "teacher_entropy")),
-    "rlsd": Rule(_rlsd, ("advantages", "log_ratio")),
+    "sgcd": Rule(_sgcd, _SPIKES, _spanless),
+    "none": Rule(_none, (), lambda cfg: True),
+    "uniform": Rule(_uniform, (), _flat),
+    "matched_uniform": Rule(_matched_uniform, _SPIKES, _spanless),
+    "permuted": Rule(_permuted, _SPIKES, _spanless),
+    "gear": Rule(_gear, ("advantages", "log_ratio", "teacher_entropy"), lambda cfg: _any_is((cfg.gear_alpha, 0.0))),
+    "rlsd": Rule(
+        _rlsd, ("advantages", "log_ratio"), lambda cfg: _any_is((cfg.rlsd_lambda, 0.0), (cfg.rlsd_epsilon, 0.0))
+    ),
     "sc_grpo": Rule(_sc_grpo, ("forward_kl",)),
-    "egrsd": Rule(_egrsd, ("advantages", "log_ratio", "teacher_entropy")),
+    "egrsd": Rule(
+        _egrsd,
+        ("advantages", "log_ratio", "teacher_entropy"),
+        lambda cfg: _any_is((cfg.egrsd_epsilon, 0.0)) and _any_is((cfg.egrsd_gamma, 0.0), (cfg.egrsd_floor, 1.0)),
+    ),
     "dgpo": Rule(_dgpo, ("bhattacharyya", "student_entropy")),
-    "turn_level": Rule(_turn_level, ("advantages", "log_ratio", "turn_ids")),
+    "turn_level": Rule(
+        _turn_level, ("advantages", "log_ratio", "turn_ids"), lambda cfg: _any_is((cfg.turn_epsilon, 0.0))
+    ),
 }
 
 
 def never_acts(config: CreditConfig) -> bool:
-    """Whether every weight is 1 whatever the teacher says: rule "none", or gamma 0 in a rule that uses it."""
-    return config.rule == "none" or (RULES[config.rule].uses_gamma and config.gamma == 0)
+    """Whether every weight is 1 whatever the teacher says: rule "none", gamma 0, clip 1, gear_alpha 0 and so on."""
+    return RULES[config.rule].never_acts(config)

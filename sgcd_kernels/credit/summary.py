@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -77,7 +80,16 @@ def warn_if_inert(sums: CreditSums) -> None:
         what = "all weights are 1" if sums.diverging else "all divergences are 0"
         meaning = "" if sums.weighted else ", so this is plain GRPO"
         message = f"credit is inert: {what} over {int(sums.tokens)} eligible tokens{meaning}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of the line outside this package and PyTorch that led here."""
+    inside = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*inside, "<eval_with_key>")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _sum(x: Tensor, over: Tensor) -> Tensor:

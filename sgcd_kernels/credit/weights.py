@@ -13,10 +13,14 @@ from sgcd_kernels.backends.registry import credit_backend
 from sgcd_kernels.core.lm_head import stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
+    FLAGS,
+    NUMBERS,
+    check_all_per_token,
     check_choice,
     check_cu_seqlens,
-    check_device,
+    check_numeric,
     check_per_token,
+    check_per_token_or_sequence,
     check_tensor,
     cu_seqlens_values,
 )
@@ -97,17 +101,34 @@ def credit_weights(
     """
     check_config(config)
     check_choice("impl", impl, IMPLS)
-    check_cu_seqlens(cu_seqlens)
-    check_tensor("divergence", divergence)
     signals = CreditSignals(
         divergence, teacher_entropy, advantages, log_ratio, forward_kl, bhattacharyya, student_entropy
     )
-    given = signals._asdict() | {"mask": mask, "turn_ids": turn_ids}
-    for name, value in given.items():
-        if value is not None:
-            check_tensor(name, value)
+    _check_inputs(signals, cu_seqlens, mask, turn_ids, config)
     signals = CreditSignals(*(None if x is None else x.detach() for x in signals))  # type: ignore[arg-type]
-    return credit_op(signals, cu_seqlens, mask, turn_ids, config_for_op(config), impl)
+    return credit_op(signals, cu_seqlens, mask, turn_ids, config_for_op(config), impl, "")
+
+
+def _check_inputs(
+    signals: CreditSignals, cu_seqlens: Tensor, mask: Tensor | None, turn_ids: Tensor | None, config: CreditConfig
+) -> None:
+    divergence, like = signals.divergence, ("divergence", signals.divergence)
+    check_tensor(*like)
+    if divergence.dim() != 1:
+        raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
+    check_numeric(*like, NUMBERS)
+    shape, device = divergence.shape, divergence.device
+    check_cu_seqlens(cu_seqlens, *like)
+    check_per_token("mask", mask, shape, device, FLAGS)
+    check_per_token("turn_ids", turn_ids, shape, device)
+    given = signals._asdict()
+    for name in RULES[config.rule].reads:
+        if (given | {"turn_ids": turn_ids})[name] is None:
+            raise ValueError(f"{name} is None, needs one value per token for rule {config.rule!r}")
+    advantages = given.pop("advantages")
+    if advantages is not None:
+        check_per_token_or_sequence("advantages", advantages, shape, cu_seqlens.numel() - 1, like)
+    check_all_per_token(given, shape, device)
 
 
 def config_for_op(config: CreditConfig) -> CreditConfig:
@@ -129,28 +150,23 @@ def credit_op(
     turn_ids: Tensor | None,
     config: CreditConfig,
     impl: str,
+    origin: str,
 ) -> Credit:
+    """`origin` says in errors what the signals were computed from."""
     divergence, rule = signals.divergence, RULES[config.rule]
-    if divergence.dim() != 1:
-        raise ValueError(f"divergence has shape {list(divergence.shape)}, needs packed [N]")
     shape, device, on_host = divergence.shape, divergence.device, divergence.device.type == "cpu"
     cu = cu_seqlens_values(cu_seqlens, divergence.numel(), look=on_host or cu_seqlens.device.type == "cpu").to(device)
-    for name, value in (("mask", mask), ("turn_ids", turn_ids)):
-        check_per_token(name, value, shape, device)
     eligible = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask != 0
-    turns = None if turn_ids is None else turn_ids.long().contiguous()
+    turns = None if turn_ids is None else turn_ids.long()
+    if turn_ids is not None and turns is not None and on_host and bool((turns != turn_ids).any()):
+        raise ValueError(f"turn_ids holds {float(turn_ids[turns != turn_ids][0])}, needs whole numbers")
     tokens = EligibleTokens(cu, eligible, turns)
-    given = signals._replace(advantages=_per_token(signals.advantages, tokens, divergence))._asdict()
-    for name, value in given.items():
-        check_per_token(name, value, shape, device)
-    for name, value in (given | {"turn_ids": turns}).items():
-        if name in rule.reads and value is None:
-            raise ValueError(f"{name} is None, needs one value per token for rule {config.rule!r}")
+    given = signals._replace(advantages=_per_token(signals.advantages, tokens))._asdict()
     read = {name: value for name, value in given.items() if name in rule.reads}
     if on_host:
-        _check_finite(read, eligible)
+        _check_finite(read, eligible, origin)
     dtype = stats_dtype(divergence)
-    inputs = {name: x.to(dtype).contiguous() for name, x in read.items()}
+    inputs = {name: x.to(dtype) for name, x in read.items()}
     zeros = torch.zeros(shape, dtype=dtype, device=device)
     if divergence.numel() == 0:
         return Credit(zeros, zeros.clone(), zeros.long())
@@ -164,19 +180,17 @@ def credit_op(
     )
 
 
-def _check_finite(read: dict[str, Tensor], eligible: Tensor) -> None:
+def _check_finite(read: dict[str, Tensor], eligible: Tensor, origin: str) -> None:
     for name, x in read.items():
         if count := int((eligible & ~x.isfinite()).sum()):
-            raise ValueError(f"{name} holds {count} NaN or infinite values at eligible tokens, needs finite ones")
+            raise ValueError(
+                f"{name}{origin} holds {count} NaN or infinite values at eligible tokens, needs finite ones"
+            )
 
 
-def _per_token(advantages: Tensor | None, tokens: EligibleTokens, divergence: Tensor) -> Tensor | None:
+def _per_token(advantages: Tensor | None, tokens: EligibleTokens) -> Tensor | None:
     """Advantages per token, given per token or per sequence."""
-    if advantages is None or advantages.shape == divergence.shape:
-        return advantages
-    sequences = tokens.lengths.numel()
-    if advantages.shape != (sequences,):
-        got, needs = list(advantages.shape), f"[{divergence.numel()}] (per token) or [{sequences}] (per sequence)"
-        raise ValueError(f"advantages has shape {got}, needs {needs}")
-    check_device("advantages", advantages, "divergence", divergence)
-    return tokens.spread(advantages)
+    if advantages is None:
+        return None
+    advantages = advantages.to(tokens.eligible.device)
+    return advantages if advantages.shape == tokens.eligible.shape else tokens.spread(advantages)

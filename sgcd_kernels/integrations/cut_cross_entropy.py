@@ -127,7 +127,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads spell only what
     _check_bias(bias)
     e, targets = _shifted(e, targets, shift)
     stats = linear_logprob(
-        e.reshape(-1, e.shape[-1]),
+        e.reshape(targets.numel(), e.shape[-1]),
         c,
         targets.reshape(-1),
         bias=bias,

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack  # a dependency of torch; in `typing` from 3.11
 
+from sgcd_kernels.core.registration import as_number_tensor
 from sgcd_kernels.core.surrogate import LOSSES_ELSEWHERE
-from sgcd_kernels.core.validation import check_choice, check_tensor
+from sgcd_kernels.core.validation import check_choice, check_float, check_tensor
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.ops.logprob import linear_logprob
 from sgcd_kernels.ops.policy_loss import linear_policy_loss
@@ -148,7 +149,7 @@ class _LigerLoss(nn.Module):
     def _reference(self, ids: Tensor, states: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if states is None or weight is None:
             raise ValueError("ref_input or ref_weight is None, and ref_per_token_logps too: beta needs a reference")
-        states = states.reshape(*ids.shape, -1)
+        states = _states("ref_input", states, ids)
         return linear_logprob(states, weight, ids, bias=bias, temperature=self.temperature, impl=self.impl).logp
 
     def _metrics(self, metrics: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -167,7 +168,19 @@ class _LigerLoss(nn.Module):
                 return None
             num_items_in_batch = mask.sum()
             dist.all_reduce(num_items_in_batch)
-        return (torch.as_tensor(num_items_in_batch, device=mask.device).float() / processes).clamp(min=1.0)
+        check_float("num_items_in_batch", num_items_in_batch, 0.0)
+        items = as_number_tensor(num_items_in_batch) / processes
+        return torch.where(items < 0, items, items.clamp(min=1.0))  # the op refuses what is negative
+
+
+def _states(name: str, states: Tensor, ids: Tensor) -> Tensor:  # [B, T, H] or [B T, H]
+    """Hidden states as [B, T, H]."""
+    check_tensor("selected_token_ids", ids)
+    check_tensor(name, states)
+    if ids.dim() != 2 or states.dim() < 2 or states.shape[:-1].numel() != ids.numel():
+        got, ids_got = list(states.shape), list(ids.shape)
+        raise ValueError(f"{name} has shape {got}, needs [B, T, H] to fit selected_token_ids [B, T], here {ids_got}")
+    return states.reshape(*ids.shape, states.shape[-1])
 
 
 def _per_token(ratio: Tensor, shape: torch.Size) -> Tensor:
@@ -233,7 +246,7 @@ class LigerFusedLinearGRPOLoss(_LigerLoss):
             vllm_is_ratio,
             num_items_in_batch,
         )
-        states = _input.reshape(*selected_token_ids.shape, -1)
+        states = _states("_input", _input, selected_token_ids)
         loss, metrics = linear_policy_loss(states, lin_weight, selected_token_ids, advantages, **more)
         return loss, self._metrics(metrics)
 
@@ -302,10 +315,10 @@ class LigerFusedLinearSGCDLoss(_LigerLoss):
             num_items_in_batch,
         )
         loss, metrics = sgcd_loss(
-            _input.reshape(*selected_token_ids.shape, -1),
+            _states("_input", _input, selected_token_ids),
             lin_weight,
             selected_token_ids,
-            teacher_input.reshape(*selected_token_ids.shape, -1),
+            _states("teacher_input", teacher_input, selected_token_ids),
             advantages,
             teacher_weight=teacher_weight,
             teacher_bias=teacher_bias,

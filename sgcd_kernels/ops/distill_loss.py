@@ -14,12 +14,13 @@ from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs, Projection, empty_grads, stats_dtype
 from sgcd_kernels.core.registration import register, restore, save
 from sgcd_kernels.core.validation import (
+    FLAGS,
+    check_beside,
+    check_beta,
     check_choice,
-    check_float,
-    check_jsd_beta,
     check_pair,
     check_per_token,
-    checked_temperature,
+    checked_head,
 )
 from sgcd_kernels.ops.divergence import teacher_head
 
@@ -51,6 +52,9 @@ def linear_distill_loss(
     0 where masked); "mean" averages over the unmasked tokens (0 if there are none). Teacher head, softcap and
     non-finite inputs are as in `linear_divergence`. A jsd needs beta in [1e-6, 1 - 1e-6]; other kinds ignore it.
 
+    A token at which reverse_kl is +inf, because the teacher forbids what the student may say, has the gradient 0: the
+    formula would be inf - inf. That of an infinite forward_kl is p - q, as everywhere.
+
     Gradients: student_hidden, weight, bias
     Backends: triton, cpp, torch
     Cost: 2 U forward, 4 U backward; for kind "jsd" 4 U forward, 4 U backward
@@ -75,18 +79,17 @@ def linear_distill_loss(
     """
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_float("beta", beta, 0.0, 1.0)
-    if kind == "jsd":
-        check_jsd_beta(beta)
+    check_beta(beta, kind == "jsd")
     check_choice("impl", impl, IMPLS)
     head = LMHead(weight, bias, softcap, temperature, group)
     teacher = teacher_head(head, teacher_weight, teacher_bias)
     leading = check_pair(student_hidden, head, teacher_hidden, teacher)
-    check_per_token("mask", mask, leading, student_hidden.device)
+    check_beside("beta", beta, "student_hidden", student_hidden)
+    check_per_token("mask", mask, leading, student_hidden.device, FLAGS)
     head, teacher = head.with_constant_temperature(), teacher.with_constant_temperature()
     teacher = replace(teacher, weight=teacher.weight.detach(), bias=_detached(teacher.bias))
     inputs = _Inputs(student_hidden, head, teacher_hidden.detach(), teacher, mask)
-    return distill_op(inputs, _Options(kind, float(beta), reduction, impl)).loss
+    return distill_op(inputs, _Options(kind, beta, reduction, impl)).loss
 
 
 class _Inputs(NamedTuple):
@@ -97,10 +100,10 @@ class _Inputs(NamedTuple):
     mask: Tensor | None
 
     def projections(self) -> tuple[Projection, Projection]:
-        student = Projection.of(self.hidden, checked_temperature(self.head))
+        student = Projection.of(self.hidden, checked_head(self.head))
         if self.mask is not None:
             student = student.on(self.mask.reshape(-1) != 0)
-        return student, Projection.of(self.teacher_hidden, checked_temperature(self.teacher), student.rows)
+        return student, Projection.of(self.teacher_hidden, checked_head(self.teacher), student.rows)
 
     def stats_dtype(self) -> torch.dtype:
         return stats_dtype(self.hidden, self.head.weight, self.teacher_hidden, self.teacher.weight)
@@ -125,7 +128,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 def _fake(inputs: _Inputs, options: _Options) -> _Result:
     hidden, dtype = inputs.hidden, inputs.stats_dtype()
     leading = hidden.shape[:-1]
-    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in range(3)))
+    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in DistillSaved._fields))
     return _Result(hidden.new_empty(leading if options.reduction == "none" else (), dtype=dtype), saved)
 
 
@@ -144,6 +147,7 @@ def _backward(ctx: Any, upstream: _Result) -> dict[str, Tensor | None]:
 @register(_fake, _setup, _backward, differentiable=("loss",))
 def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     kind, shape = options.kind, inputs.hidden.shape[:-1]
+    check_beta(options.beta, kind == "jsd")
     student, teacher = inputs.projections()
     asked = DivergenceOptions(("jsd", "mixture_kl") if kind == "jsd" else (), options.beta)
     if inputs.head.group is not None:
@@ -154,16 +158,17 @@ def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     if student.num_rows == 0:
         zeros = torch.zeros(shape, dtype=inputs.stats_dtype(), device=inputs.hidden.device)
         loss = zeros.clone() if options.reduction == "none" else zeros.sum()
-        return _Result(loss, DistillSaved(*(zeros.clone() for _ in range(3))))
+        return _Result(loss, DistillSaved(*(zeros.clone() for _ in DistillSaved._fields)))
     unused = torch.zeros(student.num_rows, dtype=torch.long, device=inputs.hidden.device)
     with no_autocast(inputs.hidden.device):
         fields = backend.divergence_forward(student, teacher, unused, asked)
-    values, mean_log_ratio = fields[kind], fields["mixture_kl" if kind == "jsd" else kind]
-    saved = (student.scatter(x, shape) for x in (fields["student_lse"], fields["teacher_lse"], mean_log_ratio))
+    values = fields[kind]
+    fields["mean_log_ratio"] = fields["mixture_kl" if kind == "jsd" else kind]
+    saved = DistillSaved(**{name: student.scatter(fields[name], shape) for name in DistillSaved._fields})
     if options.reduction == "none":
-        return _Result(student.scatter(values, shape), DistillSaved(*saved))
+        return _Result(student.scatter(values, shape), saved)
     total = values.sum()
-    return _Result(total if options.reduction == "sum" else total / values.numel(), DistillSaved(*saved))
+    return _Result(total if options.reduction == "sum" else total / values.numel(), saved)
 
 
 def _fake_backward(

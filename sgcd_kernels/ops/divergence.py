@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -15,14 +15,16 @@ from sgcd_kernels.backends.registry import backend_for, no_autocast
 from sgcd_kernels.core.lm_head import LMHead, Projection, shard_range, stats_dtype
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.validation import (
+    check_beside,
+    check_beta,
     check_choice,
-    check_float,
     check_int,
-    check_jsd_beta,
     check_pair,
     check_targets,
-    checked_temperature,
+    check_tensor,
+    checked_head,
     project_targets,
+    shown,
 )
 
 FEATURES = ("jsd", "tv")
@@ -105,11 +107,13 @@ def linear_divergence(
     """
     if isinstance(features, str):
         raise ValueError(f"features is {features!r}, a string; needs a sequence of names, such as ({features!r},)")
+    if not isinstance(features, (Sequence, Set)):  # an iterator would be empty when it is read again
+        raise ValueError(f"features is {shown(features)}, needs a sequence of names, such as ('jsd',)")
     for feature in features:
         check_choice("features", feature, FEATURES)
-    check_float("beta", beta, 0.0, 1.0)
-    if "jsd" in features:
-        check_jsd_beta(beta)
+    check_beta(beta, "jsd" in features)
+    check_tensor("student_hidden", student_hidden)
+    check_beside("beta", beta, "student_hidden", student_hidden)
     check_choice("impl", impl, IMPLS)
     check_int("ignore_index", ignore_index)
     head = LMHead(weight, bias, softcap, temperature, group)
@@ -118,9 +122,14 @@ def linear_divergence(
     check_targets(targets, leading, student_hidden.device)
     if top_k is not None:  # a shard's V is known inside the op
         check_int("top_k", top_k, 1, weight.shape[0] if group is None else math.inf)
-    options = DivergenceOptions(tuple(name for name in FEATURES if name in features), float(beta), top_k)
+    options = DivergenceOptions(tuple(name for name in FEATURES if name in features), beta, top_k)
     with torch.no_grad():
-        return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl)
+        return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl).stats
+
+
+class Divergence(NamedTuple):
+    stats: DivergenceStats
+    student_lse_low: Tensor  # what rounding took from stats.student_lse
 
 
 def teacher_head(head: LMHead, weight: Tensor | None, bias: Tensor | None) -> LMHead:
@@ -146,9 +155,10 @@ def _fake(
     ignore_index: int,
     options: DivergenceOptions,
     impl: str,
-) -> DivergenceStats:
+) -> Divergence:
     dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
-    return DivergenceStats(**{name: targets.new_empty(targets.shape, dtype=dtype) for name in _given(options)})
+    fields = {name: targets.new_empty(targets.shape, dtype=dtype) for name in _given(options)}
+    return Divergence(DivergenceStats(**fields), targets.new_empty(targets.shape, dtype=dtype))
 
 
 @register(_fake)
@@ -161,9 +171,10 @@ def divergence_op(
     ignore_index: int,
     options: DivergenceOptions,
     impl: str,
-) -> DivergenceStats:
+) -> Divergence:
+    check_beta(options.beta, "jsd" in options.features)
     student, y = project_targets(student_hidden, head, targets, ignore_index)
-    other = Projection.of(teacher_hidden, checked_temperature(teacher), student.rows)
+    other = Projection.of(teacher_hidden, checked_head(teacher), student.rows)
     if head.group is not None and options.top_k is not None:
         check_int("top_k", options.top_k, 1, shard_range(head)[1])
     second_pass = bool(options.features) or options.top_k is not None
@@ -171,7 +182,8 @@ def divergence_op(
     if student.num_rows == 0:
         dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
         zeros = torch.zeros(targets.shape, dtype=dtype, device=targets.device)
-        return DivergenceStats(**{name: zeros.clone() for name in _given(options)})
+        return Divergence(DivergenceStats(**{name: zeros.clone() for name in _given(options)}), zeros)
     with no_autocast(student_hidden.device):
         fields = backend.divergence_forward(student, other, y, options)
-    return DivergenceStats(**{name: student.scatter(fields[name], targets.shape) for name in _given(options)})
+    stats = DivergenceStats(**{name: student.scatter(fields[name], targets.shape) for name in _given(options)})
+    return Divergence(stats, student.scatter(fields["student_lse_low"], targets.shape))

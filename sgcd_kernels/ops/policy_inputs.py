@@ -14,13 +14,15 @@ from sgcd_kernels.backends.protocol import IMPLS
 from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.core.surrogate import PER_SEQUENCE, PolicyLossConfig
 from sgcd_kernels.core.validation import (
-    check_advantages,
     check_all_per_token,
+    check_beside,
     check_choice,
     check_cu_seqlens,
     check_head,
     check_int,
+    check_per_token_or_sequence,
     check_targets,
+    shown,
 )
 
 
@@ -60,7 +62,7 @@ class Settings(NamedTuple):
         left = dict(options)
         policy = left.pop("policy", _POLICY)
         if not isinstance(policy, PolicyLossConfig):
-            raise ValueError(f"policy is {policy!r} ({type(policy).__name__}), needs a PolicyLossConfig")
+            raise ValueError(f"policy is {shown(policy)} ({type(policy).__name__}), needs a PolicyLossConfig")
         fields_of_policy = {name: left.pop(name, getattr(policy, name)) for name in _POLICY_FIELDS}
         head = {name: left.pop(name) for name in _HEAD_FIELDS if name in left}
         ignore_index, impl = left.pop("ignore_index", -100), left.pop("impl", "auto")
@@ -91,18 +93,22 @@ class PolicyTokens(NamedTuple):
 def check_policy_inputs(hidden: Tensor, tokens: PolicyTokens, settings: Settings) -> torch.Size:
     """Refuse shapes, dtypes and devices that do not fit, and a missing ref_logp; return the leading shape."""
     policy = settings.policy
-    if policy.beta != 0 and tokens.ref_logp is None:
+    if policy.has_kl and tokens.ref_logp is None:
         raise ValueError(f"ref_logp is None, needs the reference policy's log-probs for beta {policy.beta}")
-    leading = check_head(hidden, settings.head)
+    leading, like = check_head(hidden, settings.head), ("hidden", hidden)
     check_targets(tokens.targets, leading, hidden.device, tokens.mask)
-    check_advantages(tokens.advantages, leading, check_sequences(leading, tokens.cu_seqlens, policy.loss_type))
+    sequences = check_sequences(hidden, tokens.cu_seqlens, policy.loss_type)
+    check_per_token_or_sequence("advantages", tokens.advantages, leading, sequences, like)
+    for name in _POLICY_FIELDS:
+        check_beside(name, getattr(policy, name), *like)
     per_token = {name: getattr(tokens, name) for name in ("old_logp", "ref_logp", "importance_weights")}
     check_all_per_token(per_token, leading, hidden.device)
     return leading
 
 
-def check_sequences(leading: torch.Size, cu_seqlens: Tensor | None, loss_type: str) -> int:
+def check_sequences(hidden: Tensor, cu_seqlens: Tensor | None, loss_type: str) -> int:
     """Refuse `cu_seqlens` that are missing, or given with [B, T, H]; return the number of sequences."""
+    leading = hidden.shape[:-1]
     if len(leading) == 2:
         if cu_seqlens is not None:
             raise ValueError(f"cu_seqlens is given with hidden [B, T, H], T = {leading[1]}; needs packed hidden [N, H]")
@@ -111,5 +117,5 @@ def check_sequences(leading: torch.Size, cu_seqlens: Tensor | None, loss_type: s
         if loss_type in PER_SEQUENCE:
             raise ValueError(f"cu_seqlens is None, needs [B + 1] for loss_type {loss_type!r} on packed hidden [N, H]")
         return 1
-    check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens(cu_seqlens, "hidden", hidden)
     return cu_seqlens.numel() - 1

@@ -6,7 +6,6 @@ multiplies them by the incoming gradient, in place.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,8 @@ from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, empty_grads,
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments
 from sgcd_kernels.core.statistics import LogprobValues
-from sgcd_kernels.core.surrogate import PolicyLossConfig, PolicyMetrics, TokenInputs, surrogate_loss
-from sgcd_kernels.core.validation import (
-    check_all_per_token,
-    check_float,
-    project_targets,
-)
+from sgcd_kernels.core.surrogate import PolicyMetrics, TokenInputs, surrogate_loss
+from sgcd_kernels.core.validation import check_all_per_token, project_targets
 from sgcd_kernels.ops.policy_inputs import PolicyOptions, PolicyTokens, Settings, check_policy_inputs
 
 
@@ -58,6 +53,7 @@ def linear_policy_loss(
       TRL's epsilon_high for cispo is the cap itself, so its 5.0 is 4.0 here.
     - `importance_weights`, such as truncated exp(trainer - engine) log-probs, multiply the policy term per token.
     - `lse` from a scoring pass over the same hidden and weight saves a product; the metric `entropy` is then absent.
+      In fp32 it is off by up to |lse| 2^-24, and so is every log p: 5e-4 at 16,384. Given in fp64, it is exact.
     - `num_items_in_batch` is the divisor of the whole batch under gradient accumulation: sequences for grpo and gspo,
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
     - Masked and ignored tokens are not computed: a NaN or a target outside the vocabulary there has no effect. With no
@@ -94,7 +90,8 @@ def linear_policy_loss(
 class KnownLse(NamedTuple):
     """The student's log-sum-exps from a scoring pass, like `targets`."""
 
-    lse: Tensor | None = None
+    lse: Tensor | None = None  # in fp64, or rounded to fp32
+    low: Tensor | None = None  # what that rounding took from it, if it is known
     known: Tensor | None = None  # bool; None is everywhere
 
 
@@ -108,6 +105,8 @@ class PolicyResult(NamedTuple):
 
 def policy_loss(hidden: Tensor, tokens: PolicyTokens, settings: Settings, known: KnownLse) -> PolicyResult:
     """The op on checked inputs. Only hidden, weight and bias are differentiable."""
+    if not settings.policy.has_kl:
+        tokens = tokens._replace(ref_logp=None)
     plain = PolicyTokens(*(None if x is None else x.detach() for x in tokens))  # type: ignore[arg-type]
     known = KnownLse(*(None if x is None else x.detach() for x in known))
     settings = settings._replace(head=settings.head.with_constant_temperature())
@@ -120,8 +119,7 @@ def _fake(hidden: Tensor, settings: Settings, tokens: PolicyTokens, known: Known
     def scalar(given: bool = True) -> Tensor | None:
         return hidden.new_empty((), dtype=dtype) if given else None
 
-    with_kl = tokens.ref_logp is not None and settings.policy.beta != 0
-    optional = {"kl": scalar(with_kl), "entropy": scalar(known.lse is None)}
+    optional = {"kl": scalar(tokens.ref_logp is not None), "entropy": scalar(known.lse is None)}
     metrics = PolicyMetrics(**{name: optional.get(name, scalar()) for name in PolicyMetrics._fields})  # type: ignore[arg-type]
     logp, entropy = (targets.new_empty(targets.shape, dtype=dtype) for _ in range(2))
     grads = empty_grads(hidden, head, needs, saved=True)
@@ -175,11 +173,12 @@ def policy_loss_op(
     surrogate = (
         x.gather(segments.per_token(advantages, leading)),
         segments.gather(x.rows),
-        _with_number_of_items(settings.policy),
+        settings.policy,
         TokenInputs(*(optional(v) for v in (tokens.old_logp, tokens.ref_logp, tokens.importance_weights))),
     )
     with no_autocast(hidden.device):
-        values, cached = _log_probs(x, y, known, optional(known.lse), needs, impl)
+        lse, low = _in_two(known, x.stats_dtype)
+        values, cached = _log_probs(x, y, known.known, (optional(lse), optional(low)), needs, impl)
         assert values.logp is not None
         if any(needs):
             loss, metrics, d_logp = _with_slope(values.logp, *surrogate)
@@ -198,35 +197,39 @@ def policy_loss_op(
     return PolicyResult(loss, metrics, grads, x.scatter(values.logp, shape), entropy)
 
 
+def _in_two(known: KnownLse, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The log-sum-exps rounded to the dtype of statistics, and the error of that."""
+    lse, low = known.lse, known.low
+    if lse is None or low is not None or torch.promote_types(lse.dtype, dtype) == dtype:
+        return lse, low
+    rounded = lse.to(dtype)
+    return rounded, torch.where(rounded.isfinite(), lse - rounded, 0.0).to(dtype)
+
+
 def _log_probs(
-    x: Projection, y: Tensor, known: KnownLse, lse: Tensor | None, needs: Needs, impl: str
+    x: Projection,
+    y: Tensor,
+    known: Tensor | None,  # bool, like `targets`
+    given: tuple[Tensor | None, Tensor | None],  # lse and lse_low, [n]
+    needs: Needs,
+    impl: str,
 ) -> tuple[LogprobValues, Any]:
     """log p(y), lse, the entropy of rows whose lse was not known, and tiles cached for the gradients."""
-    left = None if known.known is None else indices_of(x.gather(known.known.reshape(-1) == 0))
-    if lse is None or (known.known is not None and left is None):
+    lse, low = given
+    left = None if known is None else indices_of(x.gather(known.reshape(-1) == 0))
+    if lse is None or (known is not None and left is None):
         cache_for = needs if any(needs) else None
         return backend_for(impl, "logprob_forward", x).logprob_forward(x, y, cache_for)
-    logp = backend_for(impl, "target_logp", x).target_logp(x, y, lse)
+    logp = backend_for(impl, "target_logp", x).target_logp(x, y, lse, low)
     if left is None:
-        return LogprobValues(logp, None, lse), None
-    entropy = torch.zeros_like(lse)
+        return LogprobValues(logp, None, lse, low), None
+    values = LogprobValues(logp, torch.zeros_like(lse), lse, torch.zeros_like(lse) if low is None else low)
     if left.numel():
         part = Projection(x.hidden, x.head, left if x.rows is None else x.rows[left])
         own, _ = backend_for(impl, "logprob_forward", part).logprob_forward(part, y[left])
-        logp, entropy, lse = (
-            total.index_copy(0, left, values)
-            for total, values in zip((logp, entropy, lse), own, strict=True)
-            if values is not None
-        )
-    return LogprobValues(logp, entropy, lse), None
-
-
-def _with_number_of_items(policy: PolicyLossConfig) -> PolicyLossConfig:
-    items = policy.num_items_in_batch
-    if not isinstance(items, Tensor):
-        return policy
-    check_float("num_items_in_batch", items.item(), 0.0, open_low=True)
-    return replace(policy, num_items_in_batch=float(items))
+        pairs = zip(values, own, strict=True)
+        values = LogprobValues(*(total.index_copy(0, left, part) for total, part in pairs))  # type: ignore[union-attr, arg-type]
+    return values, None
 
 
 def _with_slope(logp: Tensor, *surrogate: Any) -> tuple[Tensor, PolicyMetrics, Tensor]:

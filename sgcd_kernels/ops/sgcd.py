@@ -16,7 +16,16 @@ from typing_extensions import Unpack  # a dependency of torch; in `typing` from 
 from sgcd_kernels.backends.protocol import IMPLS, DivergenceOptions
 from sgcd_kernels.backends.registry import backend_status
 from sgcd_kernels.core.surrogate import PolicyLossConfig
-from sgcd_kernels.core.validation import check_choice, check_float, check_int
+from sgcd_kernels.core.validation import (
+    NUMBERS,
+    SMALLEST,
+    check_choice,
+    check_float,
+    check_int,
+    check_numeric,
+    check_tensor,
+    shown,
+)
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.rules import Credit, never_acts
 from sgcd_kernels.credit.summary import CreditSums, credit_summary
@@ -100,7 +109,7 @@ def sgcd_loss(
     tokens = PolicyTokens(targets, advantages, mask=mask, cu_seqlens=cu_seqlens, **per_token)
     teacher = Teacher(teacher_hidden, teacher_head(settings.head, teacher_weight, teacher_bias), has_teacher)
     if not isinstance(reuse_lse, bool):
-        raise ValueError(f"reuse_lse is {reuse_lse!r}, needs True or False")
+        raise ValueError(f"reuse_lse is {shown(reuse_lse)}, needs True or False")
     scored = score_and_weigh(hidden, settings, tokens, CreditInputs(teacher, credit_mask, turn_ids, config))
     result = weighted_policy_loss(hidden, settings, tokens, scored, reuse_lse=reuse_lse)
     return result.loss, result.metrics
@@ -138,6 +147,7 @@ class Scored(NamedTuple):
     advantages: Tensor  # A W
     has_teacher: Tensor  # bool: a loss token with a teacher; the fields below are blank elsewhere
     stats: DivergenceStats
+    lse_low: Tensor  # what rounding took from stats.student_lse
     credit: Credit
     lse_known: Tensor  # bool: the policy loss may reuse stats.student_lse
     sums: CreditSums
@@ -171,12 +181,14 @@ def weighted_policy_loss(
         assert result.entropy is not None
         return SGCDResult(result.loss, result.metrics.named(), unscored_tokens(result.logp, result.entropy))
     tokens = tokens._replace(targets=scored.targets, advantages=scored.advantages, mask=None)
-    known = KnownLse(scored.stats.student_lse, scored.lse_known) if reuse_lse else KnownLse()
+    known = KnownLse(scored.stats.student_lse, scored.lse_low, scored.lse_known) if reuse_lse else KnownLse()
     result = policy_loss(hidden, tokens, settings, known)
     per_token = scored.tokens(result.logp, result.entropy)
     loss_tokens = scored.targets != settings.ignore_index
     entropy = masked_mean_op(per_token.student_entropy, loss_tokens)
-    metrics = result.metrics.named() | {"entropy": entropy} | credit_summary(scored.sums)
+    # An fp64 teacher makes statistics fp64, and nothing else.
+    of_scores = {"entropy": entropy} | credit_summary(scored.sums)
+    metrics = result.metrics.named() | {name: x.to(result.loss.dtype) for name, x in of_scores.items()}
     return SGCDResult(result.loss, metrics, per_token)
 
 
@@ -193,7 +205,8 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
         bounds = torch.arange(shape[0] + 1) * shape[1]
     batch = batch_op(settings.head, tokens, inputs.credit_mask, teacher.has_teacher, settings.ignore_index)
     sides = hidden.detach(), settings.head, teacher.hidden.detach(), teacher.head
-    stats = divergence_op(*sides, batch.scored_targets, settings.ignore_index, DivergenceOptions(), settings.impl)
+    options = DivergenceOptions()
+    stats, low = divergence_op(*sides, batch.scored_targets, settings.ignore_index, options, settings.impl)
     signals = CreditSignals(
         stats.reverse_kl.reshape(-1),
         stats.teacher_entropy.reshape(-1),
@@ -203,11 +216,14 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
         stats.bhattacharyya.reshape(-1),
         stats.student_entropy.reshape(-1),
     )
+    origin = ", computed from hidden and teacher_hidden,"
     turns = batch.runs if inputs.turn_ids is None else inputs.turn_ids.reshape(-1)
-    credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl)
+    credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl, origin)
     credit = Credit(*(x.reshape(shape) for x in credit))
     weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip, inputs.warn)
-    return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
+    return Scored(
+        batch.targets, weighed.advantages, batch.has_teacher, stats, low, credit, weighed.lse_known, weighed.sums
+    )
 
 
 def unscored_tokens(logp: Tensor, entropy: Tensor) -> SGCDTokens:
@@ -249,6 +265,7 @@ class FusedLinearSGCDLoss(nn.Module):
     """`sgcd_loss` with its hyperparameters bound: `FusedLinearSGCDLoss(loss_type="dapo")(hidden, lm_weight, ...)`.
 
     Takes config, loss_type, epsilon, epsilon_high, beta, temperature, softcap, ignore_index, reuse_lse, impl and group.
+    Each is an attribute, which may be set between calls: `criterion.temperature = 0.8`.
 
     Its constructor raises ValueError for an unknown name, an invalid value, or a backend that cannot run on this
     machine. `check_model` refuses models that it cannot be used with.
@@ -270,7 +287,8 @@ class FusedLinearSGCDLoss(nn.Module):
         super().__init__()
         for name in hyperparameters:
             check_choice("hyperparameter", name, tuple(_BOUND))
-        self.hyperparameters = hyperparameters
+        for name, value in (_BOUND | dict(hyperparameters)).items():
+            setattr(self, name, value)
         _check_bound(self.bound())
 
     def forward(
@@ -286,7 +304,7 @@ class FusedLinearSGCDLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics); `inputs` are the other tensors of `sgcd_loss`: bias, old_logp, has_teacher, turn_ids, ..."""
         return sgcd_loss(
-            hidden, lm_weight, targets, teacher_hidden, advantages, cu_seqlens, mask, **inputs, **self.hyperparameters
+            hidden, lm_weight, targets, teacher_hidden, advantages, cu_seqlens, mask, **inputs, **self.bound()
         )
 
     if TYPE_CHECKING:
@@ -294,7 +312,7 @@ class FusedLinearSGCDLoss(nn.Module):
 
     def bound(self) -> dict[str, Any]:
         """Every hyperparameter by name, defaults included."""
-        return _BOUND | dict(self.hyperparameters)
+        return {name: getattr(self, name) for name in _BOUND}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.bound().items())
@@ -318,14 +336,19 @@ class Inputs(TypedDict, total=False):
 def _check_bound(values: dict[str, Any]) -> None:
     check_config(values["config"])
     PolicyLossConfig(**{name: values[name] for name in ("loss_type", "epsilon", "epsilon_high", "beta")})
-    for name in ("temperature", "softcap"):
-        if values[name] is not None and not isinstance(values[name], Tensor):
-            check_float(name, values[name], 0.0, open_low=True)
+    temperature = values["temperature"]
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        check_tensor("temperature", temperature)  # its shape must fit each batch
+        check_numeric("temperature", temperature, NUMBERS)
+    else:
+        check_float("temperature", temperature, SMALLEST)
+    if values["softcap"] is not None:
+        check_float("softcap", values["softcap"], SMALLEST)
     check_int("ignore_index", values["ignore_index"])
     if not isinstance(values["reuse_lse"], bool):
-        raise ValueError(f"reuse_lse is {values['reuse_lse']!r}, needs True or False")
+        raise ValueError(f"reuse_lse is {shown(values['reuse_lse'])}, needs True or False")
     if values["group"] is not None and not isinstance(values["group"], ProcessGroup):
-        raise ValueError(f"group is {values['group']!r}, needs a torch.distributed.ProcessGroup or None")
+        raise ValueError(f"group is {shown(values['group'])}, needs a torch.distributed.ProcessGroup or None")
     check_choice("impl", values["impl"], IMPLS)
     if values["impl"] != "auto" and not (status := backend_status()[values["impl"]]).usable:
         raise ValueError(

@@ -10,7 +10,13 @@ from torch import Tensor
 from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.core.registration import register
 from sgcd_kernels.core.segments import Segments, runs_of
-from sgcd_kernels.core.validation import check_all_per_token, check_pair, check_tensor, checked_targets
+from sgcd_kernels.core.validation import (
+    FLAGS,
+    check_pair,
+    check_per_token,
+    check_per_token_or_sequence,
+    checked_targets,
+)
 from sgcd_kernels.credit.config import DEFAULT, CreditConfig, check_config
 from sgcd_kernels.credit.rules import Credit
 from sgcd_kernels.credit.summary import CreditSums, credit_sums, warn_if_inert
@@ -40,16 +46,15 @@ def check_credit_inputs(hidden: Tensor, settings: Settings, tokens: PolicyTokens
     teacher, leading = inputs.teacher, tokens.targets.shape
     check_config(inputs.config)
     if teacher.hidden is not None:
-        check_pair(hidden, settings.head, teacher.hidden, teacher.head)
-    check_all_per_token({"credit_mask": inputs.credit_mask, "turn_ids": inputs.turn_ids}, leading, hidden.device)
+        check_pair(hidden, settings.head, teacher.hidden, teacher.head, "hidden")
+    check_per_token("credit_mask", inputs.credit_mask, leading, hidden.device, FLAGS)
+    check_per_token("turn_ids", inputs.turn_ids, leading, hidden.device)
     if tokens.cu_seqlens is None and len(leading) == 1:
         raise ValueError("cu_seqlens is None, needs [B + 1] for packed hidden [N, H]: credit stays within a sequence")
     sequences = leading[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.numel() - 1
     if teacher.has_teacher is not None:
-        check_tensor("has_teacher", teacher.has_teacher)
-        if teacher.has_teacher.shape not in (leading, (sequences,)):
-            got, needs = list(teacher.has_teacher.shape), f"{list(leading)} (per token) or [{sequences}] (per sequence)"
-            raise ValueError(f"has_teacher has shape {got}, needs {needs}")
+        like = ("hidden", hidden)
+        check_per_token_or_sequence("has_teacher", teacher.has_teacher, leading, sequences, like, FLAGS)
 
 
 class Batch(NamedTuple):

@@ -13,11 +13,13 @@ from sgcd_kernels import CreditConfig
 from tests.trainer import toy
 from tests.trainer.toy_run import config, identical, records
 from trainer import loop
+from trainer.chat.compact import CompactRenderer
 from trainer.config import ModelConfig, WriterConfig
-from trainer.data import Group, Task
+from trainer.data import BugReport, Group, Task
 from trainer.errors import NotFinite, UserError
-from trainer.records import checkpoint
+from trainer.records import bug_reports, checkpoint, rollout_files
 from trainer.references import writers
+from trainer.text import encodable
 
 
 def test_two_runs_are_the_same_bits_and_another_seed_is_not(folder: Path, tmp_path: Path) -> None:
@@ -149,6 +151,72 @@ async def all_fail(self: Any) -> Any:
     from trainer.data import Outcome
 
     return Outcome(0.0)
+
+
+def test_a_fault_of_our_own_costs_a_rollout_and_is_counted_shown_and_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse, left = CompactRenderer.parse, [3]
+
+    def fail(self: CompactRenderer, ids: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise TypeError("unhashable type: 'list'")
+        return parse(self, ids)
+
+    monkeypatch.setattr(CompactRenderer, "parse", fail)
+    loop.train(config(folder, tmp_path, eval_on_start=False, max_steps=2))
+    assert [line["rollout/bugs"] for line in records(tmp_path)] == [3, 0]
+    assert [line["rollout/errored"] for line in records(tmp_path)] == [3, 0]
+    assert "step 1: code failed on 3 rollouts" in capsys.readouterr().out
+    reports = [json.loads(line) for line in (tmp_path / bug_reports.NAME).read_text().splitlines()]
+    assert [report["step"] for report in reports] == [1, 1, 1]
+    for report in reports:
+        assert "unhashable" in report["error"] and "in fail" in report["traceback"]
+        assert report["ids"] and report["text"] == toy.renderer().decode(report["ids"])
+    check = tmp_path / "again"
+    bug_reports.append(check, 7, [BugReport("t", "e\ud83d", "")] * 150)
+    assert len((check / bug_reports.NAME).read_text().splitlines()) == bug_reports.MAX_REPORTS
+
+
+def test_odd_text_from_outside_can_be_written_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lone surrogates in tasks, tools, outputs and references, with traces, checkpoints and a second start."""
+    odd = "w1 \ud83d \x00 \u202e"
+    tasks, step, reset = toy.ParitySuite.tasks, toy.ParityEnvironment.step, toy.ParityEnvironment.reset
+
+    async def say_odd(self: toy.ParityEnvironment, message: Any) -> Any:
+        messages, done = await step(self, message)
+        return [{**m, "content": odd} for m in messages], done
+
+    async def show_odd(self: toy.ParityEnvironment, task: Task) -> Any:
+        messages, tools = await reset(self, task)
+        function = {**tools[0]["function"], "description": odd, "parameters": {"properties": {odd: {"enum": [odd]}}}}
+        return messages, [{**tools[0], "function": function}]
+
+    class OddWriter(writers.Stateless):
+        name = "odd"
+
+        async def write(self, groups: list[Group]) -> None:
+            for group in groups:
+                group.reference, group.reference_info = odd, {"writer": self.name}
+
+    monkeypatch.setattr(
+        toy.ParitySuite,
+        "tasks",
+        lambda self, split: [replace(t, instruction=odd, id=t.id + odd) for t in tasks(self, split)],
+    )
+    monkeypatch.setattr(toy.ParityEnvironment, "step", say_odd)
+    monkeypatch.setattr(toy.ParityEnvironment, "reset", show_odd)
+    monkeypatch.setattr(writers, "load", lambda *_: OddWriter())
+    for steps in (1, 2):
+        loop.train(config(folder, tmp_path, eval_on_start=False, max_steps=steps, trace_steps=1))
+    traces = [rollout_files.read_step(path) for path in sorted((tmp_path / "rollouts").iterdir())]
+    assert len(traces) == 2
+    for group in (group for step_ in traces for group in step_):
+        assert group["task"]["instruction"] == group["reference"] == encodable(odd)
+    assert not (tmp_path / bug_reports.NAME).exists()
 
 
 def test_an_inert_reference_warns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

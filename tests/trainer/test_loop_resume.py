@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +157,47 @@ def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
     loop.train(cut)
     assert records(whole.output_dir) == records(cut.output_dir)
     assert identical(whole.output_dir, cut.output_dir)
+
+
+@pytest.mark.parametrize("stop", [None, "kill", "signal", "evaluations"])
+def test_an_environment_that_draws_from_the_global_generators_is_repeated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str | None
+) -> None:
+    """From Python's and NumPy's: seeded, saved, undone with a step that is stopped, and left alone by evaluations."""
+    outcome = toy.ParityEnvironment.outcome
+
+    async def random_outcome(self: toy.ParityEnvironment) -> Any:
+        found = await outcome(self)
+        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))  # noqa: NPY002
+        return dataclasses.replace(found, reward=float(noise > 1.5))
+
+    monkeypatch.setattr(toy.ParityEnvironment, "outcome", random_outcome)
+    fields: dict[str, Any] = {"eval_steps": 0, "eval_on_start": False}
+    whole, other = config(folder, tmp_path / "whole", **fields), config(folder, tmp_path / "other", **fields)
+    loop.train(whole)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    with monkeypatch.context() as patch:
+        if stop == "kill":
+            kill_at_step_3(patch, "update")
+        elif stop == "signal":
+            sample = loop.Run.sample_siblings
+
+            async def stopped(run: loop.Run, *arguments: Any) -> Any:
+                found = await sample(run, *arguments)
+                if run.step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    await asyncio.sleep(10)
+                return found
+
+            patch.setattr(loop.Run, "sample_siblings", stopped)
+        elif stop == "evaluations":
+            other = other.model_copy(update={"eval_steps": 1, "eval_on_start": True})
+        if stop in ("kill", "signal"):
+            with pytest.raises(KeyboardInterrupt):
+                loop.train(other)
+    random.seed(6), np.random.seed(6), torch.manual_seed(6)  # noqa: NPY002
+    loop.train(other)
+    assert identical(whole.output_dir, other.output_dir)
 
 
 def test_what_the_writer_spent_in_a_step_that_is_undone_is_kept(

@@ -66,6 +66,7 @@ def model(kind: str = "llama", seed: int = 0, vocab_size: int = 24, scale: float
         head_dim=16,
         max_position_embeddings=512,
         tie_word_embeddings=False,
+        eos_token_id=None,  # Llama's default is 2, here <user>
     )
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -37,11 +37,13 @@ def config(folder: Path, output_dir: Path, **fields: Any) -> Config:
     )
 
 
+CLOCKS = ("time/", "perf/", "reference/seconds")
+
+
 def records(run: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock said."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time/", "perf/", "reference/seconds")
-    return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

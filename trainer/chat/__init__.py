@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.errors import UserError
 from trainer.protocols import Renderer
 
 
-def load(name: str, tokenizer: Any, template: Mapping[str, Any] | None = None) -> Renderer:
-    """Return the renderer `name` over `tokenizer`.
+def load(
+    name: str, tokenizer: Any, template: Mapping[str, Any] | None = None, stop_ids: Iterable[int] = ()
+) -> Renderer:
+    """Return the renderer `name` over `tokenizer`; tokens `stop_ids` end a turn too (`stop_tokens.of_model`).
 
     "compact" is for the tiny policy, "chatml" for SmolLM2 and others without a template for tools, "template" for Qwen:
     the model's own chat template, which gets the options `template`.
@@ -18,6 +20,12 @@ def load(name: str, tokenizer: Any, template: Mapping[str, Any] | None = None) -
     Raises:
         UserError: no renderer has that name, or the tokenizer lacks the tokens it needs.
     """
+    renderer = _made(name, tokenizer, template)
+    renderer.stop_ids |= frozenset(stop_ids)
+    return renderer
+
+
+def _made(name: str, tokenizer: Any, template: Mapping[str, Any] | None) -> Renderer:
     if name == "compact":
         from trainer.chat.compact import CompactRenderer
 

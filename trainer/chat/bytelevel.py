@@ -46,4 +46,4 @@ class ByteLevel:
         return [decoder.decode(self._bytes.get(token, b""), n == last) for n, token in enumerate(ids)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.pieces(ids))
+        return b"".join(self._bytes.get(token, b"") for token in ids).decode("utf-8", "replace")

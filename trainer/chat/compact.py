@@ -5,14 +5,18 @@
 
 Tool schemas are not shown: the tiny policy knows its tools from the warm start. A reference comes before the user
 message, so every later token is the same for teacher and student.
+
+Text from outside never becomes a marker: `<end>` in a file is the word `end`, or an unknown one like any other.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trainer.chat.literals import as_json
 from trainer.data import Message, TokenClass, Tool
 from trainer.errors import UserError
 
@@ -26,6 +30,9 @@ PAD, UNKNOWN, USER, TOOL, ASSISTANT, REFERENCE, CALL, END = SPECIAL = (
     "<call>",
     "<end>",
 )
+
+
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def words_of(value: Any) -> Iterable[str]:
@@ -56,10 +63,11 @@ class CompactRenderer:
         self.stop_ids = frozenset({self.end})
 
     def encode(self, words: Iterable[str]) -> list[int]:
+        """The ids of words of our own, markers included."""
         return [self.vocabulary.get(word, self.unknown) for word in words]
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
-        head = [REFERENCE, *reference.split(), END] if reference else []
+        head = [REFERENCE, *_data(reference.split()), END] if reference else []
         return self.encode([*head, *(word for m in messages for word in self._message(m)), ASSISTANT])
 
     def observation(self, messages: list[Message]) -> list[int]:
@@ -68,16 +76,17 @@ class CompactRenderer:
     def _message(self, message: Message) -> list[str]:
         content = message.get("content") or ""
         if message["role"] == "tool":
-            return [TOOL, *words_of(_json_or_text(content)), END]
+            return [TOOL, *_data(words_of(_json_or_text(content))), END]
         if message["role"] == "assistant":
             return [ASSISTANT, *self.turn(message), END]
-        return [USER, *content.split(), END]
+        return [USER, *_data(content.split()), END]
 
     def turn(self, message: Message) -> list[str]:
         """Return the words of an assistant message, without its end."""
-        words = (message.get("content") or "").split()
+        words = _data((message.get("content") or "").split())
         for call in message.get("tool_calls") or []:
-            words += [CALL, call["function"]["name"], *words_of(json.loads(call["function"]["arguments"]))]
+            function = call["function"]
+            words += [CALL, *_data([function["name"], *words_of(json.loads(function["arguments"]))])]
         return words
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
@@ -86,7 +95,7 @@ class CompactRenderer:
             word = self.words.get(token, UNKNOWN)
             if word == CALL:
                 segments.append([])
-            elif token != self.end:
+            elif token not in self.stop_ids:
                 segments[-1].append(word)
         message: Message = {"role": "assistant", "content": " ".join(segments[0])}
         calls = []
@@ -94,7 +103,7 @@ class CompactRenderer:
             problem = _malformed(segment)
             if problem:
                 return message, problem
-            arguments = {k: int(v) if v.isdigit() else v for k, v in zip(segment[1::2], segment[2::2])}
+            arguments = {k: _number_or_word(v) for k, v in zip(segment[1::2], segment[2::2])}
             function = {"name": segment[0], "arguments": json.dumps(arguments)}
             calls.append({"id": f"call_{i}", "type": "function", "function": function})
         if calls:
@@ -109,7 +118,7 @@ class CompactRenderer:
             if token == self.vocabulary[CALL]:
                 found.append(TokenClass.FORMAT)
                 current = TokenClass.CALL_NAME
-            elif token == self.end:
+            elif token in self.stop_ids:
                 found.append(TokenClass.FORMAT)
             else:
                 found.append(current)
@@ -123,6 +132,11 @@ class CompactRenderer:
         return [self.words.get(token, UNKNOWN) + " " for token in ids]
 
 
+def _data(words: Iterable[str]) -> list[str]:
+    """Words from outside, with the markers among them as plain words."""
+    return [word.strip("<>") if word in SPECIAL else word for word in words]
+
+
 def _malformed(segment: list[str]) -> str:
     """The error of a malformed call, or "" for a well-formed one."""
     if not segment:
@@ -133,8 +147,13 @@ def _malformed(segment: list[str]) -> str:
     return f"{markers[0]} inside a call" if markers else ""
 
 
+def _number_or_word(word: str) -> int | str:
+    """A whole number where the word is its usual spelling, which rules out 007 and the digits of other scripts."""
+    return int(word) if NUMBER.fullmatch(word) else word
+
+
 def _json_or_text(content: str) -> Any:
     try:
-        return json.loads(content)
-    except ValueError:
+        return as_json(json.loads(content))
+    except (ValueError, RecursionError):
         return content

@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from trainer.chat.bytelevel import ByteLevel
+from trainer.chat.markup import Markup
 from trainer.chat.syntax import Found, Span
 from trainer.data import Message, TokenClass
 from trainer.errors import UserError
+from trainer.text import encodable
 
 START, END = "<|im_start|>", "<|im_end|>"
-THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-OPENED = re.compile(r"(?:<think>|\A).*?(?:</think>|\Z)", re.DOTALL)  # the prompt ended inside the first thought
+# A thought stands where a turn begins; further on, its tags are words like others. The prompt may have opened it, and
+# may have closed it too: then the turn holds none.
+THINK = re.compile(r"(?:\s*<think>.*?(?:</think>|\Z))?", re.DOTALL)
+OPENED = re.compile(r"(?:\s*<think>)?.*?(?:</think>|\Z)", re.DOTALL)
+CLOSED = re.compile("")
 
 
 class Syntax(Protocol):
@@ -45,20 +50,20 @@ class ChatReader:
         self.reading = syntax
         self.think = THINK
         self._text = ByteLevel(tokenizer)
+        self.markup = Markup(tokenizer)
         self._start, self._end = vocabulary[START], vocabulary[END]
         self.stop_ids = frozenset({self._end})
         self.pad_id = self._end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text: whatever it spells, no special token comes out."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+        """Text from outside: whatever it spells, no control token comes out."""
+        return self.markup.encode_data(text)
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
         _, found = self._read(ids)
         message: Message = {"role": "assistant", "content": found.words}
         if found.error:
-            return {**message, "content": self.decode(self._without_end(ids)).strip()}, found.error
+            return {**message, "content": self.decode(self._without_end(ids)).strip()}, encodable(found.error)
         if found.calls:
             message["tool_calls"] = [
                 {
@@ -71,27 +76,31 @@ class ChatReader:
         return message, ""
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token != self._end]
+        return [token for token in ids if token not in self.stop_ids]
 
-    def _read(self, ids: Sequence[int]) -> tuple[str, Found]:
-        """The text of a turn and its parsed parts; calls inside a thought are not calls."""
+    def _read(self, ids: Sequence[int]) -> tuple[Span, Found]:
+        """The span of a turn's thought, and the parts of what follows it; calls inside a thought are not calls."""
         text = self.decode(self._without_end(ids))
-        blank = self.think.sub(lambda m: " " * len(m.group()), text)  # same positions
-        return text, self.reading.read(blank)
+        thought = self.think.match(text)
+        assert thought, "the patterns of thoughts match any text"
+        start = thought.end()
+        for _ in range(2 if start else 0):  # the line breaks that set a thought apart
+            start += text.startswith("\n", start)
+        return thought.span(), self.reading.read(text[start:]).moved(start)
 
     def classes(self, ids: Sequence[int]) -> list[int]:
-        text, found = self._read(ids)
+        pieces = self.pieces(self._without_end(ids))
+        thought, found = self._read(ids)
         plain = TokenClass.REASONING if found.regions else TokenClass.ANSWER
-        of_char = [plain] * len(text)
-        _paint(of_char, [m.span() for m in self.think.finditer(text)], TokenClass.REASONING)
+        of_char = [plain] * sum(len(piece) for piece in pieces)
+        _paint(of_char, [thought], TokenClass.REASONING)
         _paint(of_char, found.regions, TokenClass.FORMAT)
         _paint(of_char, found.arguments, TokenClass.ARGUMENT)
         _paint(of_char, found.names, TokenClass.CALL_NAME)
-        classes, at = [], 0
-        pieces = iter(self.pieces(self._without_end(ids)))
+        classes, at, rest = [], 0, iter(pieces)
         for token in ids:
-            piece = "" if token == self._end else next(pieces)
-            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token == self._end)))
+            piece = "" if token in self.stop_ids else next(rest)
+            classes.append(int(_of_token(of_char, at, at + len(piece), stop=token in self.stop_ids)))
             at += len(piece)
         return classes
 

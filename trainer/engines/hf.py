@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgcd_kernels import output_head
 from trainer.data import Completion, Sampling
 from trainer.engines.kv_cache import SlotCache
 from trainer.engines.token_sampling import sample
-from trainer.learning.model import head, layer_kinds
+from trainer.learning.model import layer_kinds
 
 PREFILL_FROM = 16  # least unread tokens for a separate prefill (measured: 4 takes 4 % more time, 64 takes 17 %)
 SHARE_FROM = 16  # a shared prefix shorter than this is not worth a copy
@@ -62,7 +63,8 @@ class HFEngine:
         seed: of `generator`, which samples. A checkpoint needs only its state: caches affect speed alone.
 
     Raises:
-        ValueError: the model keeps state that is not a plain key-value cache; the `padded` engine is for it.
+        ValueError: the model keeps state that is not a plain key-value cache; the `padded` engine is for it. Or its
+            logits are none that `output_head` can compute.
     """
 
     def __init__(self, model: Any, *, slots: int, stop_ids: Iterable[int], max_length: int, seed: int = 0) -> None:
@@ -70,8 +72,8 @@ class HFEngine:
             raise ValueError(f"model: engine hf needs full attention in every layer, got {', '.join(sorted(kinds))}")
         self.slots, self.max_length = slots, max_length
         self.prefill_from = PREFILL_FROM
-        self.model = model
-        self.device = head(model)[0].device
+        self.model, self.head = model, output_head(model)
+        self.device = self.head.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = torch.tensor(sorted(stop_ids), device=self.device)
         self.cache = SlotCache(slots, max_length)
@@ -104,7 +106,8 @@ class HFEngine:
         """Use `model` from now on, and drop the keys and values of the old weights."""
         if any(row.request for row in self._rows):
             raise RuntimeError("load_weights while rollouts are running: their caches would mix two policies")
-        self.model = model
+        if model is not self.model:
+            self.model, self.head = model, output_head(model)
         self._reset()
 
     def sleep(self) -> None:
@@ -268,7 +271,7 @@ class HFEngine:
 
     def _forward(self, ids: Tensor, positions: Tensor, rows: slice | Tensor, width: int) -> Tensor:
         """Hidden states of tokens [R, T] at `positions` of their rows; each sees what is at or before it."""
-        weight = head(self.model)[0]
+        weight = self.head.weight
         self.cache.reserve(width)
         self.cache.plan(rows, positions, width)
         unseen = torch.arange(width, device=self.device) > positions[..., None]
@@ -318,8 +321,7 @@ class HFEngine:
             self._sample(ready, states[ready, -1])
 
     def _sample(self, ready: Tensor, states: Tensor) -> None:
-        weight, bias = head(self.model)
-        logits = torch.nn.functional.linear(states, weight, bias)
+        logits = self.head.logits(states)
         token, logp = sample(logits, self.temperature[ready], self.top_p[ready], self.generator)
         known = self.known[ready]
         self.tokens[ready, known] = token

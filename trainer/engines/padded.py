@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from sgcd_kernels import output_head
 from trainer.data import Completion, Sampling
 from trainer.engines.token_sampling import sample
-from trainer.learning.model import head, layer_kinds
+from trainer.learning.model import layer_kinds
 
 KNOWN = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 
@@ -46,15 +47,16 @@ class PaddedEngine:
         seed: of `generator`, which samples; nothing else is kept between turns.
 
     Raises:
-        ValueError: the model has layers of a kind that this engine was not tested with.
+        ValueError: the model has layers of a kind that this engine was not tested with, or logits that `output_head`
+            cannot compute.
     """
 
     def __init__(self, model: Any, *, slots: int, stop_ids: Iterable[int], max_length: int, seed: int = 0) -> None:
         if unknown := layer_kinds(model) - KNOWN:
             raise ValueError(f"no engine knows its layers of {', '.join(sorted(unknown))}")
         self.slots, self.max_length = slots, max_length
-        self.model = model
-        self.device = head(model)[0].device
+        self.model, self.head = model, output_head(model)
+        self.device = self.head.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = frozenset(stop_ids)
         self._waiting: list[_Turn] = []
@@ -81,7 +83,8 @@ class PaddedEngine:
 
     def load_weights(self, model: Any) -> None:
         """Use `model` from now on."""
-        self.model = model
+        if model is not self.model:
+            self.model, self.head = model, output_head(model)
 
     def sleep(self) -> None:
         """Nothing to free: caches live as long as their batch."""
@@ -146,8 +149,7 @@ class PaddedEngine:
     @torch.inference_mode()
     def _sample(self, turns: Sequence[_Turn], states: Tensor) -> Tensor:
         """The next token of every turn, which it keeps."""
-        weight, bias = head(self.model)
-        logits = torch.nn.functional.linear(states, weight, bias)
+        logits = self.head.logits(states)
         temperature = torch.tensor([turn.sampling.temperature for turn in turns], device=self.device)
         top_p = torch.tensor([turn.sampling.top_p for turn in turns], device=self.device)
         token, logp = sample(logits, temperature, top_p, self.generator)

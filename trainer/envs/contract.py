@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from trainer import plugins
 from trainer.data import Message, Outcome, Task, TaskClass, Tool
-from trainer.errors import EnvironmentBroken, EnvironmentLost, PolicyCrashed, ReportedError, UserError
+from trainer.errors import EnvironmentBroken, EnvironmentBug, EnvironmentLost, PolicyCrashed, ReportedError, UserError
 from trainer.protocols import Environment, Suite
 from trainer.rollout.rewards import finite
 
@@ -80,7 +80,8 @@ class CheckedEnvironment:
             if isinstance(error, asyncio.CancelledError) and _being_cancelled():
                 raise
             file = plugins.file_of(self._environment)
-            raise self._broken(method, f"raised {plugins.explain(error, file)}") from error
+            what = f"{self.plugin}: {method} raised {plugins.explain(error, file)}"
+            raise (EnvironmentBroken if isinstance(error, OSError) else EnvironmentBug)(what) from error
 
     def _pair(self, method: str, found: Any, needs: str) -> tuple[Any, Any]:
         if not isinstance(found, (tuple, list)) or len(found) != 2:
@@ -245,9 +246,6 @@ def tasks_problem(tasks: Any, split: str, size: int | None) -> str:
     for task in tasks:
         if not isinstance(task, Task):
             return f"holds {_show(task)}, needs trainer.data.Task"
-        for name in ("id", "env", "split", "scenario", "instruction"):
-            if not isinstance(getattr(task, name), str):
-                return f"holds a task with {_show(getattr(task, name))} as {name}, needs a string"
         if task.task_class not in get_args(TaskClass):
             return f"holds {task.id} of task_class {task.task_class!r}, needs one of {', '.join(get_args(TaskClass))}"
         if task.id in seen:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trainer import randomness
 from trainer.concurrency import run_together
-from trainer.data import Rollout, Sampling, Task
+from trainer.data import BugReport, Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
 from trainer.protocols import Engine, Renderer, Suite
 from trainer.rollout.episode import Guarded, RolloutSetup, close_environment, make_environment, wait_until_open
@@ -33,6 +33,7 @@ class Evaluation:
     metrics: dict[str, float]
     rollouts: list[Rollout]
     refusals: dict[str, float]  # task id -> 1 where the polite refuser succeeds, else 0
+    bugs: list[BugReport]  # of the errored attempts, those that a fault in code broke
 
 
 async def evaluate(
@@ -60,16 +61,18 @@ async def evaluate(
     generator = getattr(engine, "generator", None)  # a server has none
     with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
+        refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
     if too_long := sample.too_long:
         log.warning("%d of %d tasks are left out, being too long: %s", len(too_long), len(tasks), too_long[0])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
     figures = summarise(tasks, rollouts, refusals, samples=config.eval_samples)
+    bugs = [bug for group in groups for bug in group.bugs]
     figures["errored"] = float(sum(group.broken for group in groups))
+    figures["bugs"] = float(len(bugs))
     figures["too_long"] = float(len(too_long))
-    return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals)
+    return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals, bugs)
 
 
 async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:

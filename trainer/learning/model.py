@@ -1,11 +1,13 @@
 """The policy: a Hugging Face folder on this machine, and the two parts of it that the trainer touches.
 
 The trainer never calls the model's own head: hidden states come from the decoder and go to `sgcd_kernels` together
-with the head's weight, so that no [tokens, vocabulary] matrix exists.
+with what `output_head` measured of the head, so that no [tokens, vocabulary] matrix exists.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,38 +16,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgcd_kernels import output_head
 from trainer.errors import UserError
 from trainer.learning import lora
 from trainer.optional_packages import need
 from trainer.protocols import Renderer
+from trainer.records import checkpoint_folder
 
 if TYPE_CHECKING:
     from trainer.config import ModelConfig
 
+log = logging.getLogger(__name__)
+
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     """Load (model, tokenizer, renderer) from the folder `config.path`; nothing is ever downloaded."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
     from trainer import chat
+    from trainer.chat import stop_tokens
 
     check_folder(config)
-    logging.disable_progress_bar()  # reading a shard takes no time worth a bar
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report on a folder that does not fit; ours is one line
+    theirs.disable_progress_bar()  # reading a shard takes no time worth a bar
+    verbosity = theirs.get_verbosity()
+    theirs.set_verbosity_error()  # its report on a folder that does not fit; ours is one line
     folder = Path(config.path)
-    options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
+    if own_code(folder):
+        log.warning("model.path: %s brings Python code of its own (auto_map), which is not run", config.path)
+    options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": config.attn_implementation}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers, tokenizers and safetensors make of a folder that does not fit
         raise UserError(_cannot_load(config, error)) from error
     finally:
-        logging.set_verbosity(verbosity)
+        theirs.set_verbosity(verbosity)
     _check_whole(config.path, found)
     if config.use_liger_kernel:
         _use_liger(model)
@@ -53,13 +61,15 @@ def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
         lora.add(model, config.lora)
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    _check_head(config.path, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bf16()):
         compute_in_bf16(model.get_decoder())
     if config.gradient_checkpointing:
         recompute_layers(model)
     model.to(device).eval()  # dropout stays off: the policy that is trained is the one that was sampled
-    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs)
+    ends = stop_tokens.of_model(model, tokenizer)
+    return model, tokenizer, chat.load(config.renderer, tokenizer, config.chat_template_kwargs, ends)
 
 
 def check_folder(config: ModelConfig) -> None:
@@ -74,7 +84,20 @@ def check_folder(config: ModelConfig) -> None:
         raise UserError(f"model.path: {config.path} {what}; {remedy(config)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"model.path: {config.path} has a config.json and no weights; {remedy(config)}")
+    if checkpoint_folder.is_sealed(folder):
+        checkpoint_folder.verify(folder)
     _check_kernels(config)
+
+
+def own_code(folder: Path) -> bool:
+    """Whether a model folder names code of its own (`auto_map`), which transformers would run if it were trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            if json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map"):
+                return True
+        except (OSError, ValueError, AttributeError, RecursionError):  # reported where the file is needed
+            continue
+    return False
 
 
 def remedy(config: ModelConfig) -> str:
@@ -120,10 +143,22 @@ def _use_liger(model: Any) -> None:
 
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
     """What failed, under the key to blame."""
+    if own_code(Path(config.path)):
+        return (
+            f"model.path: {config.path} needs Python code of its own (auto_map), which is not run; give another model"
+        )
     reason, kind = " ".join(str(error).split())[:300], config.attn_implementation
     if "attn_implementation" in reason or (isinstance(error, ImportError) and kind not in ("sdpa", "eager")):
         return f"model.attn_implementation: cannot load {config.path} with {kind!r}; sdpa always works ({reason})"
     return f"model.path: cannot load {config.path} ({reason})"
+
+
+def _check_head(path: str, model: Any) -> None:
+    """Refuse a model whose logits `sgcd_kernels` cannot compute: engine and trainer would agree on wrong log-probs."""
+    try:
+        output_head(model)
+    except ValueError as error:
+        raise UserError(f"model.path: {path} cannot be trained: {error}") from error
 
 
 def _check_whole(path: str, found: dict[str, Any]) -> None:
@@ -214,9 +249,3 @@ def _recomputing(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def head(model: Any) -> tuple[Tensor, Tensor | None]:  # weight [V, H], bias [V]
-    """The output projection's parameters."""
-    layer = model.get_output_embeddings()
-    return layer.weight, layer.bias

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import CreditConfig, PolicyLossConfig, linear_divergence, linear_logprob
+from sgcd_kernels import CreditConfig, OutputHead, PolicyLossConfig, linear_divergence, linear_logprob
 from sgcd_kernels.core.lm_head import LMHead
 from sgcd_kernels.credit.rules import never_acts
 from sgcd_kernels.ops import sgcd
-from sgcd_kernels.ops.policy_inputs import HeadOptions, PolicyTokens, Settings
+from sgcd_kernels.ops.policy_inputs import PolicyTokens, Settings
 from sgcd_kernels.ops.sgcd_batch import CreditInputs, Teacher
 from trainer.data import Group, Rollout, Scored
-from trainer.learning.model import head as output_head
 from trainer.learning.packing import LossTokens, forward
 from trainer.protocols import Renderer, Suite
 from trainer.references.teacher_context import literal_mask, teacher_prompt
@@ -94,6 +93,7 @@ class Scorer:
     """
 
     model: Any
+    head: OutputHead
     pad_id: int
     temperature: float
     config: CreditConfig
@@ -122,8 +122,7 @@ class Scorer:
 
     def settings(self, policy: PolicyLossConfig | None = None) -> Settings:
         """The head, with the temperature that applies once, the same to student and teacher."""
-        weight, bias = output_head(self.model)
-        lm_head = LMHead(weight, bias, temperature=self.temperature)
+        lm_head = LMHead(self.head.weight, **self.head.options(self.temperature))
         return Settings(lm_head, policy or PolicyLossConfig(loss_type="dapo"), IGNORE_INDEX, "auto")
 
     def score(self, batch: MicroBatch, salt: int = 0) -> sgcd.Scored | None:
@@ -150,7 +149,7 @@ class Scorer:
         targets, has_teacher, head = batch.tokens.targets, batch.has_teacher, self.settings().head
         if batch.teacher is not None:
             targets = targets.masked_fill(has_teacher, IGNORE_INDEX)
-        transform = HeadOptions(bias=head.bias, temperature=head.temperature)
+        transform = self.head.options(self.temperature)
         alone = linear_logprob(batch.student, head.weight, targets, **transform)
         if scored is not None:
             return scored.tokens(alone.logp, alone.entropy)

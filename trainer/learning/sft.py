@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import linear_logprob
+from sgcd_kernels import OutputHead, linear_logprob, output_head
 from trainer.learning.packing import right_pad
 
 
@@ -37,15 +37,15 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator
             yield [examples[i] for i in order[start : start + batch_size]]
 
 
-def sft_loss(model: Any, batch: Sequence[Example], pad_id: int, autocast: bool = False) -> Tensor:
+def sft_loss(model: Any, head: OutputHead, batch: Sequence[Example], pad_id: int, autocast: bool = False) -> Tensor:
     """Mean negative log-likelihood of the batch's assistant tokens; with `autocast` the decoder computes in bf16."""
-    device = model.lm_head.weight.device
+    device = head.weight.device
     ids = right_pad([e.ids for e in batch], pad_id).to(device)
     mask = right_pad([e.loss_mask for e in batch], False).bool().to(device)[:, 1:]
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask]
-    hidden = hidden.to(model.lm_head.weight.dtype)
-    return -linear_logprob(hidden, model.lm_head.weight, ids[:, 1:][mask]).logp.mean()
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state[:, :-1][mask]
+    hidden = hidden.to(head.weight.dtype)
+    return -linear_logprob(hidden, head.weight, ids[:, 1:][mask], **head.options()).logp.mean()
 
 
 def microbatches(batch: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
@@ -65,7 +65,7 @@ def make_optimisers(model: Any, name: str, learning_rate: float) -> list[torch.o
     settings: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
     if name == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=learning_rate, **settings)]
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    matrices = [p for p in model.get_decoder().layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -92,7 +92,7 @@ def sft(
     `optimiser` is "adamw" (fine-tuning) or "muon" (from scratch: halves the steps of the tiny policy).
     `tokens_per_microbatch` bounds the memory of a step, whose loss stays the mean over the batch's assistant tokens.
     """
-    optimisers = make_optimisers(model, optimiser, learning_rate)
+    optimisers, head = make_optimisers(model, optimiser, learning_rate), output_head(model)
 
     def rate_factor(step: int) -> float:
         progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
@@ -105,7 +105,7 @@ def sft(
         batch, total = next(stream), 0.0
         for part in microbatches(batch, tokens_per_microbatch):
             share = sum(sum(e.loss_mask) for e in part) / sum(sum(e.loss_mask) for e in batch)
-            loss = sft_loss(model, part, pad_id, autocast) * share
+            loss = sft_loss(model, head, part, pad_id, autocast) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sgcd_kernels import PolicyLossConfig, linear_distill_loss
+from sgcd_kernels import OutputHead, PolicyLossConfig, linear_distill_loss, output_head
 from sgcd_kernels.ops import sgcd
 from sgcd_kernels.ops.policy_inputs import PolicyTokens
 from trainer.data import Group, Rollout, Scored
-from trainer.learning.model import head
 from trainer.learning.packing import microbatches
 from trainer.learning.scoring import MicroBatch, Sample, Scorer, prepare_samples
 from trainer.protocols import Renderer, Suite
@@ -70,6 +69,7 @@ class Learner:
 
     config: Config
     model: Any
+    head: OutputHead
     renderer: Renderer
     suite: Suite
     optimiser: torch.optim.Optimizer
@@ -79,7 +79,7 @@ class Learner:
         betas = (config.adam_beta1, config.adam_beta2)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
-        return Learner(config, model, renderer, suite, optimiser)
+        return Learner(config, model, output_head(model), renderer, suite, optimiser)
 
     def update(self, groups: Sequence[Group], step: int, clock: Clock) -> tuple[dict[str, float], list[list[Scored]]]:
         """Take one step on `groups`; return metrics, and the scores of each rollout (nested like the groups).
@@ -116,7 +116,8 @@ class Learner:
         """Accumulate the batch's gradients; give its loss, its clip ratios and every rollout's scores in order."""
         config = self.config
         distils = config.arm == "direct_sd"
-        scorer = Scorer(self.model, self.renderer.pad_id, config.temperature, config.credit, clock, always=distils)
+        read = (self.model, self.head, self.renderer.pad_id)
+        scorer = Scorer(*read, config.temperature, config.credit, clock, always=distils)
         items = self._items([s.rollout for s in samples])
         total, clipped, scores = 0.0, defaultdict[str, float](float), dict[int, Scored]()
         for number, indices in enumerate(microbatches([s.rollout for s in samples], config.tokens_per_microbatch)):
@@ -156,17 +157,15 @@ class Learner:
     def _distillation(self, batch: MicroBatch, items: float) -> Tensor:
         if batch.teacher is None:
             return batch.student.sum() * 0.0
-        weight, bias = head(self.model)
         distance = linear_distill_loss(
             batch.student,
-            weight,
+            self.head.weight,
             batch.teacher,
             mask=batch.has_teacher,
             kind=self.config.distill_kind,
             beta=self.config.distill_beta,
             reduction="sum",
-            bias=bias,
-            temperature=self.config.temperature,
+            **self.head.options(self.config.temperature),
         )
         return distance / items
 

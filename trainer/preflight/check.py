@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-
+from trainer.console import VisibleConsole
 from trainer.errors import ReportedError
 from trainer.preflight import run_costs
 from trainer.preflight.checks import CHECKS
@@ -28,7 +27,7 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
 
     `mistakes` are those of the config itself, which holds defaults in their places.
     """
-    console = Console(highlight=False, soft_wrap=True)  # a command to copy must stay on its line
+    console = VisibleConsole(highlight=False, soft_wrap=True)  # a command to copy must stay on its line
     probe, missing = Probe(config), len(mistakes)
     for line in mistakes:
         print_line(console, "FAIL", "config", line)
@@ -65,7 +64,7 @@ def attempt(run: Callable[[P], str], probe: P) -> tuple[str, list[str]]:
         return "FAIL", [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
 
 
-def print_line(console: Console, mark: str, name: str, line: str) -> None:
+def print_line(console: VisibleConsole, mark: str, name: str, line: str) -> None:
     """One line of a report: ok, FAIL, skip or warn, the check, and what it found."""
     console.print(f"[{STYLES[mark]}]{mark:<4}[/]  {name:<14}  ", end="")
     console.print(line, markup=False)

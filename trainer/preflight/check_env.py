@@ -13,10 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-
 from trainer import envs
 from trainer.config import EnvConfig
+from trainer.console import VisibleConsole
 from trainer.data import Message, Outcome, Task, Tool
 from trainer.envs.contract import CheckedSuite
 from trainer.envs.tools import call
@@ -50,7 +49,7 @@ class EnvProbe:
 
 def check_env(config: EnvConfig) -> bool:
     """Run every check and print a line for each; return whether all is well."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = VisibleConsole(highlight=False, soft_wrap=True)
     probe, failed = EnvProbe(config), 0
     logging.getLogger("trainer").setLevel(logging.ERROR)  # the lines below say what the log would
     for name, run in CHECKS.items():

@@ -201,7 +201,7 @@ def check_scoring(probe: Probe) -> str:
     """Two short rollouts, scored under a reference: divergences are finite, and engine and trainer agree."""
     import torch
 
-    from sgcd_kernels import CreditConfig
+    from sgcd_kernels import CreditConfig, output_head
     from trainer.learning.scoring import Scorer, prepare_samples
 
     if probe.config.top_p < 1:
@@ -211,7 +211,8 @@ def check_scoring(probe: Probe) -> str:
     group = asyncio.run(_sample_short_group(probe))
     group.reference = PROBE_REFERENCE
     samples = prepare_samples([group], [1.0, -1.0], suite, renderer)
-    scorer = Scorer(probe.model, renderer.pad_id, probe.config.temperature, CreditConfig())
+    head = output_head(probe.model)
+    scorer = Scorer(probe.model, head, renderer.pad_id, probe.config.temperature, CreditConfig())
     with torch.no_grad():
         batch = scorer.forward(samples)
         scored = batch.unpack(scorer.without_loss(batch, scorer.score(batch)))

@@ -70,9 +70,9 @@ def facts(config: Config) -> Facts:
     if not (path / "config.json").is_file():
         raise UserError(f"needs config.json in {path}; the file alone is enough")
     try:
-        text = AutoConfig.from_pretrained(path, local_files_only=True)
+        text = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa", trust_remote_code=False)
             if config.model.lora:
                 from trainer.learning import lora
 
@@ -149,7 +149,9 @@ def saved(text: Any, tokens: int, attention: str, half: bool) -> tuple[int, list
     if attention == "sdpa":
         attention = maskless()
     with FakeTensorMode(), _quiet():
-        model = AutoModelForCausalLM.from_config(text, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
         ids = torch.zeros((1, tokens), dtype=torch.long)
         return kept_by(model, ids, half)
 

@@ -61,7 +61,7 @@ def save(
             "the checkpoint before"
         )
     folder = output_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     checkpoint_folder.recover(output_dir)
     beside = folder / f"{TEMPORARY}step_{step}"
     try:

@@ -51,7 +51,8 @@ def step_of(path: Path) -> int | None:
 def found(output_dir: Path) -> list[Path]:
     """The folders step_N of a run by rising step, whole or not."""
     folder = output_dir / "checkpoints"
-    steps = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    paths = [folder / name for name in files.names(folder)]
+    steps = [(step, path) for path in paths if (step := step_of(path)) is not None]
     return [path for _, path in sorted(steps)]
 
 
@@ -75,6 +76,11 @@ def latest(output_dir: Path, note: Callable[[str], object] = lambda line: None) 
     if damaged:
         raise damaged[0]
     return None
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a folder has a manifest, and so is a checkpoint of ours and not only a model."""
+    return (path / MANIFEST).exists()
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def verify(path: Path) -> dict[str, Any]:
 def seal(folder: Path, **facts: Any) -> None:
     """Write the manifest of `folder` (`facts`, and all its files), and wait until everything is on disk."""
     (folder / STATE).mkdir(exist_ok=True)
-    paths = sorted(folder.rglob("*"))
+    paths = _everything_in(folder)
     with ThreadPoolExecutor(2, "crc32") as pool:  # while the disk is waited for; zlib gives up the interpreter's lock
         described = {str(path.relative_to(folder)): pool.submit(_describe, path) for path in paths if not path.is_dir()}
         for path in paths:
@@ -140,13 +146,15 @@ def recover(output_dir: Path) -> None:
     """
     folder = output_dir / "checkpoints"
     for prefix in (TEMPORARY, _OLD):  # the newer state of a step first
-        for leftover in sorted(folder.glob(f"{prefix}step_*")):
-            target = folder / leftover.name.removeprefix(prefix)
-            if not target.exists() and _is_whole(leftover):
-                leftover.rename(target)
+        for name in files.names(folder):
+            target = folder / name.removeprefix(prefix)
+            named = name.startswith(prefix) and step_of(target) is not None
+            if named and not target.exists() and _is_whole(folder / name):
+                (folder / name).rename(target)
                 files.flush(folder)
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        _delete(leftover)
+    for name in files.names(folder):
+        if name.startswith(TEMPORARY):
+            _delete(folder / name)
 
 
 def keep_newest(output_dir: Path, limit: int) -> None:
@@ -187,6 +195,12 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _everything_in(folder: Path) -> list[Path]:
+    """Files and folders at any depth. `rglob` would leave out, without a word, what it may not list."""
+    paths = [folder / name for name in files.names(folder)]
+    return [each for path in paths for each in (path, *(_everything_in(path) if path.is_dir() else ()))]
 
 
 class _NotThere(Exception):

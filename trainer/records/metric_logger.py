@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer import files
+from trainer.console import VisibleConsole
 from trainer.optional_packages import need
 from trainer.records import run_records
 
@@ -52,13 +52,13 @@ class MetricLogger:
         start_step: int = 0,
         report_to: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
-        console: Console | None = None,
+        console: VisibleConsole | None = None,
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._sinks = [_SINKS[name](output_dir, config or {}, start_step) for name in report_to]
         self._path = output_dir / run_records.METRICS
         self._file = self._path.open("a", encoding="utf-8")
-        self._console = console or Console(highlight=False)
+        self._console = console or VisibleConsole(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -152,7 +152,7 @@ class _Wandb:
         remembered = output_dir / "wandb_id.txt"
         run_id = remembered.read_text().strip() if remembered.exists() and start_step else wandb.util.generate_id()
         self._run = wandb.init(project="sgcd", id=run_id, resume="allow", dir=str(output_dir), config=dict(config))
-        remembered.write_text(run_id)
+        files.write(remembered, run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

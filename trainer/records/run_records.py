@@ -22,7 +22,8 @@ def recorded(output_dir: Path) -> bool:
 
 def traces(output_dir: Path) -> list[Path]:
     """The traced steps' files by rising step."""
-    found = [path for path in (output_dir / TRACES).glob("step_*.jsonl") if step_of(Path(path.stem)) is not None]
+    paths = [output_dir / TRACES / name for name in files.names(output_dir / TRACES)]
+    found = [path for path in paths if path.suffix == ".jsonl" and step_of(Path(path.stem)) is not None]
     return sorted(found, key=_step_of_trace)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sgcd_kernels.credit.rules import never_acts
-from trainer.data import Group, Scored
+from trainer.data import BugReport, Group, Scored
+from trainer.records.bug_reports import NAME
 from trainer.records.credit_metrics import credit_metrics, mean_entropy
 from trainer.records.credit_validity import invalid_credit, scarce_references
 from trainer.records.reference_metrics import reference_metrics
@@ -35,12 +36,23 @@ def report_step(
     tokens = sum(len(r.ids) for g in batch.sampled for r in g.rollouts)
     speed = {"perf/rollout_tokens_per_s": tokens / clock.wall["rollout"]}
     sampled = {**rollout_metrics(batch.sampled), **batch.metrics()}
+    bugs = warn_of_bugs(step, batch.bugs)
     if not batch.train:
         nothing = f"step {step}: no group is mixed, nothing to learn from; raise max_resample_times or the tasks"
-        return {**sampled, **times, **speed}, [nothing]
+        return {**sampled, **times, **speed}, [*bugs, nothing]
     credit, credit_warning = report_credit(config, step, batch.train, scored)
-    warnings = [*warn_of_update(step, losses), *credit_warning]
+    warnings = [*bugs, *warn_of_update(step, losses), *credit_warning]
     return {**sampled, **losses, **credit, **times, **speed}, warnings
+
+
+def warn_of_bugs(step: int, bugs: Sequence[BugReport]) -> list[str]:
+    """Warn of rollouts that were dropped because code failed on them, and say where they are kept."""
+    if not bugs:
+        return []
+    return [
+        f"WARNING: step {step}: code failed on {len(bugs)} rollouts, which were dropped ({bugs[-1].error}); please "
+        f"report it with {NAME} of the run"
+    ]
 
 
 def warn_of_update(step: int, losses: Mapping[str, float]) -> list[str]:

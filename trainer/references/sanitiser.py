@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.references import payment_cards
 from trainer.references.literals import Literals
+from trainer.references.ordinary_text import OrdinaryText
 from trainer.references.payment_cards import luhn
 from trainer.references.secret_values import own_secrets, telling
 from trainer.references.spellings import (
@@ -106,9 +107,9 @@ EVALUATOR_LINES = re.compile(
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-KINDS = ("answer", "secret", "credential", "payment", "account", "email", "evaluator")
-MARK = re.compile(rf"(\[masked (?:{'|'.join(KINDS)})\])")
-MASKED = re.compile(rf"\[?masked (?:{'|'.join(KINDS)})\]?")
+KINDS = r"(?:answer|secret|credential|payment|account|email|evaluator|opaque \d{1,9})"
+MARK = re.compile(rf"(\[masked {KINDS}\])")
+MASKED = re.compile(rf"\[?masked {KINDS}\]?")
 
 
 def mask(kind: str) -> str:
@@ -178,6 +179,15 @@ class Sanitiser:
             text = self._sub(EMAILS, "email", text)
         text = self._whole(text, self._known)
         return self._spelled(text, ())
+
+    def ordinary(self, known: Collection[str]) -> OrdinaryText:
+        """The allow-list that masked values pass last; `known` stays whatever it is."""
+
+        def masked(number: int) -> str:
+            self.hits["opaque"] += 1
+            return mask(f"opaque {number}")
+
+        return OrdinaryText(known, masked, MARK)
 
     def lines(self, lines: Sequence[str]) -> list[str]:
         """The last pass over masked values, one per line, JSON or prose: known strings and cards that lie across them.

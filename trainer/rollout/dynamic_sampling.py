@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.concurrency import run_together
-from trainer.data import Group, Task
+from trainer.data import BugReport, Group, Task
 from trainer.rollout.siblings import EnvironmentMonitor
 from trainer.rollout.task_order import TaskOrder
 
@@ -27,11 +27,13 @@ class Batch:
     dropped: int  # groups left with fewer than two rollouts
     rounds: int  # of resampling
     too_long: int = 0  # tasks whose prompt left no room
+    bugs: list[BugReport] = field(default_factory=list)  # of the errored rollouts, those that a fault in code broke
 
     def metrics(self) -> dict[str, float]:
         """How many groups and rollouts came through; names as in the documentation."""
         return {
             "rollout/errored": float(self.errored),
+            "rollout/bugs": float(len(self.bugs)),
             "rollout/dropped_groups": float(self.dropped),
             "rollout/resampled": float(self.rounds),
             "by_group/trained": float(len(self.train)),
@@ -54,6 +56,7 @@ async def sample_batch(
         EnvironmentLost: `monitor` finds that every rollout breaks.
     """
     sampled: list[Group] = []
+    bugs: list[BugReport] = []
     errored, dropped, rounds = 0, 0, 0
     asked = tasks_for(groups, order.mixed_share) if dynamic else groups
     while True:
@@ -61,6 +64,7 @@ async def sample_batch(
         if monitor is not None:
             monitor.observe(results)
         errored += sum(group.broken for group in results)
+        bugs += [bug for group in results for bug in group.bugs]
         whole = [group for group in results if len(group.rollouts) >= 2]
         dropped += len(results) - len(whole)
         sampled += whole
@@ -71,7 +75,7 @@ async def sample_batch(
         asked = tasks_for(groups - len(mixed), len(mixed) / max(1, len(sampled)))
     order.mixed_share = len(mixed) / max(1, len(sampled))
     train = mixed[:groups] if dynamic else sampled
-    return Batch(train, sampled, errored, dropped, rounds)
+    return Batch(train, sampled, errored, dropped, rounds, bugs=bugs)
 
 
 def tasks_for(groups: int, mixed_share: float) -> int:

@@ -1,7 +1,8 @@
 """One episode: a prompt, then {generate, parse, observe} until the policy, the environment or a limit ends it.
 
-A mistake of the policy becomes an observation that names it. A fault of the environment drops the rollout: it is
-counted, and never scored 0. Tokens are appended as they were sampled; text is never tokenised again.
+A mistake of the policy becomes an observation that names it. A fault of the environment, or of our own code on what was
+said, drops the rollout: it is counted, and never scored 0. Tokens are appended as they were sampled; text is never
+tokenised again.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.concurrency import Blocked, Interruptible, interrupted_after
 from trainer.data import Completion, Message, Outcome, Rollout, Sampling, Task, TokenClass, Tool
-from trainer.errors import EnvironmentBroken, PolicyCrashed, PromptTooLong
+from trainer.errors import EnvironmentBroken, EnvironmentBug, PolicyCrashed, PromptTooLong, RolloutBug
 from trainer.protocols import Engine, Environment, Renderer, Suite
 from trainer.rollout.rewards import Grading
+from trainer.text import encodable, encodable_data
 
 if TYPE_CHECKING:
     from trainer.config import EnvConfig
@@ -40,10 +43,11 @@ class RolloutSetup:
     grading: Grading = field(default_factory=Grading)
 
 
-async def play_episode(setup: RolloutSetup, task: Task) -> Rollout:
-    """Play one episode. The environment is closed whatever happens.
+async def play_episode(setup: RolloutSetup, task: Task, rollout: Rollout | None = None) -> Rollout:
+    """Play one episode, into `rollout` if it is given. The environment is closed whatever happens.
 
     Raises:
+        RolloutBug: our own code failed on what was said; `rollout` tells how far it came.
         EnvironmentBroken: the environment or a reward function failed, or took longer than `env.timeout`.
         PromptTooLong: the first prompt leaves no room for an answer within `max_length`.
     """
@@ -51,7 +55,8 @@ async def play_episode(setup: RolloutSetup, task: Task) -> Rollout:
     try:
         environment = make_environment(setup.suite, setup.env.timeout)
         await wait_until_open(environment)
-        return await _Episode(setup, Guarded(environment, setup.env.timeout), setup.max_length).play(task)
+        rollout = Rollout(task, [], [], []) if rollout is None else rollout
+        return await _Episode(setup, Guarded(environment, setup.env.timeout), setup.max_length).play(rollout)
     finally:
         if environment is not None:
             await close_environment(environment, setup.env.timeout)
@@ -66,8 +71,8 @@ def make_environment(suite: Suite, timeout: float) -> Environment:
         raise
     except Blocked:
         raise EnvironmentBroken(_blocked(suite, "make", timeout)) from None
-    except Exception as error:
-        raise EnvironmentBroken(f"make: {error!r}") from error
+    except (Exception, SystemExit) as error:
+        raise EnvironmentBug(f"make: {error!r}") from error
 
 
 async def wait_until_open(environment: Environment) -> None:
@@ -85,27 +90,43 @@ async def close_environment(environment: Environment, timeout: float) -> None:
 
 
 class Guarded:
-    """An environment whose failures, hangs included, are all `EnvironmentBroken`; `PolicyCrashed` passes through."""
+    """An environment whose failures, hangs included, are all `EnvironmentBroken`; `PolicyCrashed` passes through.
+
+    What it says is made encodable here, and is JSON: else it could not be written to the run's files later on.
+    """
 
     def __init__(self, environment: Environment, timeout: float) -> None:
         self._environment, self._timeout = environment, timeout
         self.longest = 0.0  # seconds that a call kept all other episodes waiting
 
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
-        return await self._guard("reset", self._environment.reset, task)
+        return await self._guard("reset", lambda: self._json_of(self._environment.reset(task)))
 
     async def step(self, message: Message) -> tuple[list[Message], bool]:
-        return await self._guard("step", self._environment.step, message)
+        return await self._guard("step", lambda: self._json_of(self._environment.step(message)))
 
     async def outcome(self) -> Outcome:
-        return await self._guard("outcome", self._environment.outcome)
+        return await self._guard("outcome", lambda: self._judged(self._environment.outcome()))
+
+    @staticmethod
+    async def _judged(call: Awaitable[Outcome]) -> Outcome:
+        outcome = await call
+        success = None if outcome.success is None else bool(outcome.success)  # NumPy's are no JSON
+        return replace(outcome, success=success, reason=encodable(str(outcome.reason)))
+
+    @staticmethod
+    async def _json_of(call: Awaitable[tuple[list[Message], T]]) -> tuple[list[Message], T]:
+        messages, other = await call
+        messages, other = encodable_data(messages), encodable_data(other)
+        json.dumps([messages, other], allow_nan=False)
+        return messages, other
 
     async def close(self) -> None:
         await self._guard("close", self._environment.close)
 
-    async def _guard(self, method: str, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    async def _guard(self, method: str, function: Callable[[], Awaitable[T]]) -> T:
         try:
-            call = Interruptible(function(*arguments), self._timeout)
+            call = Interruptible(_without_exit(function()), self._timeout)
             try:
                 return await asyncio.wait_for(call, self._timeout)
             finally:
@@ -120,7 +141,8 @@ class Guarded:
         except (EnvironmentBroken, PolicyCrashed):
             raise
         except Exception as error:
-            raise EnvironmentBroken(f"{_named(self._environment, method)}: {error!r}") from error
+            fault = EnvironmentBroken if isinstance(error, OSError) else EnvironmentBug  # a lost connection is no bug
+            raise fault(f"{_named(self._environment, method)}: {error!r}") from error
 
 
 def _named(thing: Environment | Suite, method: str) -> str:
@@ -136,6 +158,14 @@ def _blocked(thing: Environment | Suite, method: str, seconds: float) -> str:
     return f"{_named(thing, method)} held the event loop for env.timeout = {seconds:g} s; {remedy}"
 
 
+async def _without_exit(call: Awaitable[T]) -> T:
+    """An exit() within an environment ends the rollout, not the run; the event loop would pass it on to everybody."""
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"exit({error.code!r})") from error
+
+
 @dataclass
 class _Episode:
     setup: RolloutSetup
@@ -143,14 +173,16 @@ class _Episode:
     max_length: int  # tokens of prompt and response; `env.max_response_tokens` may lower it
     crash: PolicyCrashed | None = None
 
-    async def play(self, task: Task) -> Rollout:
+    async def play(self, rollout: Rollout) -> Rollout:
+        task = rollout.task
         messages, tools = await self.environment.reset(task)
-        prompt = self.setup.renderer.prompt(messages, tools)
+        rollout.prompt_messages, rollout.tools = messages, tools
+        with _own_code("rendering the prompt"):
+            rollout.prompt_ids = prompt = self.setup.renderer.prompt(messages, tools)
         if len(prompt) >= self.max_length:
             raise PromptTooLong(
                 f"model.max_length: {self.max_length} tokens, but the prompt of task {task.id} has {len(prompt)}"
             )
-        rollout = Rollout(task, messages, tools, prompt)
         if self.setup.env.max_response_tokens is not None:
             self.max_length = min(self.max_length, len(prompt) + self.setup.env.max_response_tokens)
         for turn in range(self.setup.env.max_turns):
@@ -169,16 +201,21 @@ class _Episode:
         room = min(self.setup.sampling.max_tokens, self.max_length - len(context))
         (completion,) = await self.setup.engine.generate(context, 1, replace(self.setup.sampling, max_tokens=room))
         self._append_generated(rollout, completion, turn)
-        message, problem = self.setup.renderer.parse(completion.ids)
+        with _own_code("reading a turn"):
+            rollout.classes += self.setup.renderer.classes(completion.ids)
+            if len(rollout.classes) != len(rollout.ids):
+                raise RuntimeError(f"{len(rollout.classes)} classes for {len(rollout.ids)} tokens")
+            message, problem = self.setup.renderer.parse(completion.ids)
         rollout.messages.append(message)
         if completion.finish == "length":  # half a turn is not acted upon: its call may be half a call
             full = len(context) + len(completion.ids) >= self.max_length
             rollout.stop = "context" if full else "length"
             return True
         try:
-            observed, done = await self._observe(message, problem, rollout.tools)
+            with _own_code("acting on a turn"):
+                observed, done = await self._observe(message, problem, rollout.tools)
         except PolicyCrashed as crash:
-            rollout.messages.append({"role": "user", "content": str(crash)})
+            rollout.messages.append({"role": "user", "content": encodable(str(crash))})
             rollout.stop, self.crash = "crashed", crash
             return True
         rollout.messages += observed
@@ -207,11 +244,11 @@ class _Episode:
         rollout.generated += [True] * size
         rollout.logprobs += completion.logprobs
         rollout.turns += [turn] * size
-        rollout.classes += self.setup.renderer.classes(completion.ids)
 
     def _append_observed(self, rollout: Rollout, messages: list[Message], turn: int) -> bool:
         """Append what the policy reads next, if it and an answer fit, so that a rollout ends in generated tokens."""
-        ids = self.setup.renderer.observation(messages)
+        with _own_code("rendering an observation"):
+            ids = self.setup.renderer.observation(messages)
         size = len(ids)
         if len(rollout.prompt_ids) + len(rollout.ids) + size >= self.max_length:
             return False
@@ -221,6 +258,17 @@ class _Episode:
         rollout.turns += [turn] * size
         rollout.classes += [int(TokenClass.FORMAT)] * size
         return True
+
+
+@contextmanager
+def _own_code(what: str) -> Iterator[None]:
+    """What our own code raises here is its fault, and costs the rollout alone."""
+    try:
+        yield
+    except (EnvironmentBroken, PolicyCrashed):
+        raise
+    except Exception as error:
+        raise RolloutBug(f"{what}: {error!r}") from error
 
 
 def _error(problem: str, **fields: Any) -> Message:

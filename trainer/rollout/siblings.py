@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trainer.concurrency import run_together
-from trainer.data import Group, Rollout, Task
-from trainer.errors import EnvironmentBroken, EnvironmentLost, PromptTooLong
+from trainer.data import BugReport, Group, Rollout, Task
+from trainer.errors import EnvironmentBroken, EnvironmentBug, EnvironmentLost, PromptTooLong, RolloutBug
+from trainer.protocols import Renderer
 from trainer.rollout.episode import RolloutSetup, play_episode
 from trainer.rollout.rewards import judge
+from trainer.text import encodable
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +22,8 @@ log = logging.getLogger(__name__)
 async def run_group(setup: RolloutSetup, task: Task, n: int) -> Group:
     """Run `n` siblings of a task at once.
 
-    A broken rollout is run once more; one that breaks again is missing, so a group may be smaller than `n`.
+    A broken rollout is run once more; one that breaks again is missing, so a group may be smaller than `n`. One that
+    broke by a fault in code leaves a bug report in the group.
 
     Raises:
         PromptTooLong: the first prompt leaves no room for an answer.
@@ -28,17 +32,29 @@ async def run_group(setup: RolloutSetup, task: Task, n: int) -> Group:
 
     async def run_sibling() -> Rollout | None:
         for _ in range(2):
+            rollout = Rollout(task, [], [], [])
             try:
-                return await play_episode(setup, task)
-            except EnvironmentBroken as error:
+                return await play_episode(setup, task, rollout)
+            except (EnvironmentBroken, RolloutBug) as error:
                 group.broken += 1
-                group.problem = str(error)
-                log.warning("dropped a rollout of %s: %s", task.id, error)
+                group.problem = encodable(str(error))
+                log.warning("dropped a rollout of %s: %s", task.id, group.problem)
+                if isinstance(error, (EnvironmentBug, RolloutBug)):
+                    group.bugs.append(_bug_report(rollout, error, setup.renderer))
         return None
 
     group.rollouts = [r for r in await run_together(run_sibling() for _ in range(n)) if r is not None]
     judge(group.rollouts)
     return group
+
+
+def _bug_report(rollout: Rollout, error: Exception, renderer: Renderer) -> BugReport:
+    try:
+        text = renderer.decode(rollout.ids)
+    except Exception as unreadable:
+        text = f"decode: {unreadable!r}"
+    trace = "".join(traceback.format_exception(error))
+    return BugReport(rollout.task.id, str(error), trace, rollout.prompt_ids, rollout.ids, text, rollout.messages)
 
 
 @dataclass

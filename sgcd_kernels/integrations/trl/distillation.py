@@ -20,10 +20,9 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from sgcd_kernels import linear_distill_loss
-from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, check_head, unproject
+from sgcd_kernels import OutputHead, linear_distill_loss
+from sgcd_kernels.integrations.trl.head import IGNORED, LinearHead, Unprojected, measure_head, unproject
 from sgcd_kernels.integrations.trl.refusals import check_stage
-from sgcd_kernels.models import logit_transform
 
 Replacements = list[tuple[Any, str, Any]]
 
@@ -87,7 +86,8 @@ def _gkd(trainer: Any) -> Replacements:
         )
     if trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
         raise ValueError("compute_metrics is given, needs None: it reads logits, and there are none")
-    heads = [LinearHead(model) for model in _check_heads(trainer)]
+    _measure_heads(trainer)
+    heads = [LinearHead(model) for model in _models(trainer)]
     return [
         (trainer, "compute_loss", _lazy(trainer.compute_loss, heads, trainer.accelerator)),
         (trainer, "generalized_jsd_loss", jsd_loss),
@@ -119,7 +119,8 @@ def _self_distillation(trainer: Any) -> Replacements:
             f"{name} with distillation_mode 'topk_logits' is not served by linear_distillation: its support is the "
             "student's top-k vocab ids, which need logits; use 'full_logits' (exact, at the same cost here)"
         )
-    heads = [LinearHead(model) for model in {id(model): model for model in _check_heads(trainer)}.values()]
+    _measure_heads(trainer)
+    heads = [LinearHead(model) for model in {id(model): model for model in _models(trainer)}.values()]
     module = _module(trainer, name)
     functions: dict[str, Callable[..., Tensor]] = {
         "selective_log_softmax": lambda logits, index: logits.logprob(index).logp,
@@ -144,8 +145,19 @@ def sampled_token_loss(
 
 def _distillation(trainer: Any) -> Replacements:
     """DistillationTrainer already compares hidden states, in one function of its module."""
-    _check_heads(trainer)
-    return [(_module(trainer, "DistillationTrainer"), "_chunked_divergence_loss", chunked_loss)]
+    student, teacher = _measure_heads(trainer)
+    measured = {
+        "student_logit_scale": student.scale,
+        "teacher_logit_scale": teacher.scale,
+        "student_final_logit_softcapping": student.softcap,
+        "teacher_final_logit_softcapping": teacher.softcap,
+    }
+
+    def loss(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        biases = {"student_lm_head_bias": student.options()["bias"], "teacher_lm_head_bias": teacher.options()["bias"]}
+        return chunked_loss(*tensors, **{**options, **measured, **biases})
+
+    return [(_module(trainer, "DistillationTrainer"), "_chunked_divergence_loss", loss)]
 
 
 def chunked_loss(
@@ -193,15 +205,19 @@ def _module(trainer: Any, name: str) -> ModuleType:
     return sys.modules[next(kinds).__module__]
 
 
-def _check_heads(trainer: Any) -> list[Any]:
-    """The student and the teacher without their wrappers; refuse heads that cannot be compared."""
-    models = [_causal_lm(trainer, model) for model in (trainer.model, trainer.teacher_model)]
-    for model in models:
-        check_head(model)
-    caps = [logit_transform(model).softcap for model in models]
-    if caps[0] != caps[1]:
-        raise ValueError(f"the student's logits have softcap {caps[0]}, the teacher's {caps[1]}; needs the same")
-    return models
+def _models(trainer: Any) -> list[Any]:
+    """The student and the teacher without their wrappers."""
+    return [_causal_lm(trainer, model) for model in (trainer.model, trainer.teacher_model)]
+
+
+def _measure_heads(trainer: Any) -> tuple[OutputHead, OutputHead]:
+    """The student's head and the teacher's; refuse heads that cannot be compared."""
+    student, teacher = (measure_head(model) for model in _models(trainer))
+    if student.softcap != teacher.softcap:
+        raise ValueError(
+            f"the student's logits have softcap {student.softcap}, the teacher's {teacher.softcap}; needs the same"
+        )
+    return student, teacher
 
 
 def _causal_lm(trainer: Any, model: Any) -> Any:

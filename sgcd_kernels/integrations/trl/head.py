@@ -19,9 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sgcd_kernels import LogprobStats, linear_logprob
-from sgcd_kernels.core.validation import FLOATS
-from sgcd_kernels.models import logit_transform
+from sgcd_kernels import LogprobStats, OutputHead, linear_logprob, output_head
 
 IGNORED = -100
 
@@ -91,13 +89,12 @@ class LinearHead:
     """The head of one causal LM (the transformers model itself, without wrappers).
 
     With a `temperature` it replaces TRL's fused head, which otherwise stays in use; `fp32` is TRL's
-    `cast_lm_head_to_fp32`. Raises ValueError for a head that the kernels cannot read, and as `logit_transform` does.
+    `cast_lm_head_to_fp32`. Raises ValueError as `output_head` does.
     """
 
     def __init__(self, model: Any, temperature: float | None = None, fp32: bool = False) -> None:
-        check_head(model)
         self.model, self.temperature, self.fp32 = model, temperature, fp32
-        self.scale, self.softcap = logit_transform(model)
+        self.head = measure_head(model)
         self._lazy = False
         self._observer: Callable[[Unprojected], None] | None = None
         original = model.forward
@@ -147,30 +144,17 @@ class LinearHead:
     def _unprojected(self, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> tuple[Unprojected, Tensor | None]:
         """(the last `logits_to_keep` positions' hidden states and head, or all; the load-balancing loss of MoE)"""
         outputs = self.model.base_model(*args, **{**kwargs, "use_cache": False})
-        head = self.model.get_output_embeddings()
-        states = outputs.last_hidden_state[:, -logits_to_keep:]
-        found = unproject(states, head.weight, head.bias, self.scale, self.softcap, self.fp32)
+        states, head = outputs.last_hidden_state[:, -logits_to_keep:], self.head
+        found = unproject(states, head.weight, head.options()["bias"], head.scale, head.softcap, self.fp32)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = balance_loss(self.model, outputs.router_logits, kwargs.get("attention_mask"))
         return found, aux_loss
 
 
-def check_head(model: Any) -> None:
-    """Refuse a head that is not given by a plain floating-point weight [V, H] alone."""
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    name = f"{type(model).__name__}'s output head"
-    if hasattr(head, "base_layer"):
-        raise ValueError(f"{name} has an adapter (LoRA), needs none: the kernels read only the head's weight")
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"{name} is {type(head).__name__}, needs a linear layer with a weight")
-    plain = type(weight.data) is Tensor or isinstance(weight, DTensor)
-    if not plain or weight.dtype not in FLOATS or weight.dim() != 2:
-        raise ValueError(
-            f"{name} is quantised ({type(weight).__name__}, {weight.dtype}), needs a [V, H] weight of fp16, bf16 or "
-            "fp32: leave lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
-        )
+def measure_head(model: Any) -> OutputHead:
+    """The head as it follows `base_model`, which is what TRL runs. Raises ValueError as `output_head` does."""
+    return output_head(model, decoder=model.base_model)
 
 
 def balance_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sgcd_kernels.core.validation import check_choice
+from sgcd_kernels.core.validation import check_choice, check_hidden
 from sgcd_kernels.ops.logprob import linear_logprob
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -35,7 +35,8 @@ def linear_cross_entropy(
     [-2.0794, -2.0794, 2.0794, 2.0794]
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    check_hidden("hidden", hidden)
+    flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     stats = linear_logprob(flat, weight, labels.reshape(-1), temperature=temperature, group=dist_process_group)
     if reduction == "none":
         return stats.logp, stats.entropy

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
-from sgcd_kernels.models import check_model, check_unscaled, logit_transform
+from sgcd_kernels.measured_head import OutputHead, output_head
+from sgcd_kernels.models import check_model
 from sgcd_kernels.ops.divergence import DivergenceStats, linear_divergence
 from sgcd_kernels.ops.logprob import linear_logprob
 
@@ -52,21 +53,25 @@ def patch_lm_head(model: nn.Module, *, packed: bool = False) -> None:
     `teacher_input_ids` [b', t'] with its `teacher_position_ids` and `teacher_attention_mask`, and by the flat indices
     `student_rows` and `teacher_rows` [R] of the states to compare.
 
-    Raises ValueError as `check_model` and `check_unscaled` do, and for a model that reads images, which the teacher's
-    prompt would lack.
+    Raises ValueError as `check_model` does, and for a model that reads images, which the teacher's prompt would lack.
     """
     check_model(model, packed=packed)
     config: Any = model.config
-    check_unscaled(model)
     if hasattr(config, "vision_config"):
         raise ValueError(f"{type(model).__name__} has a vision_config, needs a model of text alone")
+    measured = output_head(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> ScoredOutput:
+        return _forward(self, measured, *args, **kwargs)
+
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # check_model has seen that it is there
     head.forward = types.MethodType(_score, head)
-    model.forward = types.MethodType(_forward, model)
+    model.forward = types.MethodType(forward, model)
 
 
 def _forward(
     self: Any,
+    measured: OutputHead,
     input_ids: Tensor,  # [b, t]
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -97,8 +102,7 @@ def _forward(
                 position_ids=teacher_position_ids,
                 use_cache=False,
             ).last_hidden_state
-    softcap = logit_transform(self).softcap
-    return ScoredOutput(**head(states, shift_labels, temperature, softcap, theirs, student_rows, teacher_rows))
+    return ScoredOutput(**head(states, shift_labels, temperature, measured, theirs, student_rows, teacher_rows))
 
 
 def _score(
@@ -106,15 +110,15 @@ def _score(
     states: Tensor,  # [b, t, H]
     labels: Tensor | None = None,  # [b, t]
     temperature: float = 1.0,
-    softcap: float | None = None,
+    measured: OutputHead | None = None,
     theirs: Tensor | None = None,  # [b', t', H]
     student_rows: Tensor | None = None,  # [R]
     teacher_rows: Tensor | None = None,  # [R]
 ) -> Tensor | dict[str, Tensor]:
     """The fields of a `ScoredOutput`; without labels, the logits as from any head."""
-    if labels is None:
+    if labels is None or measured is None:
         return nn.functional.linear(states, self.weight, self.bias)
-    options: dict[str, Any] = {"bias": self.bias, "temperature": temperature, "softcap": softcap}
+    options = measured.options(temperature)
     stats = linear_logprob(states, self.weight, labels, **options)
     found = {"log_probs": stats.logp, "entropy": stats.entropy}
     if theirs is not None and student_rows is not None and teacher_rows is not None:

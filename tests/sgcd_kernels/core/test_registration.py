@@ -157,7 +157,7 @@ CASES = {
         optional_mixed=-1.5,
     ),
     "optional mixed tensor": PLAIN._replace(optional_mixed=torch.rand(2), names=("jsd",)),
-    "scalars": PLAIN._replace(mixed=torch.tensor(0.7), tensor=torch.tensor(2.0)),
+    "0-dimensional": PLAIN._replace(tensor=torch.tensor(2.0)),
     "empty tensors": PLAIN._replace(optional=torch.zeros(0), tensor=torch.zeros(0, 4), name=""),
     "infinite": PLAIN._replace(number=float("inf"), optional_mixed=float("-inf")),
 }
@@ -176,19 +176,50 @@ def test_whole_numbers_become_floats_where_a_float_is_meant() -> None:
     assert same(received[0], PLAIN._replace(number=2.0, optional_number=3.0, mixed=4.0))
 
 
+def test_a_tensor_of_one_element_is_read_where_a_float_is_meant() -> None:
+    half, one = torch.tensor(0.5), torch.tensor([1], dtype=torch.int8)
+    inner = Inner(torch.ones(2), scale=half, factor=one)  # type: ignore[arg-type]
+    double_op(PLAIN._replace(inner=inner, mixed=half, optional_number=half), None)  # type: ignore[arg-type]
+    assert same(received[0], PLAIN._replace(inner=Inner(torch.ones(2), scale=0.5), mixed=0.5, optional_number=0.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1e308])
+def test_no_value_of_a_tensor_is_taken_for_none(value: float) -> None:
+    double_op(PLAIN._replace(optional_number=torch.tensor(value, dtype=torch.float64)), None)  # type: ignore[arg-type]
+    assert str(received[0].optional_number) == str(value)
+
+
+def test_bodies_get_contiguous_tensors_and_rows_where_they_lie() -> None:
+    square = torch.arange(16.0).view(4, 4)
+    for x, stays in ((square, True), (square[:, :2], True), (square[1:], True), (square[::2], True),
+                     (square.t(), False), (square[:, ::2], False), (square[:1].expand(4, 4), False)):  # fmt: skip
+        double_op(PLAIN._replace(tensor=x), square.view(2, 2, 4)[:, :, 1])
+        got = received.pop().tensor
+        assert torch.equal(got, x)
+        assert (got.data_ptr() == x.data_ptr() and got.stride() == x.stride()) == stays
+        assert stays or got.is_contiguous()
+
+
+def test_a_tensor_on_meta_among_others_is_refused() -> None:
+    with pytest.raises(ValueError, match="test_registration_double got a tensor on meta, needs all on cpu"):
+        double_op(PLAIN, torch.ones(2, device="meta"))
+    result = double_op(PLAIN._replace(tensor=torch.ones(3, device="meta"), inner=Inner(torch.ones(2))), None)
+    assert result.tensor.is_meta
+
+
 def test_one_tensor_is_a_result_too() -> None:
     assert torch.equal(plain_op(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_the_schema_names_every_flat_argument() -> None:
     schema = str(torch.ops.sgcd_kernels.test_registration_double.default._schema)
-    flat = ("Tensor value_tensor, Tensor value_inner_x, Tensor? value_inner_optional, float value_inner_scale, "
-            "Tensor? value_inner_factor, float? value_inner_factor_number, Tensor? value_optional, ")  # fmt: skip
+    flat = ("Tensor value_tensor, Tensor value_inner_x, Tensor? value_inner_optional, Tensor? value_inner_factor, "
+            "Tensor? value_optional, ")  # fmt: skip
     assert flat in schema
     assert (
         "SymInt? value_optional_integer, bool value_flag, str value_name, str value_choice, str value_names" in schema
     )
-    assert "str value_group, Tensor? extra" in schema
+    assert "str value_group, Tensor? extra, bool[] given, float[] numbers, Tensor? traced_numbers" in schema
 
 
 @pytest.fixture
@@ -229,7 +260,7 @@ def test_gradients_find_their_inputs_by_name() -> None:
             torch.testing.assert_close(a, b)
         _, flags, _ = received.pop()
         assert [flags[name] for name in ("inputs_inner_x", "inputs_weight", "bias")] == list(needs)
-        assert not flags["inputs_inner_factor"] and not flags["factor"]
+        assert not flags["inputs_inner_factor"] and not flags["numbers"]
 
 
 def test_what_was_kept_comes_back_by_name_and_upstream_has_the_form_of_the_result() -> None:
@@ -277,10 +308,23 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+def test_a_second_derivative_is_refused_where_a_constant_would_be_added() -> None:
+    """Of a sum the incoming gradient needs none itself, so that the first one would count as a constant."""
+    x, weight, bias = leaves()
+    (grad,) = torch.autograd.grad(multiply_op(Inputs(Inner(x), weight), bias, 1.0).product.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="sgcd_kernels::test_registration_multiply has no second derivative"):
+        (grad.sum() + x.sum()).backward()
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_what_torch_library_asks_of_an_op(optional: bool) -> None:
     x, weight, bias = (leaf.detach().requires_grad_() for leaf in leaves())
-    flat = x, None, 1.0, None, 1.0, weight, bias if optional else None, 1.5
+    flat = x, None, None, weight, bias if optional else None
+    numbers, given = [1.0, 1.0, 1.5], [True, True, True]
+    torch.library.opcheck(
+        torch.ops.sgcd_kernels.test_registration_multiply.default, (*flat, given, [], torch.tensor(numbers).double())
+    )
+    flat = *flat, given, numbers, None
     torch.library.opcheck(torch.ops.sgcd_kernels.test_registration_multiply.default, flat)
 
 

@@ -188,7 +188,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"importance_sampling_level": "sequence", "loss_type": "grpo"},
         "importance_sampling_level is 'sequence', needs 'token'",
     ),
-    "quantised head": ({"policy": quantised}, r"LlamaForCausalLM's output head is quantised .*torch.uint8"),
+    "quantised head": ({"policy": quantised}, "the head's weight is torch.uint8, needs a float"),
 }
 
 

@@ -298,21 +298,24 @@ def test_refusals_when_the_engine_is_made(path: Path) -> None:
         host.engine_of(SGCDEngine, path, packed=True, hf={"layer_types": ["full_attention", "linear_attention"]})
 
 
-def test_the_head_knows_a_models_own_softcap_and_refuses_a_scale() -> None:
+@pytest.mark.parametrize("kind", ["a softcap", "a scale"])
+def test_the_head_knows_a_models_own_transform(kind: str) -> None:
     """RecurrentGemma caps its logits under a name of its own; FalconH1 scales them under another."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, logits_soft_cap=0.5)).eval()
+    if kind == "a softcap":
+        model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, logits_soft_cap=0.5)).eval()
+    else:
+        mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+        config = FalconH1Config(**sizes, **mamba, num_key_value_heads=2, lm_head_multiplier=0.05)
+        model = FalconH1ForCausalLM(config).eval()
     torch.nn.init.normal_(model.lm_head.weight)
     ids = torch.arange(1, 9)[None]
-    want = model(ids, use_cache=False).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    logits = model(ids, use_cache=False).logits / 0.7
+    want = logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     patch_lm_head(model)
-    torch.testing.assert_close(model(ids, use_cache=False).log_probs[0, :-1], want, rtol=1e-4, atol=1e-5)
-    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
-    with torch.device("meta"):
-        scaled = FalconH1ForCausalLM(FalconH1Config(**sizes, **mamba, num_key_value_heads=2, lm_head_multiplier=0.05))
-    with pytest.raises(ValueError, match=r"FalconH1ForCausalLM multiplies its logits by 0\.05, needs 1"):
-        patch_lm_head(scaled)
+    found = model(ids, use_cache=False, temperature=0.7).log_probs[0, :-1]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_ids_must_hold_the_response(path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import subprocess
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from sgcd_kernels import (
 from sgcd_kernels.backends import registry
 from sgcd_kernels.backends.protocol import DistillSaved, DivergenceOptions
 from sgcd_kernels.core.lm_head import HeadGrads, LMHead, Needs
-from sgcd_kernels.core.registration import _codec
 from sgcd_kernels.core.statistics import LogprobValues
 from sgcd_kernels.credit.rules import Credit
 from sgcd_kernels.credit.weights import CreditSignals, config_for_op, credit_op
@@ -247,11 +244,8 @@ def test_a_process_group_does_not_break_the_graph(group: dist.ProcessGroup) -> N
 
 def flattened(op: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[Any, ...]]:
     """(the op of torch.library, its flat arguments), where `op` takes bundles."""
-    body: Any = op.__wrapped__  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(body)
-    codecs = [_codec(hints[name]) for name in inspect.signature(body).parameters]
-    flat = tuple(x for codec, value in zip(codecs, arguments, strict=True) for x in codec.split(value))
-    return getattr(torch.ops.sgcd_kernels, body.__name__.removesuffix("_op")).default, flat
+    registered: Any = op.op  # type: ignore[attr-defined]
+    return registered.dispatched, tuple(registered.flat(arguments))
 
 
 def test_an_op_called_after_a_graph_break_is_not_traced() -> None:
@@ -316,7 +310,7 @@ class TestOpcheck:
         policy = PolicyLossConfig("gspo", 0.1, 0.3, 0.2, torch.tensor(7))
         every = Settings(LMHead(w, None, 9.0, tau), policy, -100, "torch")
         given = PolicyTokens(y, a, old, mask, cu, old, a.abs())
-        for known in (KnownLse(old.abs()), KnownLse(old.abs(), i["some"])):
+        for known in (KnownLse(old.abs()), KnownLse(old.abs(), known=i["some"]), KnownLse(old.abs(), old * 1e-8)):
             check(policy_loss_op, x, every, given, known, Needs(False, False, False))
 
     def test_distill_loss(self, dtype: torch.dtype, padded: bool) -> None:
@@ -339,7 +333,7 @@ class TestOpcheck:
         d, n = i["a"].reshape(-1).abs().to(dtype), i["a"].numel()
         signals, turns = CreditSignals(d, d, d[:2], d, d, None, None), torch.arange(n) // 5
         for config in (CreditConfig(), CONFIG, CreditConfig(rule="gear"), CreditConfig(rule="turn_level")):
-            check(credit_op, signals, i["cu"], i["mask"].reshape(-1), turns, config_for_op(config), "auto")
+            check(credit_op, signals, i["cu"], i["mask"].reshape(-1), turns, config_for_op(config), "auto", "")
         cu, head, a = None if padded else i["cu"], LMHead(i["w"].detach()), i["a"].to(dtype)
         every = PolicyTokens(i["y"], a, mask=i["mask"], cu_seqlens=cu)
         check(batch_op, head, every, i["some"].float(), i["some"], -100)
@@ -362,9 +356,10 @@ def test_no_result_shares_memory(impl: str) -> None:
     )
     settings = Settings(head, PolicyLossConfig(), -100, impl)
     policy = policy_loss_op(x, settings, tokens, KnownLse(), Needs(True, True, False))
+    divergence = divergence_op(x, head, t, head, y, -100, DivergenceOptions(), impl)
     calls = {
         "logprob": logprob_op(x, head, y, -100, impl),
-        "divergence": divergence_op(x, head, t, head, y, -100, DivergenceOptions(), impl),
+        "divergence": (*divergence.stats, divergence.student_lse_low),
         "distill": (distilled.loss, *distilled.saved),
         "policy": (policy.loss, *policy.metrics, *policy.grads, policy.logp, policy.entropy),
         "batch": batch_op(head, tokens, None, None, -100),

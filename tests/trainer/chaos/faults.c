@@ -4,6 +4,7 @@
  * one of the functions below on a path or an open file under `prefix`. A fault that kills writes half of the data first.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -207,6 +208,13 @@ int rmdir(const char* name) {
   REAL(rmdir);
   BEFORE_AT(REMOVE, AT_FDCWD, name);
   return real(name);
+}
+DIR* opendir(const char* name) {
+  REAL(opendir);
+  char path[PATH_MAX];
+  int fault = armed && of_path(AT_FDCWD, name, path) ? event(READ, path) : 0;
+  if (fault == 2) die();
+  return fault ? NULL : real(name);
 }
 int mkdir(const char* name, mode_t bits) {
   REAL(mkdir);

@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from tests.trainer import toy
-from tests.trainer.toy_run import config, records
+from tests.trainer.toy_run import CLOCKS, config
 from trainer.config import EnvConfig
 from trainer.preflight import config_file
-from trainer.records import checkpoint
+from trainer.records import checkpoint, run_records
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -39,6 +39,9 @@ class Fault:
     at: int = 0
     number: int = 0
     kinds: int = CHANGES
+
+
+NONE = Fault()
 
 
 @dataclass
@@ -66,21 +69,8 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
         library = root / "faults.so"
-        subprocess.run(
-            [
-                "cc",
-                "-shared",
-                "-fPIC",
-                "-O1",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                str(HERE / "faults.c"),
-                "-o",
-                str(library),
-            ],
-            check=True,
-        )
+        build = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
+        subprocess.run([*build, str(HERE / "faults.c")], check=True)
         toy.model("llama").save_pretrained(root / "model")
         toy.tokenizer().save_pretrained(root / "model")
         self.source = root / "chaos.yaml"
@@ -103,7 +93,7 @@ class Runs:
         self._process.communicate()
 
     def train(
-        self, run: Path, fault: Fault = Fault(), *, times: int = 1, writer_fails_at: int = 0, more: Sequence[str] = ()
+        self, run: Path, fault: Fault = NONE, *, times: int = 1, writer_fails_at: int = 0, more: Sequence[str] = ()
     ) -> Ended:
         """Give the train command `times` times in one process."""
         command = ["train", str(self.source), "--output_dir", str(run), *more]
@@ -130,24 +120,26 @@ def left(run: Path) -> dict[str, Any]:
         for i, each in state["optimiser"]["state"].items()
         for name, value in each.items()
     }
-    traces = {
-        path.name: [
-            {k: v for k, v in json.loads(line).items() if k != "reference_info"} for line in path.open(encoding="utf-8")
-        ]
-        for path in (run / "rollouts").iterdir()
-    }
+    paths = [path for path in run_records.traces(run) if path.is_file()]  # damage may have made it a folder
+    traces = {path.name: [readable(line) for line in path.read_bytes().splitlines()] for path in paths}
     return {
-        "checkpoints": sorted(
-            path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("damaged-")
-        ),
+        "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith("damaged-")),
         "weights": (newest / "model.safetensors").read_bytes(),
         "moments": moments,
         "order": state["extra"]["order"],
         "engine": state["generators"]["named"]["engine"].numpy().tobytes(),
-        "metrics": records(run),
+        "metrics": [readable(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()],
         "traces": traces,
         "page": (run / "view.html").is_file(),
     }
+
+
+def readable(line: bytes) -> Any:
+    """A line of metrics or a trace without what the clock said; one that was damaged as it is."""
+    try:
+        return {name: v for name, v in json.loads(line).items() if not name.startswith((*CLOCKS, "reference_info"))}
+    except ValueError:
+        return line
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

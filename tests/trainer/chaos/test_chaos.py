@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.chaos import harness
-from tests.trainer.chaos.harness import FAIL, FAIL_FROM, KILL, SIGNAL, Ended, Fault, Runs, copy, differences, left
+from tests.trainer.chaos.harness import FAIL, FAIL_FROM, KILL, NONE, SIGNAL, Ended, Fault, Runs, copy, differences, left
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 PARTS = range(8)  # of a sweep: pytest-xdist runs them side by side
@@ -36,7 +36,7 @@ class Scenario:
         self.events = [self.kind_and_name(line) for line in ended.events]
         self.points = [k for k in range(1, len(self.events) + 1) if not self.inside_a_file(k)]
 
-    def play(self, run: Path, fault: Fault = Fault()) -> Ended:
+    def play(self, run: Path, fault: Fault = NONE) -> Ended:
         return self.runs.train(run, fault, times=2, writer_fails_at=3)
 
     def resume(self, run: Path) -> Ended:
@@ -147,10 +147,10 @@ def test_a_kill_at_every_event(scenario: Scenario, tmp_path: Path, part: int) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_refusal_at_every_event(scenario: Scenario, tmp_path: Path, name: str, part: int) -> None:
+def test_refusals_over_all_events(scenario: Scenario, tmp_path: Path, name: str, part: int) -> None:
     mode, number, kinds = FAULTS[name]
     points = points_of_fault(scenario, tmp_path / "count", kinds)
-    stride = len(PARTS) * (1 if name in ("broken", "full") else 4)
+    stride = len(PARTS) * {"broken": 1, "full": 2}.get(name, 4)  # any call may give EIO
     for k in points[part::stride]:
         fail(scenario, tmp_path / str(k), k, mode, number, kinds)
         shutil.rmtree(tmp_path / str(k))
@@ -221,6 +221,30 @@ def damaged(scenario: Scenario, stopped: Path, run: Path, name: str, kind: str) 
     assert not set(different) - ({"metrics", "traces"} if record else set()), (name, kind, different)
     if name.startswith("checkpoints/step_2/"):
         assert re.search(r"^WARNING: resumes from .*step_1, .* step_2 \(.*\) is now damaged-step_2$", ended.said, re.M)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_what_cannot_be_read(scenario: Scenario, stopped: Path, tmp_path: Path, number: int) -> None:
+    unreadable(scenario, stopped, tmp_path / "run", number, sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_everything_that_cannot_be_read(scenario: Scenario, stopped: Path, tmp_path: Path, number: int) -> None:
+    unreadable(scenario, stopped, tmp_path / "run", number, lambda points, n: points)
+
+
+def unreadable(
+    scenario: Scenario, stopped: Path, run: Path, number: int, choose: Callable[[list[int], int], list[int]]
+) -> None:
+    """A resume that may not read something ends in one line and takes nothing for gone or damaged."""
+    ended = scenario.runs.train(copy(stopped, run), Fault(kinds=harness.READ))
+    for k in choose(list(range(1, len(ended.events) + 1)), 2):
+        copy(stopped, run)
+        ended = scenario.runs.train(run, Fault(FAIL, k, number, harness.READ))
+        ended.check_lines()
+        assert "damaged" not in ended.said and "gone" not in ended.said, (k, ended.said)
+        scenario.assert_same(run, f"{errno.errorcode[number]} at read {k}: {ended.said}")
 
 
 def names(run: Path) -> list[str]:

@@ -53,7 +53,9 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -323,4 +325,19 @@ def test_signatures_say_what_a_schema_says() -> None:
     assert renderer("own").describe([TOOL, {**TOOL, "unlisted": True}]) == signature(TOOL)
     bare: Tool = {"type": "function", "function": {"name": "now"}}
     assert signature(bare) == "now()"
+    schema = {
+        "$defs": {"day": {"enum": ["mon", "tue"]}, "loop": {"$ref": "#/$defs/loop"}},
+        "properties": {
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": "x"},
+            "day": {"$ref": "#/$defs/day"},
+            "one": {"const": 1},
+            "both": {"allOf": [{"description": "a number"}, {"type": "number"}]},
+            "free": True,
+            "loop": {"$ref": "#/$defs/loop"},
+        },
+        "required": ["day", "one", "both", "free", "loop"],
+    }
+    assert signature({"type": "function", "function": {"name": "f", "parameters": schema}}) == (
+        "f(maybe: str | null = 'x', day: 'mon' | 'tue', one: 1, both: float, free: any, loop: any)"
+    )
     assert json.loads(renderer("own", tools="json").describe([TOOL])) == TOOL

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scripts.warmstart.demonstrations import Recipe, attempt, demonstrations, drills, reference_of
 from scripts.warmstart.vocabulary import tokenizer, vocabulary
-from trainer.chat.compact import CompactRenderer
+from trainer.chat.compact import SPECIAL, CompactRenderer
 from trainer.data import TokenClass
 from trainer.envs.workday import tasks as catalogue
 from trainer.envs.workday.world import PEOPLE, SPECS
@@ -61,6 +61,15 @@ def test_parsing_and_classes_never_fail(ids: list[int]) -> None:
 )
 def test_a_malformed_call_is_named(text: str, problem: str) -> None:
     assert RENDERER.parse(spell(text))[1] == problem
+
+
+def test_only_usual_spellings_are_numbers() -> None:
+    """`int` takes digits of any script and leading zeros, and raises at a superscript that `isdigit` takes."""
+    odd = [*SPECIAL, "f", "a", "12", "0", "007", "²", "٣"]
+    made = CompactRenderer(SimpleNamespace(get_vocab=lambda: {word: i for i, word in enumerate(odd)}))
+    for word, value in (("12", 12), ("0", 0), ("007", "007"), ("²", "²"), ("٣", "٣")):
+        message, problem = made.parse(made.encode(["<call>", "f", "a", word, "<end>"]))
+        assert (json.loads(message["tool_calls"][0]["function"]["arguments"]), problem) == ({"a": value}, "")
 
 
 def test_classes_tell_reasoning_call_argument_and_answer() -> None:

@@ -44,7 +44,9 @@ def make_tokenizer(text: str) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([*CORPUS, text] * 3, trainer)
     bpe.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in MARKERS])
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")

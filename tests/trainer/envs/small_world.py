@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -46,6 +47,8 @@ class World:
                 bytearray(64 << 30)
             except MemoryError:
                 return {"output": "MemoryError", "done": False}
+        elif word == "random":
+            rest = str(random.random())
         elif word == "environment":
             rest = ",".join(sorted(os.environ))
         return {"output": rest, "pid": os.getpid(), "parent": os.getppid(), "steps": self.steps, "done": word == "done"}

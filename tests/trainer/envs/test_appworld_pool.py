@@ -24,6 +24,7 @@ from trainer.data import Group, Sampling
 from trainer.envs.appworld import prompt
 from trainer.envs.appworld.pool import Pool, WorldDied, WorldProcess, starved
 from trainer.errors import EnvironmentBroken
+from trainer.randomness import SEED
 from trainer.records.rollout_metrics import rollout_metrics
 from trainer.rollout.episode import RolloutSetup
 from trainer.rollout.siblings import run_group
@@ -307,3 +308,15 @@ def test_a_death_between_two_blocks_breaks_the_environment(pool: Pool) -> None:
         assert not isinstance(caught.value, WorldDied)
 
     in_world(pool, outlived)
+
+
+def test_every_world_begins_from_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for seed in ("7", "7", "8"):
+        monkeypatch.setenv(SEED, seed)
+        made = Pool(PYTHON, SMALL, 2)
+        worlds = {in_world(made, lambda world: world.call("execute", code="random"))["output"] for _ in range(2)}
+        made.close()
+        assert len(worlds) == 1, "whichever worlds were forked before"
+        drawn += worlds
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -136,6 +136,20 @@ def test_a_world_is_given_no_truth_and_no_way_to_it(tmp_path: Path) -> None:
         ("```python\nprint('''```''')\nprint(2)\n```", "print('''```''')\nprint(2)", False),
         ("Write ``` first.\nThen:\n```python\nprint(3)\n```", "print(3)", False),
         ("````python\nprint(1)\n````", "print(1)", False),
+        ('```python\nx = """\n```\n"""\nprint(x)\n```\nDone.', 'x = """\n```\n"""\nprint(x)', False),
+        (
+            "```python\nx = '''\n```python\nf()\n```\n'''\n```\n```\nmore\n```",
+            "x = '''\n```python\nf()\n```\n'''",
+            True,
+        ),
+        ('```python\nx = """\n```\n"""', 'x = """\n```\n"""', False),  # never closed
+        ("```python\n# ```\n# it's code\n# ```\nprint(1)\n```", "# ```\n# it's code\n# ```\nprint(1)", False),
+        ("```python\nprint(1)  # it's one```\nDone.", "print(1)  # it's one", False),
+        ("```python\nprint(1)  # one ```\nDone.", "print(1)  # one", False),
+        ("```python\nx = 'it\\'s ```'\ny = \"```\"\n```", "x = 'it\\'s ```'\ny = \"```\"", False),
+        ("```python\nx = '''open\n```\nDone.", "x = '''open", False),
+        ("````python\nx = 1\n```\ny = 2\n````", "x = 1\n```\ny = 2", False),
+        ("```python\nprint(1)\n`````\nDone.", "print(1)", False),
     ],
 )
 def test_the_first_block_is_the_action(text: str, code: str, more: bool) -> None:

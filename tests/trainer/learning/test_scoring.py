@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sgcd_kernels import CreditConfig
+from sgcd_kernels import CreditConfig, output_head
 from tests.trainer import toy
 from trainer.config import EnvConfig
 from trainer.data import Group, Sampling, Scored
 from trainer.engines.hf import HFEngine
-from trainer.learning.model import head, hidden_states
+from trainer.learning.model import hidden_states
 from trainer.learning.packing import forward, microbatches
 from trainer.learning.scoring import Sample, Scorer, prepare_samples
 from trainer.learning.update import group_advantages
@@ -41,7 +41,7 @@ def groups(model: Any, n: int = 4, tasks: int = 2) -> list[Group]:
 
 def score(model: Any, made: list[Group], config: CreditConfig = SHARP, temperature: float = 1.0) -> list[Scored]:
     samples = prepare_samples(made, group_advantages(made, scale=True), toy.ParitySuite(), RENDERER)
-    return score_samples(Scorer(model, RENDERER.pad_id, temperature, config), samples)
+    return score_samples(Scorer(model, output_head(model), RENDERER.pad_id, temperature, config), samples)
 
 
 def score_samples(scorer: Scorer, samples: list[Sample]) -> list[Scored]:
@@ -65,17 +65,14 @@ def own(s: Scored) -> torch.Tensor:
 
 def test_scores_are_those_of_a_naive_pass_one_rollout_at_a_time(model: Any, made: list[Group]) -> None:
     made[0].reference = made[1].reference = REFERENCE
-    weight, bias = head(model)
+    head = output_head(model)
     temperature = 0.7
     for s in score(model, made, temperature=temperature):
         prompts = [s.rollout.prompt_ids, RENDERER.prompt(s.rollout.prompt_messages, s.rollout.tools, REFERENCE)]
         with torch.no_grad():
             p, q = (
                 (
-                    torch.nn.functional.linear(
-                        hidden_states(model, torch.tensor([prompt + s.rollout.ids]))[0], weight, bias
-                    )
-                    / temperature
+                    head.logits(hidden_states(model, torch.tensor([prompt + s.rollout.ids]))[0]) / temperature
                 ).log_softmax(-1)[len(prompt) - 1 : -1]
                 for prompt in prompts
             )
@@ -94,7 +91,7 @@ def test_a_distillation_measures_its_teacher_also_where_credit_cannot_act(model:
     """Else every divergence would be 0, and the run be reported as invalid."""
     made[0].reference = REFERENCE  # the other group has no teacher
     samples = prepare_samples(made, group_advantages(made, scale=True), toy.ParitySuite(), RENDERER)
-    off = Scorer(model, RENDERER.pad_id, 0.7, CreditConfig(gamma=0.0), always=True)
+    off = Scorer(model, output_head(model), RENDERER.pad_id, 0.7, CreditConfig(gamma=0.0), always=True)
     for got, expected in zip(score_samples(off, samples), score(model, made, temperature=0.7), strict=True):
         for name in ("student_logp", "teacher_logp", "student_entropy", "teacher_entropy", "divergence"):
             assert torch.equal(getattr(got, name), getattr(expected, name)), name
@@ -145,7 +142,7 @@ def test_identical_prompts_would_diverge_by_exactly_nothing(model: Any, made: li
     made[0].reference = REFERENCE
     samples = prepare_samples(made[:1], group_advantages(made[:1], True), toy.ParitySuite(), RENDERER)
     samples = [replace(p, teacher_prompt=p.rollout.prompt_ids) for p in samples]
-    scored = score_samples(Scorer(model, RENDERER.pad_id, 1.0, SHARP), samples)
+    scored = score_samples(Scorer(model, output_head(model), RENDERER.pad_id, 1.0, SHARP), samples)
     assert all(bool((s.divergence == 0).all() and (s.weights == 1).all()) for s in scored)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sgcd_kernels import output_head
 from tests.trainer.byte_policy import tiny_model
 from trainer.learning.model import compute_in_bf16
 from trainer.learning.sft import Example, microbatches, sft_loss
@@ -17,14 +18,14 @@ def test_microbatches_give_the_gradient_of_the_batch() -> None:
         ids = torch.randint(3, 250, (length,), generator=generator).tolist()
         batch.append(Example(ids, [i > length // 2 for i in range(length)]))
     model = tiny_model()
-    sft_loss(model, batch, 0).backward()
+    sft_loss(model, output_head(model), batch, 0).backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     total = sum(sum(e.loss_mask) for e in batch)
     parts = microbatches(batch, 26)
     assert [len(part) for part in parts] == [2, 2, 1]
     for part in parts:
-        (sft_loss(model, part, 0) * (sum(sum(e.loss_mask) for e in part) / total)).backward()
+        (sft_loss(model, output_head(model), part, 0) * (sum(sum(e.loss_mask) for e in part) / total)).backward()
     for ours, theirs in zip([p.grad for p in model.parameters()], expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert microbatches(batch, None) == [batch]

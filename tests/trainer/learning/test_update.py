@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgcd_kernels import CreditConfig
+from sgcd_kernels import CreditConfig, output_head
 from tests.trainer import toy
 from tests.trainer.learning.test_scoring import REFERENCE, groups
 from trainer.config import Config, EngineConfig, ModelConfig
 from trainer.data import Group, Rollout, Scored
 from trainer.learning import scoring
-from trainer.learning.model import head, hidden_states
+from trainer.learning.model import hidden_states
 from trainer.learning.packing import forward
 from trainer.learning.update import Learner, group_advantages, mismatch
 from trainer.stage_clock import Clock
@@ -58,12 +58,12 @@ def same(a: Any, b: Any) -> bool:
 
 def naive_loss(model: Any, made: list[Group], weights: list[torch.Tensor], loss_type: str) -> torch.Tensor:
     """-A W log p at temperature 0.8, one rollout at a time, from logits."""
-    matrix, bias = head(model)
+    head = output_head(model)
     terms = []
     rollouts = [r for g in made for r in g.rollouts]
     for rollout, advantage, w in zip(rollouts, group_advantages(made, True), weights):
         ids = torch.tensor([rollout.prompt_ids + rollout.ids])
-        logp = (torch.nn.functional.linear(hidden_states(model, ids)[0], matrix, bias) / 0.8).log_softmax(-1)
+        logp = (head.logits(hidden_states(model, ids)[0]) / 0.8).log_softmax(-1)
         logp = logp[len(rollout.prompt_ids) - 1 : -1].gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
         own = torch.tensor(rollout.generated)
         terms.append((-advantage * w * logp)[own])
@@ -134,7 +134,7 @@ def test_the_ratio_to_the_policy_that_sampled_is_clipped(model: Any, sampled: li
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_moves_nothing(model: Any, sampled: list[Group], bad: float) -> None:
     learning = learner(model, arm="grpo", weight_decay=0.1)
-    weight = head(learning.model)[0]
+    weight = learning.head.weight
     hook = weight.register_hook(lambda grad: grad * bad)
     assert learning.update(sampled, 1, Clock())[0]["update/skipped"] == 1
     assert same(learning.model, model)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import NotFinite, UserError
+from trainer import files
+from trainer.errors import NotFinite, UserError, file_failed
 from trainer.records import checkpoint, checkpoint_folder, run_records
 
 
@@ -236,3 +237,117 @@ def test_records_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl is a folder"):
         run_records.rewind(tmp_path, 1)
+
+
+def files_of(path: Path) -> list[str]:
+    return sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path, rng = Run().save(tmp_path, 1), random.Random(0)
+    for name in files_of(path):
+        file = path / name
+        whole = file.read_bytes()
+        for position in {0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(6))}:
+            bad = bytearray(whole)
+            bad[position] ^= 1 << rng.randrange(8)
+            file.write_bytes(bad)
+            with pytest.raises(checkpoint_folder.DamagedCheckpoint, match=r"step_1: damaged checkpoint"):
+                checkpoint.verify(path)
+        file.write_bytes(whole)
+    assert checkpoint.verify(path)["step"] == 1
+
+
+def test_only_files_of_the_manifest_are_read(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    run = Run()
+    path = run.save(tmp_path, 1)
+    before = bits(run)
+    name, tensor = next(iter(run.model.state_dict().items()))
+    save_file({name: torch.zeros_like(tensor)}, path / "zz.safetensors")
+    (path / "adapter_model.safetensors").write_bytes(b"no tensors")
+    run.load(path)
+    assert bits(run) == before
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(tmp_path: Path) -> None:
+    path = Run().save(tmp_path, 1)
+    path.rename(path.with_name("step_7"))
+    with pytest.raises(UserError, match=r"step_7: damaged checkpoint \(it holds step 1\)"):
+        checkpoint.verify(path.with_name("step_7"))
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_it_is_said(tmp_path: Path) -> None:
+    run, said = Run(), list[str]()
+    for step in (1, 2, 3):
+        run.save(tmp_path, step)
+    for step in (2, 3):
+        (tmp_path / "checkpoints" / f"step_{step}" / "state" / "state.pt").unlink()
+    assert checkpoint.latest(tmp_path, said.append) == tmp_path / "checkpoints" / "step_1"
+    assert len(said) == 2
+    assert all("(state/state.pt is gone)" in line and line.endswith("step_1 is used instead") for line in said)
+    (tmp_path / "checkpoints" / "step_1" / "config.json").write_text("{}")
+    with pytest.raises(checkpoint_folder.DamagedCheckpoint, match="step_3"):
+        checkpoint.latest(tmp_path)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails, or a permission: the older checkpoint is not taken, and the line advises to delete nothing."""
+    run = Run()
+    run.save(tmp_path, 1), run.save(tmp_path, 2)
+    plain = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError) as caught:
+        checkpoint.latest(tmp_path)
+    (line,) = file_failed(caught.value).lines
+    assert "step_2/model.safetensors: Permission denied; give this user access" in line and "delet" not in line
+
+
+@pytest.mark.parametrize("moment", ["between renames", "before the first", "half removed"])
+def test_folders_that_a_kill_left_get_their_names_back(tmp_path: Path, moment: str) -> None:
+    run = Run()
+    path = run.save(tmp_path, 1)
+    beside, old = path.with_name(".writing-step_1"), path.with_name(".writing-old-step_1")
+    if moment == "between renames":
+        path.rename(old)
+        beside.mkdir()
+        (beside / "config.json").write_text("{")
+    elif moment == "before the first":
+        path.rename(beside)
+    else:
+        path.rename(old)
+        (old / "config.json").unlink()
+    checkpoint_folder.recover(tmp_path)
+    left = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert left == ([] if moment == "half removed" else ["step_1"])
+    assert checkpoint_folder.was_there(tmp_path) == "step_1"
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    (tmp_path / "page.tmp").symlink_to(precious)
+    files.write(tmp_path / "page", "text")
+    assert precious.read_text() == "keep" and (tmp_path / "page").read_text() == "text"
+
+
+def test_rewind_keeps_lines_that_cannot_be_read_and_cuts_behind_the_step(tmp_path: Path) -> None:
+    lines = [b'{"step": 1}\n', b'{"st\xff": 2}\n', b'{"step": 3}\n', b"garbage\n", b'{"step": 4}\n', b'{"step": 5']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert run_records.rewind(tmp_path, 3) == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
+
+
+def test_the_oldest_traces_go(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    for step in (1, 5, 10, 100):
+        (tmp_path / "rollouts" / f"step_{step}.jsonl").touch()
+    run_records.keep_newest(tmp_path, 2)
+    assert [p.name for p in run_records.traces(tmp_path)] == ["step_10.jsonl", "step_100.jsonl"]

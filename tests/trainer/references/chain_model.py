@@ -19,8 +19,9 @@ from tests.trainer.stub_endpoint import GOOD
 
 WIDTH, HEADS, INNER, CONTEXT, EPS = 512, 8, 64, 16_384, 1e-5
 USER, OPEN, END = "<|user|>", "<|assistant|>", "<|end|>"
+THINK, THOUGHT = "<think>", "</think>"  # tokens, as parsers of thoughts want them, but shown as text
 DRAFT = {**GOOD, "steps": ["draft"]}
-SAYS = f"<think>{{maybe}} {json.dumps(DRAFT)}</think>\n\n```json\n{json.dumps(GOOD)}\n```\nDone {{so far}}."
+THINKS, SAYS = f"{{maybe}} {json.dumps(DRAFT)}", f"\n\n```json\n{json.dumps(GOOD)}\n```\nDone {{so far}}."
 TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}" + USER + "{{ m['content'] }}{% endfor %}"
@@ -35,29 +36,33 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
-def pieces(text: str) -> list[str]:
-    """The text in pieces of four bytes or more, no two of them alike, in that alphabet."""
+def pieces(*texts: str) -> list[str]:
+    """The texts in pieces of four bytes or more, no two of them alike, in that alphabet."""
     letters = byte_letters()
-    spelt = "".join(letters[byte] for byte in text.encode())
     found: list[str] = []
-    start = 0
-    while start < len(spelt):
-        end = start + 4
-        while spelt[start:end] in found:
-            end += 1
-        found.append(spelt[start:] if len(spelt) - end < 4 else spelt[start:end])
-        start += len(found[-1])
+    for text in texts:
+        spelt = "".join(letters[byte] for byte in text.encode())
+        start = 0
+        while start < len(spelt):
+            end = start + 4
+            while spelt[start:end] in found:
+                end += 1
+            found.append(spelt[start:] if len(spelt) - end < 4 else spelt[start:end])
+            start += len(found[-1])
     return found
 
 
 def vocabulary() -> list[str]:
-    return [*byte_letters(), USER, OPEN, END, *pieces(SAYS)]
+    return [*byte_letters(), USER, OPEN, END, THINK, THOUGHT, *pieces(THINKS, SAYS)]
 
 
 def successors() -> list[tuple[int, int]]:
     """(token, the one that follows it), from the mark that opens an answer to the one that ends it."""
     words = vocabulary()
-    chain = [words.index(OPEN), *range(words.index(END) + 1, len(words)), words.index(END)]
+    first, thought = words.index(THOUGHT) + 1, len(pieces(THINKS))
+    said = list(range(first, len(words)))
+    marks = [words.index(mark) for mark in (OPEN, THINK, THOUGHT, END)]
+    chain = [*marks[:2], *said[:thought], marks[2], *said[thought:], marks[3]]
     return list(pairwise(chain))
 
 
@@ -103,7 +108,7 @@ def save_gguf(path: Path) -> None:
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre("gpt-2")
     out.add_token_list(words)
-    out.add_token_types([3 if word in (USER, OPEN, END) else 1 for word in words])  # 3: a control token
+    out.add_token_types([3 if word in (USER, OPEN, END) else 4 if word in (THINK, THOUGHT) else 1 for word in words])
     out.add_token_merges(["\u0120 \u0120"])  # none is refused; this one leads to no token
     out.add_bos_token_id(words.index(END))
     out.add_eos_token_id(words.index(END))
@@ -155,6 +160,7 @@ def save_folder(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([USER, OPEN, END])
+    tokenizer.add_tokens([THINK, THOUGHT])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)

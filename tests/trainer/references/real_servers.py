@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from trainer.preflight.checks import check_writer
 from trainer.preflight.probe import Probe
 from trainer.references import writers
 
-START_UP = 300.0  # seconds
+START_UP = 900.0  # seconds; vLLM takes 150 on two free cores
 VARIANTS: dict[str, list[list[str]]] = {
     "vllm": [[], ["--reasoning-parser", "deepseek_r1"]],
     "llama_cpp": [[]],
@@ -65,7 +66,11 @@ def serving(server: str, python: str, more: list[str]) -> Iterator[str]:
         with (folder / "log").open("w") as log:
             environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
             process = subprocess.Popen(
-                [*command(server, python, folder, port), *more], stdout=log, stderr=log, env=environment
+                [*command(server, python, folder, port), *more],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
         url = f"http://127.0.0.1:{port}/v1"
         try:
@@ -78,7 +83,11 @@ def serving(server: str, python: str, more: list[str]) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
 
 
 def answers(url: str) -> bool:

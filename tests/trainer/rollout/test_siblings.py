@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.trainer import toy
 from tests.trainer.rollout.test_episode import RENDERER, Script, setup
-from trainer.data import Group, Rollout
+from trainer.data import Group, Message, Rollout
 from trainer.engines.hf import HFEngine
-from trainer.errors import EnvironmentLost
+from trainer.errors import EnvironmentLost, UserError
 from trainer.learning.update import check_mask
 from trainer.rollout.siblings import EnvironmentMonitor, run_group
 
@@ -64,3 +65,73 @@ def test_groups_of_a_real_policy_are_whole_and_reproducible() -> None:
     assert {r.reward for r in first} == {0.0, 1.0}
     for rollout in first:
         check_mask(rollout, RENDERER.stop_ids)
+
+
+class Faulty:
+    """The compact renderer, with a method that fails a number of times."""
+
+    def __init__(self, method: str, times: int, fault: Exception) -> None:
+        self.left = times
+
+        def fail(*args: Any, **options: Any) -> Any:
+            if self.left:
+                self.left -= 1
+                raise fault
+            return getattr(RENDERER, method)(*args, **options)
+
+        setattr(self, method, fail)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(RENDERER, name)
+
+
+@pytest.mark.parametrize("method", ["prompt", "parse", "classes", "observation"])
+@pytest.mark.parametrize("fault", [TypeError("unhashable \ud83d"), RecursionError(), UserError("the template refuses")])
+def test_a_fault_of_our_own_costs_one_rollout_and_leaves_a_report(method: str, fault: Exception) -> None:
+    """Neither the run nor its group ends: the sibling is tried again, and what was said is kept."""
+    suite = toy.ParitySuite()
+    script = Script(*["say <call> peek at w1"] * 5, *["w1 w2"] * 5)
+    shared = replace(setup(script, suite), renderer=Faulty(method, 1, fault))
+    group = asyncio.run(run_group(shared, suite.tasks("train")[0], 4))
+    assert (len(group.rollouts), group.broken, len(group.bugs)) == (4, 1, 1)
+    (report,) = group.bugs
+    assert repr(fault) in report.error and "Traceback" in report.traceback
+    assert (
+        report.text.startswith("say <call> peek") and report.ids[:3] == RENDERER.encode(["say", "<call>", "peek"])
+    ) == (method != "prompt")
+    assert suite.log.count("close") == 5
+
+
+def test_an_adapter_that_fails_unforeseen_leaves_a_report_and_a_broken_world_none() -> None:
+    failing = play_group(Script(*["w1"] * 9), toy.ParitySuite(faults=[("step", KeyError("x"))]))
+    assert (failing.broken, len(failing.bugs)) == (1, 1)
+    broken = play_group(Script(*["w1"] * 9), toy.ParitySuite(faults=[("step", toy.BROKEN)]))
+    assert (broken.broken, broken.bugs) == (1, [])
+
+
+class Odd(toy.ParityEnvironment):
+    """Says what no file or tokenizer takes as it is."""
+
+    content: Any = "seen \ud83d"
+
+    async def step(self, message: Message) -> tuple[list[Message], bool]:
+        messages, done = await super().step(message)
+        return [{**m, "content": self.content} for m in messages], done
+
+
+class OddSuite(toy.ParitySuite):
+    def make(self) -> Odd:
+        return Odd(self.log, self.faults)
+
+
+def test_what_an_environment_says_is_made_encodable_at_the_door() -> None:
+    group = play_group(Script(*["<call> peek at w1", "w1"] * 2), OddSuite(), n=1)
+    assert [m["content"] for m in group.rollouts[0].messages] == ["", "seen \ufffd", "w1"]
+
+
+@pytest.mark.parametrize("content", [float("nan"), b"bytes", {1, 2}])
+def test_what_an_environment_says_is_json(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the run would end when its traces are written."""
+    monkeypatch.setattr(Odd, "content", content)
+    group = play_group(Script(*["<call> peek at w1"] * 2), OddSuite(), n=1)
+    assert (len(group.rollouts), group.broken, len(group.bugs)) == (0, 2, 2)

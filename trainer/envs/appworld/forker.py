@@ -56,7 +56,7 @@ def load(path: str) -> Any:
 
 
 def seed(value: str) -> None:
-    """Every world begins from the same random state, whichever worlds were forked before it."""
+    """Let a world begin from the run's seed: Python seeds `random` anew, from the system, in every forked process."""
     random.seed(int(value))
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(int(value))
@@ -67,7 +67,6 @@ def main(path: str, folder: str) -> None:
     os.dup2(2, 1)  # whatever the world's modules print goes to the log
     try:
         make = load(path)
-        seed(os.environ.get("SGCD_SEED", "0"))
         gc.collect()
         gc.freeze()  # a collection in a child would copy every page that it shares with the others
         print(json.dumps({"ready": True}), file=answers)
@@ -136,6 +135,7 @@ def become_world(make: Any, listener: socket.socket, request: dict[str, str]) ->
         limit = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]) + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         os.chdir(request["root"])
+        seed(os.environ.get("SGCD_SEED", "0"))
         serve(make(request["root"]), listener, request["token"])
         code = 0
     finally:
