@@ -1,4 +1,4 @@
-"""The commands train, eval, view and check.
+"""The commands train, eval, view, check, check-env and init-env.
 
 A reported error is one line on stderr and exit code 2, and so is an error of the disk. SIGINT (Ctrl-C), SIGTERM and
 SIGHUP are one line and 130, 143 and 129. A bug shows its traceback and gives 1. torch and transformers are imported
@@ -23,11 +23,15 @@ from trainer.terminal import say
 
 USAGE = """\
 usage: python -m trainer.run COMMAND CONFIG [--key value ...]
+       python -m trainer.run check-env my_module:Suite [--env.timeout 5 --env.options.key value ...]
+       python -m trainer.run init-env NAME
 
   train  train, or resume from the newest checkpoint of the run
   eval   evaluate a run's newest checkpoint, one checkpoint, or the model of a config file, on env.eval_split
   view   write the page that shows a run: curves, siblings, every token coloured by its weight
   check  prove the installation and the config before hours are spent
+  check-env  play an environment of your own (or the one of a config) and name what has to be mended
+  init-env   write NAME.py, an environment to begin with, and NAME.yaml, a config that trains on it
 
 CONFIG is a YAML file (see configs/) or the folder of a run. --key value changes any key of it, with a dot for keys in
 a section: --max_steps 10 --credit.gamma 0.5 --output_dir runs/mine
@@ -68,7 +72,8 @@ def dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
     if not rest or rest[0].startswith("--"):
-        raise UserError(f"{command}: needs a config file or a run's folder, as in {command} configs/workday_sgcd.yaml")
+        what, example = NEEDS.get(command, ("a config file or a run's folder", "configs/workday_sgcd.yaml"))
+        raise UserError(f"{command}: needs {what}, as in {command} {example}")
     return COMMANDS[command](Path(rest[0]), rest[1:])
 
 
@@ -132,11 +137,40 @@ def check(source: Path, overrides: Sequence[str]) -> int:
     return 0 if checks.check(config, mistakes) else 2
 
 
+def check_env(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    if source.exists():
+        config = config_file.load(source, overrides)
+    else:
+        config = config_file.build({"env": {"name": str(source)}}, overrides)
+    from trainer.preflight import check_env as checks
+
+    return 0 if checks.check_env(config.env) else 2
+
+
+def init_env(name: Path, overrides: Sequence[str]) -> int:
+    from trainer.envs import template
+
+    if overrides:
+        raise UserError(f"init-env: takes a name alone, got {' '.join(overrides)}")
+    for path in template.write(str(name)):
+        print(f"written: {path}")
+    print(f"next: python -m trainer.run check-env {name}:Suite; python -m trainer.run train {name}.yaml")
+    return 0
+
+
+NEEDS = {  # what a command works on, where that is no config
+    "check-env": ("an environment as module:Suite, or a config file", "my_module:Suite"),
+    "init-env": ("a name", "my_env"),
+}
 COMMANDS: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "view": view,
     "check": check,
+    "check-env": check_env,
+    "init-env": init_env,
 }
 
 

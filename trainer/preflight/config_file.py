@@ -63,6 +63,14 @@ def load(source: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(*_assemble(source, overrides))
 
 
+def build(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of plain data that comes from no file, with `--key value` overrides, validated."""
+    changes = parse_overrides(overrides)
+    for key, value in changes:
+        _assign(tree, key, value)
+    return validate(tree, Path("command line"), frozenset(key for key, _ in changes))
+
+
 def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """The same with defaults in the place of invalid values, and a line for each mistake: for `check`.
 

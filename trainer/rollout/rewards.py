@@ -8,19 +8,17 @@ one, else `reward >= success_threshold`, else whether the rollout did better tha
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from trainer import plugins
 from trainer.data import Outcome, Rollout
 from trainer.errors import EnvironmentBroken, UserError, all_of
 
@@ -156,15 +154,9 @@ def load(configs: Sequence[RewardConfig], success_threshold: float | None) -> Gr
 def _load_one(config: RewardConfig) -> Reward:
     if config.path == VERIFIER:
         return Reward(config.name or VERIFIER, config.weight)
-    module_name, _, name = config.path.partition(":")
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"rewards: {config.path} cannot be imported ({type(error).__name__}: {error})") from None
+    function = plugins.find("rewards", config.path, plugins.REWARDS)
     try:
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise UserError(f"rewards: {config.path} must be a function of one rollout ({error})") from None
-    return Reward(config.name or name, config.weight, function)
+    return Reward(config.name or config.path.rpartition(":")[2], config.weight, function)
