@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +52,9 @@ def check_env(config: EnvConfig) -> bool:
     """Run every check and print a line for each; return whether all is well."""
     console = VisibleConsole(highlight=False, soft_wrap=True)
     probe, failed = EnvProbe(config), 0
-    logging.getLogger("trainer").setLevel(logging.ERROR)  # the lines below say what the log would
     for name, run in CHECKS.items():
-        mark, lines = attempt(_reported(run), probe)
+        with _quiet():
+            mark, lines = attempt(_reported(run), probe)
         failed += mark == "FAIL"
         for line in lines:
             print_line(console, mark, name, line)
@@ -62,6 +63,18 @@ def check_env(config: EnvConfig) -> bool:
     else:
         console.print(f"\n{config.name} is ready: env.name: {config.name}", markup=False)
     return not failed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of the trainer: the lines of the report say the same."""
+    logger = logging.getLogger("trainer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reported(run: Callable[[EnvProbe], str]) -> Callable[[EnvProbe], str]:

@@ -162,7 +162,7 @@ AT_SET_UP = {
     (TASK, TASK.replace("{to}-{n}", "{to}")): "holds two tasks with id 'dana'",
     (TASK, TASK.replace("state_changing", "easy")): "of task_class 'easy', needs one of state_changing",
     (TASK, TASK.replace("split, to", "'test', to")): "of split 'test', needs 'train'",
-    (TASK, TASK.replace('f"pay the invoice of {to}"', "None")): "tasks raised TypeError: Task.instruction is None, needs a string (my_env_",
+    (TASK, TASK.replace('f"pay the invoice of {to}"', "None")): "raised TypeError: Task.instruction is None, needs",
     ("bills[:40]", "bills[:39]"): "tasks('train') holds 39 tasks, needs 40, as splits says",
     ("bills = [", "raise OSError('disk')\n        bills = ["): "tasks raised OSError: disk (my_env_",
     ("class Suite:", "class Suite:\n    def __init__(self, folder): ..."): "missing a required argument: 'folder'",
