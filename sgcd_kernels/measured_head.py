@@ -155,7 +155,7 @@ def _unwrapped(model: Any) -> Any:
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod
         elif callable(getattr(model, "get_base_model", None)):  # peft
-            adapter = getattr(model, "active_peft_config", None)
+            adapter: Any = getattr(model, "active_peft_config", None)
             if getattr(adapter, "is_prompt_learning", False):
                 raise ValueError(
                     f"model has a {adapter.peft_type.value} adapter, needs one within its decoder, such as LoRA: what "
