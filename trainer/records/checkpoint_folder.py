@@ -148,7 +148,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        what = ".".join(map(str, error.errors()[0]["loc"]))
+        what = ascii(".".join(map(str, error.errors()[0]["loc"])))[1:-1]  # of a file: it may hold anything
         raise DamagedCheckpoint(path, f"{MANIFEST} has no valid {what:.60}") from None
 
 
