@@ -52,7 +52,7 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
 
     def _build_module(self) -> Any:
         # verl's fused forward replaces that of the whole class, and gives no logits from which to measure the head.
-        given: Any = self.model_config  # type: ignore[has-type]  # verl is not typed
+        given: Any = self.model_config
         self.model_config = copy.copy(given)
         object.__setattr__(self.model_config, "use_fused_kernels", False)  # its configs are frozen
         try:
