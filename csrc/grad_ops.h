@@ -12,7 +12,8 @@ namespace sgcd {
 
 struct LogprobGradArgs {
   at::Tensor targets, lse;
-  at::Tensor scale;  // d_lse - d_logp
+  OptionalTensor lse_low;  // none is 0
+  at::Tensor scale;        // d_lse - d_logp
   at::Tensor d_logp;
   OptionalTensor entropy, d_entropy;  // both or neither
 };
@@ -22,7 +23,7 @@ struct LogprobGradArgs {
 Grads logprob_grads(const HeadArgs& args, const LogprobGradArgs& loss, GradNeeds needs, std::vector<at::Tensor> cached);
 
 struct DistillGradArgs {
-  at::Tensor lse, teacher_lse;
+  at::Tensor lse, lse_low, teacher_lse, teacher_lse_low;
   at::Tensor expected_log_ratio;  // KL(p || q), or sum p ln(p / mixture) for JSD; not read for KL(q || p)
   at::Tensor d_loss;
   double beta;   // of JSD

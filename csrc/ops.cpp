@@ -56,21 +56,22 @@ Tensor mixture_stats(const Tensor& hidden, const Tensor& weight, Optional bias, 
 
 sgcd::Grads logprob_grads(const Tensor& hidden, const Tensor& weight, Optional bias, Optional rows,
                           const Tensor& targets, Optional temperature, double softcap, const Tensor& lse,
-                          const Tensor& scale, const Tensor& d_logp, Optional entropy, Optional d_entropy,
-                          std::array<bool, 3> needs, bool hidden_grad_fp32, std::vector<Tensor> cached) {
+                          Optional lse_low, const Tensor& scale, const Tensor& d_logp, Optional entropy,
+                          Optional d_entropy, std::array<bool, 3> needs, bool hidden_grad_fp32,
+                          std::vector<Tensor> cached) {
   return sgcd::logprob_grads({hidden, weight, bias, rows, temperature, softcap},
-                             {targets, lse, scale, d_logp, entropy, d_entropy},
+                             {targets, lse, lse_low, scale, d_logp, entropy, d_entropy},
                              {needs[0], needs[1], needs[2], hidden_grad_fp32}, std::move(cached));
 }
 
 sgcd::Grads distill_grads(const Tensor& hidden, const Tensor& weight, Optional bias, const Tensor& teacher_hidden,
                           const Tensor& teacher_weight, Optional teacher_bias, Optional rows, Optional temperature,
-                          double softcap, const Tensor& lse, const Tensor& teacher_lse,
-                          const Tensor& expected_log_ratio, const Tensor& d_loss, double beta, int64_t kind,
-                          std::array<bool, 3> needs) {
+                          double softcap, const Tensor& lse, const Tensor& lse_low, const Tensor& teacher_lse,
+                          const Tensor& teacher_lse_low, const Tensor& expected_log_ratio, const Tensor& d_loss,
+                          double beta, int64_t kind, std::array<bool, 3> needs) {
   return sgcd::distill_grads({{hidden, weight, bias, rows, temperature, softcap},
                               {teacher_hidden, teacher_weight, teacher_bias, rows, temperature, softcap}},
-                             {lse, teacher_lse, expected_log_ratio, d_loss, beta, kind},
+                             {lse, lse_low, teacher_lse, teacher_lse_low, expected_log_ratio, d_loss, beta, kind},
                              {needs[0], needs[1], needs[2]});
 }
 
@@ -97,12 +98,14 @@ TORCH_LIBRARY(sgcd_kernels, m) {
       "bool jsd, bool tv) -> Tensor");
   m.def(
       "logprob_grads(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, Tensor? temperature, "
-      "float softcap, Tensor lse, Tensor scale, Tensor d_logp, Tensor? entropy, Tensor? d_entropy, bool[3] needs, "
+      "float softcap, Tensor lse, Tensor? lse_low, Tensor scale, Tensor d_logp, Tensor? entropy, Tensor? d_entropy, "
+      "bool[3] needs, "
       "bool hidden_grad_fp32, Tensor[] cached) -> (Tensor, Tensor, Tensor)");
   m.def(
       "distill_grads(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
-      "Tensor? teacher_bias, Tensor? rows, Tensor? temperature, float softcap, Tensor lse, Tensor teacher_lse, "
-      "Tensor expected_log_ratio, Tensor d_loss, float beta, int kind, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      "Tensor? teacher_bias, Tensor? rows, Tensor? temperature, float softcap, Tensor lse, Tensor lse_low, "
+      "Tensor teacher_lse, Tensor teacher_lse_low, Tensor expected_log_ratio, Tensor d_loss, float beta, int kind, "
+      "bool[3] needs) -> (Tensor, Tensor, Tensor)");
   m.def(
       "find_spans(Tensor u, Tensor entropy, Tensor? turns, Tensor eligible, Tensor cu_seqlens, float start, "
       "float reset, int patience, float entropy_ratio, float entropy_margin) -> Tensor");

@@ -20,8 +20,7 @@ float* readable(const float* state) { return const_cast<float*>(state); }
 struct HeadReduction : Reduction {
   int fields() const override { return 3; }
   void init(float* state, int64_t stride, int64_t tokens) const override {
-    std::fill_n(state, tokens, kLowest);
-    for (int field = 1; field < fields(); field++) std::fill_n(state + field * stride, tokens, 0.0f);
+    clear(head_stats_at(state, stride), tokens);
   }
   void update(float* const* z, int count, float* state, int64_t stride, int64_t, int64_t) const override {
     tile_kernels().update_head(z[0], count, head_stats_at(state, stride));
@@ -54,10 +53,10 @@ struct CachingReduction : HeadReduction {
 struct PairReduction : Reduction {
   int fields() const override { return 9; }
   void init(float* state, int64_t stride, int64_t tokens) const override {
-    for (int field = 0; field < fields(); field++) {
-      const bool maximum = field == 0 || field == 3;
-      std::fill_n(state + field * stride, tokens, maximum ? kLowest : 0.0f);
-    }
+    const PairStats stats = pair_stats_at(state, stride);
+    clear(stats.p, tokens);
+    clear(stats.q, tokens);
+    for (float* sum : {stats.a_p, stats.a_q, stats.overlap}) std::fill_n(sum, tokens, 0.0f);
   }
   void update(float* const* z, int count, float* state, int64_t stride, int64_t, int64_t) const override {
     tile_kernels().update_pair(z[0], z[1], count, pair_stats_at(state, stride));

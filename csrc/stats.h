@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -13,13 +14,18 @@ namespace sgcd {
 
 // Statistics in arrays one after the other, `stride` apart.
 inline HeadStats head_stats_at(float* state, int64_t stride) { return {state, state + stride, state + 2 * stride}; }
+inline void clear(const HeadStats& stats, int64_t tokens) {
+  std::fill_n(stats.m, tokens, kLowest);
+  std::fill_n(stats.rest, tokens, -1.0f);
+  std::fill_n(stats.s, tokens, 0.0f);
+}
 inline PairStats pair_stats_at(float* state, int64_t stride) {
   float* more = state + 6 * stride;
   return {head_stats_at(state, stride), head_stats_at(state + 3 * stride, stride), more, more + stride,
           more + 2 * stride};
 }
 
-// [4, n]: m, l, s, target logit
+// [4, n]: m, rest = l - 1, s, target logit
 at::Tensor head_stats(const HeadArgs& args, const at::Tensor& targets);
 
 // Also the `cached` argument of logprob_grads, see cached_tiles.h; `weight_grad`: that gradient will be requested.

@@ -5,7 +5,9 @@
 // arrays over tokens, at least kTile long from the first token of a tile.
 //
 // Letters, here and in every *_impl.h: z is a logit, m a running maximum, l = sum e^(z-m), s = sum e^(z-m) (z-m);
-// _p is the student's, _q the teacher's.
+// _p is the student's, _q the teacher's. Of l, rest = l - 1 is kept: the sum without one vocab id at the maximum,
+// beside whose 1 a sum in fp32 would lose what a nearly certain token leaves to the others. An empty sum has rest -1. A
+// log-sum-exp is lse + lse_low, m + ln l to twice the digits: see core/statistics.py.
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +20,7 @@ constexpr float kLowest = -3.4028234663852886e38f;  // of maxima, not -inf: e^(-
 
 // Online softmax of one head.
 struct HeadStats {
-  float *m, *l, *s;
+  float *m, *rest, *s;
 };
 
 // And of two: a_p = sum e^(z_p-m_p) (z_p-z_q), a_q likewise, overlap = sum of the roots of both exponentials.
@@ -34,16 +36,18 @@ struct LogitTransform {
   const float* temperature;  // [kTile] or null
 };
 
-// The inputs of dZ = p (scale - d_entropy (ln p + entropy)); the caller adds d_logp at the target.
+// The inputs of dZ = p (scale - d_entropy (ln p + entropy)); the caller sees to the target.
 struct LogprobGrad {
-  const float *lse, *scale;          // [kTile]
+  const float *lse, *lse_low;        // [kTile]
+  const float* scale;                // [kTile]
   const float *entropy, *d_entropy;  // [kTile] or null
 };
 
 enum DistillKind : int { kReverseKl = 0, kForwardKl = 1, kJsd = 2 };
 
 struct DistillGrad {
-  const float *lse_p, *lse_q;       // [kTile]
+  const float *lse_p, *lse_p_low;   // [kTile]
+  const float *lse_q, *lse_q_low;   // [kTile]
   const float* expected_log_ratio;  // [kTile], sum p ln(p / q), or with the mixture in the place of q for kJsd
   const float* d_loss;              // [kTile]
   float beta;

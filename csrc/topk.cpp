@@ -66,10 +66,8 @@ class Statistics {
   explicit Statistics(int64_t tokens) : tokens_(tokens), data_(kArrays * tokens) {}
 
   void init() {
-    for (int64_t array = 0; array < kArrays; array++) {
-      const bool maximum = array == 0 || array == 3 || array == 9 || array == 12;
-      std::fill_n(data_.data() + array * tokens_, tokens_, maximum ? kLowest : 0.0f);
-    }
+    std::fill(data_.begin(), data_.end(), 0.0f);
+    for (const HeadStats& stats : {pair(0).p, pair(0).q, student_tail(0), teacher_tail(0)}) clear(stats, tokens_);
   }
   PairStats pair(int64_t token) { return pair_stats_at(data_.data() + token, tokens_); }
   HeadStats student_tail(int64_t token) { return head_stats_at(data_.data() + 9 * tokens_ + token, tokens_); }
@@ -130,9 +128,9 @@ class TokenBatch {
     const int64_t count = std::min(tiles_ * kTile, n - first_);
     const PairStats all = total_.pair(0);
     const HeadStats tail_p = total_.student_tail(0), tail_q = total_.teacher_tail(0);
-    const float* fields[] = {all.p.m,     all.p.l,  all.p.s,          target_p_.data(), all.q.m,
-                             all.q.l,     all.q.s,  target_q_.data(), all.a_p,          all.a_q,
-                             all.overlap, tail_p.m, tail_p.l,         tail_q.m,         tail_q.l};
+    const float* fields[] = {all.p.m,     all.p.rest, all.p.s,          target_p_.data(), all.q.m,
+                             all.q.rest,  all.q.s,    target_q_.data(), all.a_p,          all.a_q,
+                             all.overlap, tail_p.m,   tail_p.rest,      tail_q.m,         tail_q.rest};
     float* stats = out.stats.mutable_data_ptr<float>() + first_;
     for (const float* field : fields) {
       std::copy_n(field, count, stats);

@@ -40,6 +40,9 @@ inline Vec::Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_
 inline bool any(Vec::Mask m) { return m != 0; }
 inline Vec where(Vec::Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
 inline Vec fma_where(Vec::Mask m, Vec a, Vec b, Vec c) { return _mm512_mask3_fmadd_ps(a.v, b.v, c.v, m); }
+// a + b where m, else a; and the reverse
+inline Vec add_where(Vec::Mask m, Vec a, Vec b) { return _mm512_mask_add_ps(a.v, m, a.v, b.v); }
+inline Vec add_unless(Vec::Mask m, Vec a, Vec b) { return _mm512_mask_add_ps(a.v, _knot_mask16(m), a.v, b.v); }
 inline Vec floor(Vec a) { return _mm512_roundscale_ps(a.v, 1); }
 inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 // a - floor(a), and 0 for an infinite a
@@ -79,6 +82,8 @@ inline __m256 equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); 
 inline bool any(__m256 m) { return _mm256_movemask_ps(m) != 0; }
 inline Vec where(__m256 m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m); }
 inline Vec fma_where(__m256 m, Vec a, Vec b, Vec c) { return where(m, fma(a, b, c), c); }
+inline Vec add_where(__m256 m, Vec a, Vec b) { return _mm256_add_ps(a.v, _mm256_and_ps(m, b.v)); }
+inline Vec add_unless(__m256 m, Vec a, Vec b) { return _mm256_add_ps(a.v, _mm256_andnot_ps(m, b.v)); }
 inline Vec floor(Vec a) { return _mm256_floor_ps(a.v); }
 inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 inline Vec power_of_two(Vec n) {  // n whole, in [-126, 127]
@@ -143,6 +148,8 @@ inline bool any(Vec::Mask m) {
 }
 inline Vec where(Vec::Mask m, Vec a, Vec b) { SGCD_LANES(m.on[i] ? a.v[i] : b.v[i]) }
 inline Vec fma_where(Vec::Mask m, Vec a, Vec b, Vec c) { return where(m, fma(a, b, c), c); }
+inline Vec add_where(Vec::Mask m, Vec a, Vec b) { return where(m, a + b, a); }
+inline Vec add_unless(Vec::Mask m, Vec a, Vec b) { return where(m, a, a + b); }
 inline Vec floor(Vec a) { SGCD_LANES(__builtin_floorf(a.v[i])) }
 inline Vec sqrt(Vec a) { SGCD_LANES(__builtin_sqrtf(a.v[i])) }
 inline Vec power_of_two(Vec n) {

@@ -94,6 +94,7 @@ def output_head(model: nn.Module, *, decoder: nn.Module | None = None) -> Output
 
     Raises ValueError, with what the model does instead, for
     - a model without output embeddings, or a head that is quantised or has an adapter: `weight` would not be the head;
+    - prompt, prefix and p-tuning: the decoder alone does not read their virtual tokens;
     - logits that are not softcap(scale * hidden @ weight^T + bias) of the decoder's hidden states, for a scale above 0:
       layers in between, a normalised weight, another bias, masked or missing vocab ids;
     - a forward that cannot be run this way.
@@ -154,6 +155,12 @@ def _unwrapped(model: Any) -> Any:
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod
         elif callable(getattr(model, "get_base_model", None)):  # peft
+            adapter: Any = getattr(model, "active_peft_config", None)
+            if getattr(adapter, "is_prompt_learning", False):
+                raise ValueError(
+                    f"model has a {adapter.peft_type.value} adapter, needs one within its decoder, such as LoRA: what "
+                    "it puts before the prompt is not in the decoder's hidden states"
+                )
             model = model.get_base_model()
         else:
             return model
@@ -247,7 +254,7 @@ class _Run:
         ids = torch.arange(len(hidden), device=self.layer.weight.device)[None] % rows
         try:
             with _returning(self.decoder, hidden[None]):
-                out = self.model.forward(input_ids=ids)
+                out = self._call(input_ids=ids)
             logits: Tensor = out[0] if getattr(out, "logits", None) is None else out.logits
             shape, wanted = list(logits.shape), [1, len(hidden), rows]
         except Exception as error:
@@ -255,6 +262,11 @@ class _Run:
         if shape != wanted:
             raise self._refusal(f"it gives logits {shape}, not {wanted}")
         return logits[0].to(hidden.device)
+
+    def _call(self, input_ids: Tensor) -> Any:
+        """The model's forward, with its hooks, which may change logits; a sharded model's would gather its weights."""
+        run = self.model.forward if _sharded(self.layer.weight) else self.model
+        return run(input_ids=input_ids)
 
     def compare(self, head: OutputHead, run: _Products) -> None:
         """Refuse a head that does not give the model's logits, up to rounding."""
@@ -302,7 +314,7 @@ class _Run:
         hook = nn.modules.module.register_module_forward_pre_hook(record)
         try:
             with _returning(self.decoder, hidden, lambda: after.append(True)):
-                self.model.forward(input_ids=ids)
+                self._call(input_ids=ids)
         except Exception:  # the layers until then are the answer
             pass
         finally:

@@ -108,7 +108,7 @@ def policy_loss(
                 log_ratio = mean + logp[t] - logp[t].detach()
             else:
                 log_ratio = logp[t] - old[t]
-            ratio = torch.exp(log_ratio.clamp(max=20))
+            ratio = torch.exp(log_ratio)
             if loss_type == "cispo":
                 loss = -ratio.detach().clamp(max=1 + high) * advantages[t] * logp[t]
             else:
@@ -117,7 +117,7 @@ def policy_loss(
             if importance_weights is not None:
                 loss = loss * importance_weights[t]
             if ref_logp is not None and beta:
-                gap = (ref_logp[t] - logp[t]).clamp(max=20)
+                gap = ref_logp[t] - logp[t]
                 loss = loss + beta * (torch.exp(gap) - gap - 1)
             total = total + loss
         sums.append(total)

@@ -1,4 +1,4 @@
-"""The commands train, eval, view and check.
+"""The commands train, eval, view, check, check-env and init-env.
 
 A reported error is one line on stderr and exit code 2, and so is an error of the disk. SIGINT (Ctrl-C), SIGTERM and
 SIGHUP are one line and 130, 143 and 129. A bug shows its traceback and gives 1. torch and transformers are imported
@@ -7,7 +7,9 @@ only after the arguments are parsed, so that a usage error is reported at once.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +19,19 @@ from pathlib import Path
 from trainer import stop_signals
 from trainer.errors import ReportedError, UserError, file_failed
 from trainer.optional_packages import missing
+from trainer.terminal import say
 
 USAGE = """\
 usage: python -m trainer.run COMMAND CONFIG [--key value ...]
+       python -m trainer.run check-env my_module:Suite [--env.timeout 5 --env.options.key value ...]
+       python -m trainer.run init-env NAME
 
   train  train, or resume from the newest checkpoint of the run
   eval   evaluate a run's newest checkpoint, one checkpoint, or the model of a config file, on env.eval_split
   view   write the page that shows a run: curves, siblings, every token coloured by its weight
   check  prove the installation and the config before hours are spent
+  check-env  play an environment of your own (or the one of a config) and name what has to be mended
+  init-env   write NAME.py, an environment to begin with, and NAME.yaml, a config that trains on it
 
 CONFIG is a YAML file (see configs/) or the folder of a run. --key value changes any key of it, with a dot for keys in
 a section: --max_steps 10 --credit.gamma 0.5 --output_dir runs/mine
@@ -65,7 +72,8 @@ def dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
     if not rest or rest[0].startswith("--"):
-        raise UserError(f"{command}: needs a config file or a run's folder, as in {command} configs/workday_sgcd.yaml")
+        what, example = NEEDS.get(command, ("a config file or a run's folder", "configs/workday_sgcd.yaml"))
+        raise UserError(f"{command}: needs {what}, as in {command} {example}")
     return COMMANDS[command](Path(rest[0]), rest[1:])
 
 
@@ -80,7 +88,7 @@ def train(source: Path, overrides: Sequence[str]) -> int:
         loop.train(config)
         from trainer.records import view_page
 
-        print(f"view: {view_page.write(config.output_dir)}")
+        say(f"view: {view_page.write(config.output_dir)}")
     return 0
 
 
@@ -95,7 +103,7 @@ def evaluate(source: Path, overrides: Sequence[str]) -> int:
     if source.is_file():
         weights = None
     elif run_dir is source:
-        weights = checkpoint.latest(source, lambda line: print(f"WARNING: {line}", file=sys.stderr))
+        weights = checkpoint.latest(source, lambda line: say(f"WARNING: {line}", sys.stderr))
     else:
         weights = source
     if source.is_dir() and weights is None:
@@ -116,7 +124,7 @@ def view(source: Path, overrides: Sequence[str]) -> int:
     run_dir = source if source.is_dir() and not overrides else config_file.load(source, overrides).output_dir
     from trainer.records import view_page
 
-    print(f"view: {view_page.write(run_dir)}")
+    say(f"view: {view_page.write(run_dir)}")
     return 0
 
 
@@ -129,11 +137,40 @@ def check(source: Path, overrides: Sequence[str]) -> int:
     return 0 if checks.check(config, mistakes) else 2
 
 
+def check_env(source: Path, overrides: Sequence[str]) -> int:
+    from trainer.preflight import config_file
+
+    if source.exists():
+        config = config_file.load(source, overrides)
+    else:
+        config = config_file.build({"env": {"name": str(source)}}, overrides)
+    from trainer.preflight import check_env as checks
+
+    return 0 if checks.check_env(config.env) else 2
+
+
+def init_env(name: Path, overrides: Sequence[str]) -> int:
+    from trainer.envs import template
+
+    if overrides:
+        raise UserError(f"init-env: takes a name alone, got {' '.join(overrides)}")
+    for path in template.write(str(name)):
+        print(f"written: {path}")
+    print(f"next: python -m trainer.run check-env {name}:Suite; python -m trainer.run train {name}.yaml")
+    return 0
+
+
+NEEDS = {  # what a command works on, where that is no config
+    "check-env": ("an environment as module:Suite, or a config file", "my_module:Suite"),
+    "init-env": ("a name", "my_env"),
+}
 COMMANDS: dict[str, Callable[[Path, Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "view": view,
     "check": check,
+    "check-env": check_env,
+    "init-env": init_env,
 }
 
 
@@ -142,10 +179,13 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; a second training in it would mix two runs into one record."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # never through a link
+        lock = os.open(run_dir / ".lock", flags, 0o666)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{run_dir / '.lock'} is a link, which the run would write through; remove it") from None
         raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); choose another one") from None
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,9 +193,11 @@ def only_writer(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: another process is training there; wait, or choose another --output_dir"
             ) from None
         yield
+    finally:
+        os.close(lock)
 
 
 def _fail(error: ReportedError) -> int:
     for line in error.lines:
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -10,12 +11,40 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sgcd_kernels import CreditConfig
+from sgcd_kernels.core.spelling import explain_choice
+from trainer import plugins
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested data."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from (text for item in (*value, *value.values()) for text in _texts(item))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in _texts(item))
 
 
 class Section(BaseModel):
     """A group of fields that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_nul(cls, value: Any) -> Any:
+        """No name of a file, argument of a process or text of a report can hold these characters."""
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for text in _texts(value) for char in text):
+            raise ValueError("needs text without NUL characters and lone surrogates")
+        return value
+
+
+def check_name(value: str, names: Sequence[str], group: str) -> str:
+    """`value` if it is one of `names` or may be a plug-in of the group."""
+    if value in names or plugins.is_known(value, group):
+        return value
+    known = ", ".join(map(repr, [*names, *(point.name for point in plugins.installed(group))]))
+    raise ValueError(f"got {value!r}, needs {known} or module:attribute{explain_choice(value, names)}")
 
 
 class LoraConfig(Section):
@@ -41,7 +70,7 @@ class ModelConfig(Section):
 
 
 class EnvConfig(Section):
-    name: str = "workday"
+    name: str = "workday"  # or one of your own, as module:Suite (docs/environments.md)
     train_split: str = "train"
     eval_split: str = "dev"
     max_turns: int = Field(16, gt=0)
@@ -54,7 +83,8 @@ class EnvConfig(Section):
 class EngineConfig(Section):
     """`hf` samples in this process; `vllm` on the servers at `urls`, on one that is started with `python`, or here."""
 
-    name: Literal["hf", "vllm"] = "hf"
+    name: str = "hf"  # hf, vllm, or one of your own, as module:Engine
+    options: dict[str, Any] = {}  # passed to an engine of your own
     slots: int = Field(128, gt=0, le=4096)  # sequences that decode together
     vllm_mode: Literal["server", "colocate"] = "server"  # colocate: in the trainer's process, which then needs vllm
     vllm_enable_sleep_mode: bool = False  # GPU: vLLM gives its memory back while the trainer updates
@@ -64,6 +94,11 @@ class EngineConfig(Section):
     server_args: list[str] = []  # further arguments of the vLLM that is started
     timeout: float = Field(600.0, gt=0)  # seconds of one request, of loading the weights, of waiting for a server
     max_retries: int = Field(3, ge=0)  # of a request, each at the next server; then the run stops with a checkpoint
+
+    @field_validator("name")
+    @classmethod
+    def _names_an_engine(cls, value: str) -> str:
+        return check_name(value, ("hf", "vllm"), plugins.ENGINES)
 
     @model_validator(mode="after")
     def _is_there(self) -> EngineConfig:
@@ -92,9 +127,7 @@ class RewardConfig(Section):
     @field_validator("path")
     @classmethod
     def _names_a_function(cls, value: str) -> str:
-        module, colon, function = value.partition(":")
-        parts = [*module.split("."), function]
-        if value != "verifier" and not (colon and all(part.isidentifier() for part in parts)):
+        if value != "verifier" and not plugins.is_known(value, plugins.REWARDS):
             raise ValueError(f"needs module:function or verifier, got {value!r}")
         return value
 
@@ -102,7 +135,8 @@ class RewardConfig(Section):
 class WriterConfig(Section):
     """The writer of references. Its API key is read from the environment variable named here, and never stored."""
 
-    name: Literal["contrast", "openai", "none", "wrong_task", "empty_shell"] = "contrast"
+    name: str = "contrast"  # openai, none, wrong_task, empty_shell, or one of your own, as module:Writer
+    options: dict[str, Any] = {}  # passed to a writer of your own
     base_url: str = "https://api.openai.com/v1"
     model: str = "gpt-5-mini"
     api_key_env: str = "OPENAI_API_KEY"
@@ -113,6 +147,11 @@ class WriterConfig(Section):
     max_tokens: int = Field(1_024, gt=0)  # of one reference, the thoughts of a model that thinks included
     token_budget: int | None = Field(None, gt=0)  # of the whole run, prompt and completion; None is no limit
     cache_dir: Path = Path(".cache/references")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_writer(cls, value: str) -> str:
+        return check_name(value, ("contrast", "openai", "none", "wrong_task", "empty_shell"), plugins.WRITERS)
 
     @field_validator("api_key_env")
     @classmethod

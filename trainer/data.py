@@ -45,7 +45,10 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in ("id", "env", "split", "scenario", "instruction"):
-            object.__setattr__(self, name, encodable(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"Task.{name} is {value!r:.60}, needs a string")
+            object.__setattr__(self, name, encodable(value))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,11 @@ class Environment(Protocol):
 
 
 class Suite(Protocol):
-    """A family of tasks: `trainer.envs.load(name)` gives one."""
+    """A family of tasks: `trainer.envs.load(name)` gives one, and `env.name: my_module:Suite` names one of yours.
+
+    `trainer.envs.contract` checks at each call what suite and environment give; docs/environments.md says how to write
+    one, and `python -m trainer.run check-env my_module:Suite` plays it.
+    """
 
     name: str
     splits: Mapping[str, int]  # split -> number of tasks
@@ -45,6 +49,14 @@ class Suite(Protocol):
 
     def refusal(self) -> Message:
         """The message that the polite refuser, the do-nothing baseline of every evaluation, repeats to the end."""
+        ...
+
+
+class SolvedSuite(Suite, Protocol):
+    """A suite that knows how its tasks are solved: `check-env` replays that, and every task must count as a success."""
+
+    def gold(self, task: Task) -> list[Message]:
+        """The assistant's messages that solve the task, in order, with words at the end if it needs an answer."""
         ...
 
 

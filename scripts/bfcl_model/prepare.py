@@ -107,7 +107,7 @@ def extract(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     _silence()
-    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
         model = AutoModelForCausalLM.from_pretrained(
@@ -135,7 +135,7 @@ def demonstrations(base: Path, recipe: Recipe, mix: Mix) -> tuple[ChatMLRenderer
     from scripts.bfcl_model.sft_examples import examples
     from trainer.chat.chatml import ChatMLRenderer
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     renderer = ChatMLRenderer(tokenizer, recipe.calls, recipe.tools)
     return renderer, asyncio.run(examples(renderer, mix))
 
@@ -157,7 +157,9 @@ def tune(
 
     _silence()
     torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     losses: list[float] = []
 
     def report(step: int, loss: float) -> None:

@@ -68,8 +68,12 @@ def main() -> int:
     kept = json.loads(record.read_text())["key"] if record.is_file() else ""
     if arguments.force or kept != config.key():
         train(config, arguments.output)
-    model = AutoModelForCausalLM.from_pretrained(arguments.output, local_files_only=True).eval()
-    renderer = CompactRenderer(AutoTokenizer.from_pretrained(arguments.output, local_files_only=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.output, local_files_only=True, trust_remote_code=False
+    ).eval()
+    renderer = CompactRenderer(
+        AutoTokenizer.from_pretrained(arguments.output, local_files_only=True, trust_remote_code=False)
+    )
     gate = measure(model, renderer)
     made = {"key": config.key(), "weights": fingerprint(arguments.output)}
     record.write_text(json.dumps({**made, "config": asdict(config), "gate": asdict(gate)}, indent=1) + "\n")

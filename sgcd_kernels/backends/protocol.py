@@ -30,7 +30,9 @@ class DistillSaved(NamedTuple):
     """What the forward pass of a distillation loss saves per row, [n]."""
 
     student_lse: Tensor
+    student_lse_low: Tensor
     teacher_lse: Tensor
+    teacher_lse_low: Tensor
     mean_log_ratio: Tensor  # sum p ln(p / m): KL(p || q) for kind reverse_kl, KL(p || m) for jsd
 
 
@@ -61,25 +63,26 @@ class Backend(Protocol):
         targets: Tensor,  # [n]
         cache_for: Needs | None = None,
     ) -> tuple[LogprobValues, Any]:
-        """log p(y), entropy and lse of each row, and tiles cached for a `logprob_backward` of these needs (or None)."""
+        """log p(y), entropy, lse and lse_low of each row; tiles cached for a `logprob_backward`, or None."""
 
     def logprob_backward(
         self,
         x: Projection,
         targets: Tensor,  # [n]
-        values: LogprobValues,  # lse; and the entropy where it has an upstream gradient
+        values: LogprobValues,  # lse and lse_low; logp if known; and the entropy where it has an upstream gradient
         upstream: LogprobValues,
         needs: Needs,
         cached: Any = None,
     ) -> HeadGrads:
         """Gradients of sum(d_logp logp + d_entropy entropy + d_lse lse).
 
-        With respect to a logit: d_logp (1[v = y] - p) + d_lse p - d_entropy p (ln p + entropy). `cached` may be given
-        only without d_entropy, and is consumed.
+        With respect to a logit: d_logp (1[v = y] - p) + d_lse p - d_entropy p (ln p + entropy). 1 - p of the target is
+        -expm1(ln p): of a nearly certain token, 1 - p would be rounding error. `cached` may be given only without
+        d_entropy, and is consumed.
         """
 
-    def target_logp(self, x: Projection, targets: Tensor, lse: Tensor) -> Tensor:  # [n]
-        """log p(y), given the lse: one dot product per row."""
+    def target_logp(self, x: Projection, targets: Tensor, lse: Tensor, lse_low: Tensor | None) -> Tensor:  # [n]
+        """log p(y), given the log-sum-exp: one dot product per row."""
 
     def divergence_forward(
         self, student: Projection, teacher: Projection, targets: Tensor, options: DivergenceOptions
@@ -98,6 +101,8 @@ class Backend(Protocol):
         """Gradients of sum(upstream divergence). With respect to a student logit, with r = ln(p / m):
 
         reverse_kl: p (ln p - ln q - KL)     forward_kl: p - q     jsd: (1 - beta) p (r - sum p r)
+
+        Where KL(p || q) is +inf, inf - inf is no gradient: that row's is 0.
         """
 
     def find_spans(

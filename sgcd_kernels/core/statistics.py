@@ -4,6 +4,10 @@ Per row, m = max z, l = sum e^{z-m} and s = sum e^{z-m} (z - m); moving to a max
 l <- e^{m-m'} l and s <- e^{m-m'} (s + (m - m') l). Then lse = m + ln l and entropy = ln l - s / l. For two heads there
 are also A_p = sum e^{z_p-m_p} (z_p - z_q), A_q likewise, and the overlap sum e^{(z_p-m_p)/2 + (z_q-m_q)/2}.
 
+What is kept of l is rest = l - 1, the sum without one vocab id at the maximum: beside that 1, fp32 would lose what a
+nearly certain token leaves to the others, and ln l = log1p(rest) with it. For the same reason m + ln l is never rounded
+to one number before it is subtracted: the log-sum-exp travels as `lse` and what rounding took from it, `lse_low`.
+
 Records are immutable: every step returns a new one. All backends fill them, so results and merging are written once.
 """
 
@@ -21,6 +25,8 @@ from sgcd_kernels.core.lm_head import gather_over, max_over, sum_over
 
 MIN_EXPONENT = -1e4  # e^x is 0 from here on in every dtype, and 0 * x is 0 where 0 * -inf would be NaN
 
+EQUAL = 1e-5  # from 1, within rounding in fp32: the coefficient of distributions whose KLs are 0
+
 
 class LogprobValues(NamedTuple):
     """Values per computed token [n], or their upstream gradients, where None is 0."""
@@ -28,13 +34,23 @@ class LogprobValues(NamedTuple):
     logp: Tensor | None
     entropy: Tensor | None = None
     lse: Tensor | None = None
+    lse_low: Tensor | None = None  # lse + lse_low is m + ln l to twice the digits; has no gradient of its own
+
+
+class HeadResults(NamedTuple):
+    """The results of a head's statistics, [n]: a `LogprobValues` of which nothing is missing."""
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    lse_low: Tensor
 
 
 class HeadStats(NamedTuple):
     """One head's statistics of each row, [n]."""
 
     m: Tensor  # maximum logit
-    l: Tensor  # noqa: E741  # sum e^{z - m}, as in the literature of online softmax
+    rest: Tensor  # l - 1; -1 before the first finite logit
     s: Tensor  # sum e^{z - m} (z - m)
     target: Tensor  # the target's logit
 
@@ -42,26 +58,45 @@ class HeadStats(NamedTuple):
     def start(rows: int, like: Tensor) -> HeadStats:
         """Before the first block of logits. m is finite, because e^{-inf - m} must be 0 and not NaN."""
         zeros = like.new_zeros(rows)
-        return HeadStats(like.new_full((rows,), torch.finfo(like.dtype).min), zeros, zeros, zeros)
+        return HeadStats(like.new_full((rows,), torch.finfo(like.dtype).min), zeros - 1, zeros, zeros)
 
     @staticmethod
     def of_splits(fields: Tensor) -> HeadStats:  # [splits, 4, n]
-        """Merge the vocab splits, each given by m, l, s and the target's logit."""
+        """Merge the vocab splits, each given by m, rest, s and the target's logit."""
         return _merge_splits(fields)[0]
 
-    def rescaled(self, m: Tensor) -> tuple[HeadStats, Tensor]:
-        """(the same relative to a maximum `m` >= self.m, the shift of exponents: all sums shrink by its exp)"""
-        shift = torch.where(self.l > 0, self.m - m, 0.0)  # before the first block there is nothing to shift
-        shrink = shift.exp()
-        s = shrink * torch.where(self.l > 0, self.s + shift * self.l, self.s)
-        return HeadStats(m, shrink * self.l, s, self.target), shift
+    @property
+    def l(self) -> Tensor:  # noqa: E743  # as in the literature of online softmax
+        """sum e^{z - m}"""
+        return self.rest + 1
+
+    @property
+    def log_l(self) -> Tensor:
+        return self.rest.log1p()
+
+    def rescaled(self, m: Tensor) -> tuple[HeadStats, Tensor, Tensor]:
+        """(the same relative to a maximum `m` >= self.m, whether its 1 is left out of `rest`, the shift of exponents)
+
+        Where m is larger, that 1 became e^shift and belongs to the rest.
+        """
+        filled = self.rest != -1  # also if it is NaN
+        shift = torch.where(filled, self.m - m, 0.0)  # before the first block there is nothing to shift
+        holds = filled & (shift == 0)
+        rest = torch.where(holds, self.rest, self.l * shift.exp())
+        s = _shrink(torch.where(filled, self.s + shift * self.l, self.s), shift)
+        return HeadStats(m, rest, s, self.target), holds, shift
 
     def updated(self, logits: Tensor) -> tuple[HeadStats, Tensor, Tensor]:  # [n, block]
         """Online softmax: (statistics with a block of logits added, its e^{z-m}, the shift of the old exponents)"""
-        old, shift = self.rescaled(torch.maximum(self.m, logits.amax(1)))
+        largest, at = logits.max(1, keepdim=True)
+        old, held, shift = self.rescaled(torch.maximum(self.m, largest.squeeze(1)))
         centred = (logits - old.m.unsqueeze(1)).clamp_(min=MIN_EXPONENT)
         e = centred.exp()
-        return old._replace(l=old.l + e.sum(1), s=old.s + centred.mul_(e).sum(1)), e, shift
+        top = e.gather(1, at)
+        rest = old.rest + e.scatter_(1, at, 0.0).sum(1)  # without the block's largest, which may be the 1
+        e.scatter_(1, at, top)
+        rest = rest + (top.squeeze(1) + (held.to(e) - 1))  # either is 1, and the other is kept whole
+        return old._replace(rest=rest, s=old.s + centred.mul_(e).sum(1)), e, shift
 
     def with_targets(self, logits: Tensor, targets: Tensor, first: int) -> HeadStats:
         """Take the logits of the targets that lie in this block, which begins at vocab id `first`."""
@@ -74,27 +109,36 @@ class HeadStats(NamedTuple):
         """(statistics over all ranks' shards, the shift of this rank's exponents)"""
         if group is None:
             return self, None
-        stats, shift = self.rescaled(max_over(self.m, group))
-        total = (sum_over(x.contiguous(), group) for x in (stats.l, stats.s, stats.target))
-        return HeadStats(stats.m, *total), shift
+        stats, holds, shift = self.rescaled(max_over(self.m, group))
+        rest, s, target, held = sum_over(torch.stack([stats.rest, stats.s, stats.target, holds.to(self.m)]), group)
+        return HeadStats(stats.m, rest + (held - 1), s, target), shift
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log-probs of a block, in place. m and ln l are subtracted one by one: a rounded lse would cost digits."""
-        return logits.sub_(self.m.unsqueeze(1)).sub_(self.l.log().unsqueeze(1))
+        return logits.sub_(self.m.unsqueeze(1)).sub_(self.log_l.unsqueeze(1))
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p(y), entropy, lse)"""
-        log_l = self.l.log()
+    def results(self) -> HeadResults:
+        log_l = self.log_l
         entropy = (log_l - self.s / self.l).clamp(min=0)
-        return (self.target - self.m) - log_l, entropy, self.m + log_l
+        lse = self.m + log_l
+        # The error of the sum (Knuth's TwoSum); none where the sum is infinite or NaN.
+        rounded = lse - self.m
+        low = (self.m - (lse - rounded)) + (log_l - rounded)
+        return HeadResults((self.target - self.m) - log_l, entropy, lse, torch.where(lse.isfinite(), low, 0.0))
+
+
+def minus_lse(logits: Tensor, lse: Tensor, low: Tensor | None) -> Tensor:  # [n, block], [n], [n]
+    """Log-probs of a block, given the log-sum-exp as two numbers. None stands for 0."""
+    log_p = logits - lse.unsqueeze(1)
+    return log_p if low is None else log_p.sub_(low.unsqueeze(1))
 
 
 def _merge_splits(fields: Tensor) -> tuple[HeadStats, Tensor]:  # [splits, 4, n]
     """(one head's statistics, the shift of each split's exponents [splits, n])"""
-    m, l, s, target = fields.unbind(1)  # noqa: E741
-    m_all = m.amax(0)
-    shift = torch.where(l > 0, m - m_all, 0.0)
-    return HeadStats(m_all, (l * shift.exp()).sum(0), _shrink(s + shift * l, shift).sum(0), target.sum(0)), shift
+    m, _, _, target = fields.unbind(1)
+    moved, holds, shift = HeadStats(*fields.unbind(1)).rescaled(m.amax(0))
+    rest = moved.rest.sum(0) + (holds.sum(0) - 1)
+    return HeadStats(m.amax(0), rest, moved.s.sum(0), target.sum(0)), shift
 
 
 def _shrink(x: Tensor, shift: Tensor) -> Tensor:
@@ -119,7 +163,7 @@ class PairStats(NamedTuple):
 
     @staticmethod
     def of_fields(fields: Tensor) -> PairStats:  # [11, n]
-        """From the fields as a kernel writes them: m, l, s, target of p, of q, then a_p, a_q, overlap."""
+        """From the fields as a kernel writes them: m, rest, s, target of p, of q, then a_p, a_q, overlap."""
         return PairStats(HeadStats(*fields[:4]), HeadStats(*fields[4:8]), *fields[8:])
 
     @staticmethod
@@ -168,25 +212,37 @@ class PairStats(NamedTuple):
         return PairStats(p, q, *(sum_over(x, group) for x in (own.a_p, own.a_q, own.overlap)))
 
     def results(self) -> dict[str, Tensor]:
-        """The fields of DivergenceStats that take one pass."""
-        (logp_p, entropy_p, lse_p), (logp_q, entropy_q, lse_q) = self.p.results(), self.q.results()
+        """The fields of DivergenceStats that take one pass, and `lse_low` of both heads."""
+        p, q = self.p.results(), self.q.results()
         # Not lse_p - lse_q: each is rounded at the magnitude of a logit, their difference need not be.
-        gap = (self.p.m - self.q.m) + (self.p.l / self.q.l).log()
+        gap = (self.p.m - self.q.m) + _log_quotient(self.p, self.q)
+        reverse_kl = (self.a_p / self.p.l - gap).clamp(min=0)
+        forward_kl = (gap - self.a_q / self.q.l).clamp(min=0)
+        coefficient = (self.overlap / (self.p.l * self.q.l).sqrt()).clamp(max=1)
+        equal = (reverse_kl == 0) & (forward_kl == 0) & (coefficient > 1 - EQUAL)
         return {
-            "student_logp": logp_p,
-            "teacher_logp": logp_q,
-            "student_entropy": entropy_p,
-            "teacher_entropy": entropy_q,
-            "student_lse": lse_p,
-            "teacher_lse": lse_q,
-            "reverse_kl": (self.a_p / self.p.l - gap).clamp(min=0),
-            "forward_kl": (gap - self.a_q / self.q.l).clamp(min=0),
-            "bhattacharyya": (self.overlap / (self.p.l * self.q.l).sqrt()).clamp(max=1),
+            "student_logp": p.logp,
+            "teacher_logp": q.logp,
+            "student_entropy": p.entropy,
+            "teacher_entropy": q.entropy,
+            "student_lse": p.lse,
+            "teacher_lse": q.lse,
+            "student_lse_low": p.lse_low,
+            "teacher_lse_low": q.lse_low,
+            "reverse_kl": reverse_kl,
+            "forward_kl": forward_kl,
+            "bhattacharyya": coefficient.masked_fill(equal, 1.0),  # the overlap is not summed in the order of l
         }
 
     def normalisers(self) -> Tensor:  # [4, n]
         """Inputs of a second pass: m and ln l of the student, then of the teacher."""
-        return torch.stack([self.p.m, self.p.l.log(), self.q.m, self.q.l.log()])
+        return torch.stack([self.p.m, self.p.log_l, self.q.m, self.q.log_l])
+
+
+def _log_quotient(p: HeadStats, q: HeadStats) -> Tensor:
+    """ln(l_p / l_q), accurate relative to itself also where both are nearly 1."""
+    near = (p.rest - q.rest) / q.l
+    return torch.where(near.abs() < 0.5, near.log1p(), (p.l / q.l).log())
 
 
 class MixtureSums(NamedTuple):
@@ -250,5 +306,5 @@ class TeacherTopK(NamedTuple):
 def _log_buckets(best: Tensor, stats: HeadStats, tail: Tensor, seen: Tensor) -> Tensor:  # [n, K + 2]
     """Log-probs of the K ids, of the target (-inf if it is one of them), and of the tail."""
     target = stats.target.unsqueeze(1).masked_fill(seen, -torch.inf)
-    logits = torch.cat([best, target], 1) - stats.m.unsqueeze(1) - stats.l.log().unsqueeze(1)
+    logits = torch.cat([best, target], 1) - stats.m.unsqueeze(1) - stats.log_l.unsqueeze(1)
     return torch.cat([logits, tail.log().unsqueeze(1)], 1)

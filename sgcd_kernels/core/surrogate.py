@@ -8,7 +8,9 @@ Per token, with the ratio r = exp(logp - old_logp), advantage A, and both clip b
     cispo                       -stop_gradient(min(r, 1 + epsilon_high)) A logp          MiniMax-M1, arXiv 2506.13585
 
 times the importance weight, plus beta (exp(d) - d - 1) with d = ref_logp - logp (the k3 estimate of KL(p || ref)).
-ln r and d are clamped at 20, far beyond any clip, so that exp does not overflow: there the term is constant.
+Nothing else is clamped: a ratio or k3 beyond any clip counts as the formula says, in loss and gradient, and shows in
+the metrics `ratio/max` and `kl`. Beyond e^88 (in fp32) it is inf, and so is the loss; but where the clip bounds the
+term, or A is 0, the gradient is 0 however large the ratio.
 Sums are divided by
 
     grpo, gspo          each sequence's loss tokens, then the number of sequences
@@ -29,7 +31,6 @@ from torch import Tensor
 from sgcd_kernels.core.segments import Segments
 from sgcd_kernels.core.validation import SMALLEST, check_choice, check_float, in_tensor
 
-MAX_EXPONENT = 20.0
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 # What other libraries know by a name that is none of these (as of TRL 1.16, Liger 0.8, verl 0.9).
 LOSSES_ELSEWHERE = {
@@ -135,32 +136,42 @@ def surrogate_loss(
     tokens: TokenInputs = TokenInputs(),  # noqa: B008  # immutable
 ) -> tuple[Tensor, PolicyMetrics]:
     """The loss, differentiable in `logp`, and its metrics."""
-    ratio = _ratio(logp, logp.detach() if tokens.old_logp is None else tokens.old_logp, segments, cfg)
-    token_loss = _policy_term(logp, ratio, advantages, cfg)
+    log_ratio = _log_ratio(logp, logp.detach() if tokens.old_logp is None else tokens.old_logp, segments, cfg)
+    ratio = log_ratio.detach().exp()
+    token_loss = _policy_term(logp, log_ratio, advantages, cfg)
     if tokens.importance_weights is not None:
         token_loss = token_loss * tokens.importance_weights
-    metrics = _metrics(ratio.detach(), advantages, cfg)
+    metrics = _metrics(ratio, advantages, cfg)
     if tokens.ref_logp is not None:
-        gap = (tokens.ref_logp - logp).clamp(max=MAX_EXPONENT)
-        kl = gap.exp() - gap - 1
+        gap = tokens.ref_logp - logp
+        kl = gap.expm1() - gap
         token_loss = token_loss + cfg.beta * kl
         metrics = metrics._replace(kl=_mean(kl.detach()))
     return _reduce(token_loss, segments, cfg), metrics
 
 
-def _ratio(logp: Tensor, old_logp: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Tensor:
+def _log_ratio(logp: Tensor, old_logp: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Tensor:
     log_ratio = logp - old_logp
     if cfg.loss_type == "gspo":
         sequence = segments.mean(log_ratio.detach())[segments.ids]
         log_ratio = sequence + logp - logp.detach()
-    return log_ratio.clamp(max=MAX_EXPONENT).exp()
+    return log_ratio
 
 
-def _policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> Tensor:
+def _policy_term(logp: Tensor, log_ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> Tensor:
+    ratio = log_ratio.detach().exp()
     if cfg.loss_type == "cispo":
-        return -ratio.detach().clamp(max=1 + cfg.clip_high) * advantages * logp
-    clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+        return -ratio.clamp(max=1 + cfg.clip_high) * advantages * logp
+    # Replaced before exp: the gradient of an infinite ratio that counts for nothing would be 0 times inf.
+    low, high = _cut_off(ratio, advantages, cfg)
+    constant = low | high | (advantages == 0)
+    kept = log_ratio.masked_fill(constant, 0.0).exp()
+    return -torch.where(constant, ratio.clamp(1 - cfg.epsilon, 1 + cfg.clip_high), kept) * advantages
+
+
+def _cut_off(ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """Where the lower and the upper clip bound the term: min(r A, clip(r) A) is the second there."""
+    return (ratio < 1 - cfg.epsilon) & (advantages < 0), (ratio > 1 + cfg.clip_high) & (advantages > 0)
 
 
 def _reduce(token_loss: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Tensor:
@@ -174,8 +185,8 @@ def _reduce(token_loss: Tensor, segments: Segments, cfg: PolicyLossConfig) -> Te
 
 
 def _metrics(ratio: Tensor, advantages: Tensor, cfg: PolicyLossConfig) -> PolicyMetrics:
-    low = (ratio < 1 - cfg.epsilon) & (advantages < 0) & (cfg.loss_type != "cispo")
-    high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
+    low, high = _cut_off(ratio, advantages, cfg)
+    low = low & (cfg.loss_type != "cispo")
     return PolicyMetrics(
         clip_low=_mean(low),
         clip_high=_mean(high),

@@ -52,6 +52,9 @@ def linear_distill_loss(
     0 where masked); "mean" averages over the unmasked tokens (0 if there are none). Teacher head, softcap and
     non-finite inputs are as in `linear_divergence`. A jsd needs beta in [1e-6, 1 - 1e-6]; other kinds ignore it.
 
+    A token at which reverse_kl is +inf, because the teacher forbids what the student may say, has the gradient 0: the
+    formula would be inf - inf. That of an infinite forward_kl is p - q, as everywhere.
+
     Gradients: student_hidden, weight, bias
     Backends: triton, cpp, torch
     Cost: 2 U forward, 4 U backward; for kind "jsd" 4 U forward, 4 U backward
@@ -125,7 +128,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 def _fake(inputs: _Inputs, options: _Options) -> _Result:
     hidden, dtype = inputs.hidden, inputs.stats_dtype()
     leading = hidden.shape[:-1]
-    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in range(3)))
+    saved = DistillSaved(*(hidden.new_empty(leading, dtype=dtype) for _ in DistillSaved._fields))
     return _Result(hidden.new_empty(leading if options.reduction == "none" else (), dtype=dtype), saved)
 
 
@@ -155,16 +158,17 @@ def distill_op(inputs: _Inputs, options: _Options) -> _Result:
     if student.num_rows == 0:
         zeros = torch.zeros(shape, dtype=inputs.stats_dtype(), device=inputs.hidden.device)
         loss = zeros.clone() if options.reduction == "none" else zeros.sum()
-        return _Result(loss, DistillSaved(*(zeros.clone() for _ in range(3))))
+        return _Result(loss, DistillSaved(*(zeros.clone() for _ in DistillSaved._fields)))
     unused = torch.zeros(student.num_rows, dtype=torch.long, device=inputs.hidden.device)
     with no_autocast(inputs.hidden.device):
         fields = backend.divergence_forward(student, teacher, unused, asked)
-    values, mean_log_ratio = fields[kind], fields["mixture_kl" if kind == "jsd" else kind]
-    saved = (student.scatter(x, shape) for x in (fields["student_lse"], fields["teacher_lse"], mean_log_ratio))
+    values = fields[kind]
+    fields["mean_log_ratio"] = fields["mixture_kl" if kind == "jsd" else kind]
+    saved = DistillSaved(**{name: student.scatter(fields[name], shape) for name in DistillSaved._fields})
     if options.reduction == "none":
-        return _Result(student.scatter(values, shape), DistillSaved(*saved))
+        return _Result(student.scatter(values, shape), saved)
     total = values.sum()
-    return _Result(total if options.reduction == "sum" else total / values.numel(), DistillSaved(*saved))
+    return _Result(total if options.reduction == "sum" else total / values.numel(), saved)
 
 
 def _fake_backward(

@@ -124,7 +124,12 @@ def linear_divergence(
         check_int("top_k", top_k, 1, weight.shape[0] if group is None else math.inf)
     options = DivergenceOptions(tuple(name for name in FEATURES if name in features), beta, top_k)
     with torch.no_grad():
-        return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl)
+        return divergence_op(student_hidden, head, teacher_hidden, teacher, targets, ignore_index, options, impl).stats
+
+
+class Divergence(NamedTuple):
+    stats: DivergenceStats
+    student_lse_low: Tensor  # what rounding took from stats.student_lse
 
 
 def teacher_head(head: LMHead, weight: Tensor | None, bias: Tensor | None) -> LMHead:
@@ -150,9 +155,10 @@ def _fake(
     ignore_index: int,
     options: DivergenceOptions,
     impl: str,
-) -> DivergenceStats:
+) -> Divergence:
     dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
-    return DivergenceStats(**{name: targets.new_empty(targets.shape, dtype=dtype) for name in _given(options)})
+    fields = {name: targets.new_empty(targets.shape, dtype=dtype) for name in _given(options)}
+    return Divergence(DivergenceStats(**fields), targets.new_empty(targets.shape, dtype=dtype))
 
 
 @register(_fake)
@@ -165,7 +171,7 @@ def divergence_op(
     ignore_index: int,
     options: DivergenceOptions,
     impl: str,
-) -> DivergenceStats:
+) -> Divergence:
     check_beta(options.beta, "jsd" in options.features)
     student, y = project_targets(student_hidden, head, targets, ignore_index)
     other = Projection.of(teacher_hidden, checked_head(teacher), student.rows)
@@ -176,7 +182,8 @@ def divergence_op(
     if student.num_rows == 0:
         dtype = stats_dtype(student_hidden, head.weight, teacher_hidden, teacher.weight)
         zeros = torch.zeros(targets.shape, dtype=dtype, device=targets.device)
-        return DivergenceStats(**{name: zeros.clone() for name in _given(options)})
+        return Divergence(DivergenceStats(**{name: zeros.clone() for name in _given(options)}), zeros)
     with no_autocast(student_hidden.device):
         fields = backend.divergence_forward(student, other, y, options)
-    return DivergenceStats(**{name: student.scatter(fields[name], targets.shape) for name in _given(options)})
+    stats = DivergenceStats(**{name: student.scatter(fields[name], targets.shape) for name in _given(options)})
+    return Divergence(stats, student.scatter(fields["student_lse_low"], targets.shape))

@@ -27,7 +27,7 @@ class LogprobStats(NamedTuple):
 
     logp: Tensor  # log p(y)
     entropy: Tensor  # -sum p log p, nats
-    lse: Tensor  # log-sum-exp of the logits after softcap and temperature
+    lse: Tensor  # log-sum-exp of the logits after softcap and temperature; logp is not made of this rounded number
 
 
 def linear_logprob(
@@ -73,35 +73,36 @@ def linear_logprob(
     head = LMHead(weight, bias, softcap, temperature, group)
     leading = check_head(hidden, head)
     check_targets(targets, leading, hidden.device)
-    return logprob_op(hidden, head.with_constant_temperature(), targets, ignore_index, impl)
+    values = logprob_op(hidden, head.with_constant_temperature(), targets, ignore_index, impl)
+    assert values.logp is not None and values.entropy is not None and values.lse is not None
+    return LogprobStats(values.logp, values.entropy, values.lse)
 
 
-def _fake(hidden: Tensor, head: LMHead, targets: Tensor, *_: object) -> LogprobStats:
+def _fake(hidden: Tensor, head: LMHead, targets: Tensor, *_: object) -> LogprobValues:
     dtype = stats_dtype(hidden, head.weight)
-    return LogprobStats(*(targets.new_empty(targets.shape, dtype=dtype) for _ in range(3)))
+    return LogprobValues(*(targets.new_empty(targets.shape, dtype=dtype) for _ in LogprobValues._fields))
 
 
 def _setup(
-    ctx: Any, stats: LogprobStats, hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str
+    ctx: Any, values: LogprobValues, hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str
 ) -> None:
     inputs = {"hidden": hidden, "head": head, "targets": targets, "ignore_index": ignore_index, "impl": impl}
-    save(ctx, **inputs, entropy=stats.entropy, lse=stats.lse)
+    save(ctx, **inputs, values=values)
 
 
-def _backward(ctx: Any, upstream: LogprobStats) -> dict[str, Tensor | None]:
+def _backward(ctx: Any, upstream: LogprobValues) -> dict[str, Tensor | None]:
     at, needs = restore(ctx), Needs(*(ctx.needs[name] for name in ("hidden", "head_weight", "head_bias")))
-    values = LogprobValues(None, at.entropy, at.lse)
     inputs = at.hidden, at.head, at.targets, at.ignore_index, at.impl
-    grads = logprob_backward_op(*inputs, values, LogprobValues(*upstream), needs)
+    grads = logprob_backward_op(*inputs, at.values, upstream, needs)
     return {"hidden": grads.hidden, "head_weight": grads.weight, "head_bias": grads.bias}
 
 
-@register(_fake, _setup, _backward)
-def logprob_op(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str) -> LogprobStats:
+@register(_fake, _setup, _backward, differentiable=("logp", "entropy", "lse"))
+def logprob_op(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int, impl: str) -> LogprobValues:
     x, y = project_targets(hidden, head, targets, ignore_index)
     with no_autocast(hidden.device):
         values, _ = backend_for(impl, "logprob_forward", x).logprob_forward(x, y)
-    return LogprobStats(*(x.scatter(value, targets.shape) for value in values if value is not None))
+    return LogprobValues(*(None if value is None else x.scatter(value, targets.shape) for value in values))
 
 
 def _fake_backward(

@@ -53,6 +53,7 @@ def linear_policy_loss(
       TRL's epsilon_high for cispo is the cap itself, so its 5.0 is 4.0 here.
     - `importance_weights`, such as truncated exp(trainer - engine) log-probs, multiply the policy term per token.
     - `lse` from a scoring pass over the same hidden and weight saves a product; the metric `entropy` is then absent.
+      In fp32 it is off by up to |lse| 2^-24, and so is every log p: 5e-4 at 16,384. Given in fp64, it is exact.
     - `num_items_in_batch` is the divisor of the whole batch under gradient accumulation: sequences for grpo and gspo,
       tokens for bnpo, dapo and cispo, sequences x maximum length for dr_grpo.
     - Masked and ignored tokens are not computed: a NaN or a target outside the vocabulary there has no effect. With no
@@ -89,7 +90,8 @@ def linear_policy_loss(
 class KnownLse(NamedTuple):
     """The student's log-sum-exps from a scoring pass, like `targets`."""
 
-    lse: Tensor | None = None
+    lse: Tensor | None = None  # in fp64, or rounded to fp32
+    low: Tensor | None = None  # what that rounding took from it, if it is known
     known: Tensor | None = None  # bool; None is everywhere
 
 
@@ -175,7 +177,8 @@ def policy_loss_op(
         TokenInputs(*(optional(v) for v in (tokens.old_logp, tokens.ref_logp, tokens.importance_weights))),
     )
     with no_autocast(hidden.device):
-        values, cached = _log_probs(x, y, known, optional(known.lse), needs, impl)
+        lse, low = _in_two(known, x.stats_dtype)
+        values, cached = _log_probs(x, y, known.known, (optional(lse), optional(low)), needs, impl)
         assert values.logp is not None
         if any(needs):
             loss, metrics, d_logp = _with_slope(values.logp, *surrogate)
@@ -194,27 +197,39 @@ def policy_loss_op(
     return PolicyResult(loss, metrics, grads, x.scatter(values.logp, shape), entropy)
 
 
+def _in_two(known: KnownLse, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The log-sum-exps rounded to the dtype of statistics, and the error of that."""
+    lse, low = known.lse, known.low
+    if lse is None or low is not None or torch.promote_types(lse.dtype, dtype) == dtype:
+        return lse, low
+    rounded = lse.to(dtype)
+    return rounded, torch.where(rounded.isfinite(), lse - rounded, 0.0).to(dtype)
+
+
 def _log_probs(
-    x: Projection, y: Tensor, known: KnownLse, lse: Tensor | None, needs: Needs, impl: str
+    x: Projection,
+    y: Tensor,
+    known: Tensor | None,  # bool, like `targets`
+    given: tuple[Tensor | None, Tensor | None],  # lse and lse_low, [n]
+    needs: Needs,
+    impl: str,
 ) -> tuple[LogprobValues, Any]:
     """log p(y), lse, the entropy of rows whose lse was not known, and tiles cached for the gradients."""
-    left = None if known.known is None else indices_of(x.gather(known.known.reshape(-1) == 0))
-    if lse is None or (known.known is not None and left is None):
+    lse, low = given
+    left = None if known is None else indices_of(x.gather(known.reshape(-1) == 0))
+    if lse is None or (known is not None and left is None):
         cache_for = needs if any(needs) else None
         return backend_for(impl, "logprob_forward", x).logprob_forward(x, y, cache_for)
-    logp = backend_for(impl, "target_logp", x).target_logp(x, y, lse)
+    logp = backend_for(impl, "target_logp", x).target_logp(x, y, lse, low)
     if left is None:
-        return LogprobValues(logp, None, lse), None
-    entropy = torch.zeros_like(lse)
+        return LogprobValues(logp, None, lse, low), None
+    values = LogprobValues(logp, torch.zeros_like(lse), lse, torch.zeros_like(lse) if low is None else low)
     if left.numel():
         part = Projection(x.hidden, x.head, left if x.rows is None else x.rows[left])
         own, _ = backend_for(impl, "logprob_forward", part).logprob_forward(part, y[left])
-        logp, entropy, lse = (
-            total.index_copy(0, left, values)
-            for total, values in zip((logp, entropy, lse), own, strict=True)
-            if values is not None
-        )
-    return LogprobValues(logp, entropy, lse), None
+        pairs = zip(values, own, strict=True)
+        values = LogprobValues(*(total.index_copy(0, left, part) for total, part in pairs))  # type: ignore[union-attr, arg-type]
+    return values, None
 
 
 def _with_slope(logp: Tensor, *surrogate: Any) -> tuple[Tensor, PolicyMetrics, Tensor]:

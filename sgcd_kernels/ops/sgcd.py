@@ -147,6 +147,7 @@ class Scored(NamedTuple):
     advantages: Tensor  # A W
     has_teacher: Tensor  # bool: a loss token with a teacher; the fields below are blank elsewhere
     stats: DivergenceStats
+    lse_low: Tensor  # what rounding took from stats.student_lse
     credit: Credit
     lse_known: Tensor  # bool: the policy loss may reuse stats.student_lse
     sums: CreditSums
@@ -180,7 +181,7 @@ def weighted_policy_loss(
         assert result.entropy is not None
         return SGCDResult(result.loss, result.metrics.named(), unscored_tokens(result.logp, result.entropy))
     tokens = tokens._replace(targets=scored.targets, advantages=scored.advantages, mask=None)
-    known = KnownLse(scored.stats.student_lse, scored.lse_known) if reuse_lse else KnownLse()
+    known = KnownLse(scored.stats.student_lse, scored.lse_low, scored.lse_known) if reuse_lse else KnownLse()
     result = policy_loss(hidden, tokens, settings, known)
     per_token = scored.tokens(result.logp, result.entropy)
     loss_tokens = scored.targets != settings.ignore_index
@@ -204,7 +205,8 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
         bounds = torch.arange(shape[0] + 1) * shape[1]
     batch = batch_op(settings.head, tokens, inputs.credit_mask, teacher.has_teacher, settings.ignore_index)
     sides = hidden.detach(), settings.head, teacher.hidden.detach(), teacher.head
-    stats = divergence_op(*sides, batch.scored_targets, settings.ignore_index, DivergenceOptions(), settings.impl)
+    options = DivergenceOptions()
+    stats, low = divergence_op(*sides, batch.scored_targets, settings.ignore_index, options, settings.impl)
     signals = CreditSignals(
         stats.reverse_kl.reshape(-1),
         stats.teacher_entropy.reshape(-1),
@@ -219,7 +221,9 @@ def score_and_weigh(hidden: Tensor, settings: Settings, tokens: PolicyTokens, in
     credit = credit_op(signals, bounds, batch.eligible.reshape(-1), turns, config_for_op(config), settings.impl, origin)
     credit = Credit(*(x.reshape(shape) for x in credit))
     weighed = weigh_op(batch, credit, stats.reverse_kl, stats.teacher_entropy, config.clip, inputs.warn)
-    return Scored(batch.targets, weighed.advantages, batch.has_teacher, stats, credit, weighed.lse_known, weighed.sums)
+    return Scored(
+        batch.targets, weighed.advantages, batch.has_teacher, stats, low, credit, weighed.lse_known, weighed.sums
+    )
 
 
 def unscored_tokens(logp: Tensor, entropy: Tensor) -> SGCDTokens:

@@ -317,6 +317,17 @@ def test_wrappers_tied_weights_zeros_and_meta() -> None:
         output_head(meta)
 
 
+def test_hooks_of_the_model_count_and_virtual_tokens_are_refused() -> None:
+    halved = Model()
+    halved.register_forward_hook(lambda module, given, out: (out[0] / 2,))
+    assert output_head(halved).scale == 0.5
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for kind, name in ((peft.PromptTuningConfig, "PROMPT_TUNING"), (peft.PrefixTuningConfig, "PREFIX_TUNING")):
+        adapted = peft.get_peft_model(causal_lm("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        with pytest.raises(ValueError, match=f"model has a {name} adapter, needs one within its decoder"):
+            output_head(adapted)
+
+
 def test_the_bundle_reads_parameters_that_were_replaced() -> None:
     model = Model(bias=True)
     head = output_head(model)

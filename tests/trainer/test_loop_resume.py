@@ -155,7 +155,7 @@ def test_a_world_that_is_gone_stops_the_run_with_a_checkpoint_and_it_resumes(
 
 @pytest.mark.parametrize("why", ["mistake", "ctrl-c"])
 def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, why: str
 ) -> None:
     """A server that refuses, or a person at the keyboard, in the third step of a run that saves at its end only."""
     plain = loop.Run.sample_siblings
@@ -171,6 +171,8 @@ def test_a_run_that_is_stopped_while_it_samples_loses_no_step(
 
     whole, cut = (config(folder, tmp_path / name, save_steps=0) for name in ("whole", "cut"))
     loop.train(whole)
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, given))
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "sample_siblings", stopped)
         for _ in range(2):  # the second time there is nothing new to save

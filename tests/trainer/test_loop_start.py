@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def test_weights_that_do_not_fit_their_config_are_one_line(folder: Path, tmp_pat
         file.write_bytes(bytes(100))
     said = {"missing": name, "unknown": r"vision\.weight", "shape": r"norm\.weight as \[2\]", "garbage": "cannot load"}
     with pytest.raises(UserError, match=rf"model\.path: .*{said[kind]}"):
+        loop.train(config(tmp_path / "model", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("fields", [{"eos_token_id": {"a": 0}}, {"num_attention_heads": 0}, {"hidden_act": "none"}])
+def test_a_config_that_makes_no_model_is_one_line(folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(UserError, match=r"model\.path: cannot load"):
         loop.train(config(tmp_path / "model", tmp_path / "run"))
 
 

@@ -86,7 +86,7 @@ class ParityEnvironment:
         self.log.append(method)
         if self.faults and self.faults[0][0] == method:
             _, fault = self.faults.pop(0)
-            if isinstance(fault, Exception):
+            if isinstance(fault, BaseException):
                 raise fault
             import asyncio
 

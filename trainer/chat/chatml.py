@@ -15,7 +15,7 @@
 How tools are shown and calls are written is what a model was trained on, so it belongs to the model: the folder's
 tokenizer_config.json may hold `"chatml": {"calls": "python", "tools": "signatures"}`, and checkpoints keep it.
 A prompt begins with whatever the tokenizer puts before a text (Llama's BOS; nothing for SmolLM2 and Qwen).
-Text from outside is encoded with special tokens switched off: a file that contains `<|im_end|>` ends no turn.
+Text from outside never becomes a control token (`markup`): a file that contains `<|im_end|>` ends no turn.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ class ChatMLRenderer(ChatReader):
         system, rest = ("", messages)
         if messages and messages[0]["role"] == "system":
             system, rest = str(messages[0].get("content") or ""), messages[1:]
-        parts = [system] if system else []
+        data, mark = self.markup.data, self.markup.mark
+        parts = [data(system)] if system else []
         if tools:
-            parts.append(f"# Tools\n{self.describe(tools)}\n{self.syntax.instruction}")
+            parts.append(f"# Tools\n{data(self.describe(tools))}\n{mark(self.syntax.instruction)}")
         if reference:
-            parts.append(f"# Reference\n{reference}")
+            parts.append(f"# Reference\n{data(reference)}")
         block = self._block("system", "\n\n".join(parts)) if parts else []
         return [*self._beginning, *block, *self._blocks(rest), *self._opening()]
 
@@ -91,25 +92,33 @@ class ChatMLRenderer(ChatReader):
             (call["function"]["name"], _arguments(call["function"].get("arguments")))
             for call in message.get("tool_calls") or []
         ]
-        text = "\n".join(part for part in (message.get("content") or "", self.syntax.write(calls)) if part)
+        data, mark = self.markup.data, self.markup.mark
+        text = "\n".join(
+            part for part in (data(message.get("content") or ""), self.syntax.write(data(calls), mark)) if part
+        )
         thought = message.get("reasoning_content") or ""
-        if thought or text.lstrip().startswith("<think>"):  # an empty thought before them: these words are none
-            text = f"<think>\n{thought}\n</think>\n\n{text}"
-        return [*self.encode(text), self._end]
+        if thought:
+            text = f"{mark('<think>')}\n{data(thought)}\n{mark('</think>')}\n\n{text}"
+        elif text.lstrip().startswith("<think>"):  # an empty thought before them, as plain: they are none
+            text = f"<think>\n\n</think>\n\n{text}"
+        return [*self.markup.encode(text), self._end]
 
     def _opening(self) -> list[int]:
         return [self._start, *self.encode("assistant\n")]
 
     def _block(self, role: str, content: str) -> list[int]:
-        return [self._start, *self.encode(f"{role}\n{content}"), self._end, *self.encode("\n")]
+        """One message; `content` is marked text."""
+        text = f"{self.markup.data(role)}\n{content}"
+        return [self._start, *self.markup.encode(text), self._end, *self.encode("\n")]
 
     def _blocks(self, messages: list[Message]) -> list[int]:
         """Every message as a block; neighbouring tool results share one of the user's."""
         ids: list[int] = []
         results: list[str] = []
+        data, (opening, closing) = self.markup.data, map(self.markup.mark, ("<tool_response>", "</tool_response>"))
         for message in [*messages, None]:
             if message is not None and message["role"] == "tool":
-                results.append(f"<tool_response>\n{message.get('content') or ''}\n</tool_response>")
+                results.append(f"{opening}\n{data(str(message.get('content') or ''))}\n{closing}")
                 continue
             if results:
                 ids += self._block("user", "\n".join(results))
@@ -119,7 +128,7 @@ class ChatMLRenderer(ChatReader):
             if message["role"] == "assistant":
                 ids += [*self._opening(), *self.turn(message), *self.encode("\n")]
             else:
-                ids += self._block(message["role"], str(message.get("content") or ""))
+                ids += self._block(message["role"], data(str(message.get("content") or "")))
         return ids
 
 

@@ -5,6 +5,8 @@
 
 Tool schemas are not shown: the tiny policy knows its tools from the warm start. A reference comes before the user
 message, so every later token is the same for teacher and student.
+
+Text from outside never becomes a marker: `<end>` in a file is the word `end`, or an unknown one like any other.
 """
 
 from __future__ import annotations
@@ -61,10 +63,11 @@ class CompactRenderer:
         self.stop_ids = frozenset({self.end})
 
     def encode(self, words: Iterable[str]) -> list[int]:
+        """The ids of words of our own, markers included."""
         return [self.vocabulary.get(word, self.unknown) for word in words]
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
-        head = [REFERENCE, *reference.split(), END] if reference else []
+        head = [REFERENCE, *_data(reference.split()), END] if reference else []
         return self.encode([*head, *(word for m in messages for word in self._message(m)), ASSISTANT])
 
     def observation(self, messages: list[Message]) -> list[int]:
@@ -73,16 +76,17 @@ class CompactRenderer:
     def _message(self, message: Message) -> list[str]:
         content = message.get("content") or ""
         if message["role"] == "tool":
-            return [TOOL, *words_of(_json_or_text(content)), END]
+            return [TOOL, *_data(words_of(_json_or_text(content))), END]
         if message["role"] == "assistant":
             return [ASSISTANT, *self.turn(message), END]
-        return [USER, *content.split(), END]
+        return [USER, *_data(content.split()), END]
 
     def turn(self, message: Message) -> list[str]:
         """Return the words of an assistant message, without its end."""
-        words = (message.get("content") or "").split()
+        words = _data((message.get("content") or "").split())
         for call in message.get("tool_calls") or []:
-            words += [CALL, call["function"]["name"], *words_of(json.loads(call["function"]["arguments"]))]
+            function = call["function"]
+            words += [CALL, *_data([function["name"], *words_of(json.loads(function["arguments"]))])]
         return words
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
@@ -126,6 +130,11 @@ class CompactRenderer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self.words.get(token, UNKNOWN) + " " for token in ids]
+
+
+def _data(words: Iterable[str]) -> list[str]:
+    """Words from outside, with the markers among them as plain words."""
+    return [word.strip("<>") if word in SPECIAL else word for word in words]
 
 
 def _malformed(segment: list[str]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from trainer.chat.bytelevel import ByteLevel
+from trainer.chat.markup import Markup
 from trainer.chat.syntax import Found, Span
 from trainer.data import Message, TokenClass
 from trainer.errors import UserError
@@ -49,15 +50,14 @@ class ChatReader:
         self.reading = syntax
         self.think = THINK
         self._text = ByteLevel(tokenizer)
+        self.markup = Markup(tokenizer)
         self._start, self._end = vocabulary[START], vocabulary[END]
         self.stop_ids = frozenset({self._end})
         self.pad_id = self._end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text: whatever it spells, no special token comes out."""
-        text = encodable(text)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+        """Text from outside: whatever it spells, no control token comes out."""
+        return self.markup.encode_data(text)
 
     def parse(self, ids: Sequence[int]) -> tuple[Message, str]:
         _, found = self._read(ids)

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
+TYPES = {  # the types of JSON, and the names that tools from Python and elsewhere give them
+    "string": ("string", "str", "text", "char", "varchar"),
+    "integer": ("integer", "int", "long"),
+    "number": ("number", "float", "double", "decimal"),
+    "boolean": ("boolean", "bool"),
+    "null": ("null", "none", "nonetype"),
+    "array": ("array", "list", "tuple", "set"),
+    "object": ("object", "dict", "map"),
+}
+_JSON_NAMES = {name: kind for kind, names in TYPES.items() for name in names}
 
 
 def allows(schema: Any, value: Any, root: Any = None, followed: frozenset[str] = frozenset()) -> bool:
@@ -68,9 +77,9 @@ def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _is(value: Any, name: Any) -> bool:
-    """Whether `value` is of the JSON type `name`; a type that JSON does not have is any."""
-    name = name.lower() if isinstance(name, str) else name
-    if name not in TYPES:
+    """Whether `value` is of the type `name`; a name that is not in `TYPES` allows any."""
+    name = _JSON_NAMES.get(name.lower()) if isinstance(name, str) else None
+    if name is None:
         return True
     if isinstance(value, bool):
         return bool(name == "boolean")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ Span = tuple[int, int]
 Call = tuple[str, dict[str, Any]]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+KEYS = ("name", "function", "arguments", "parameters", "id", "type")  # of a call; the last two say nothing here
 _FENCE = re.compile(r"```\w*")
 _LIST = re.compile(r"^[ \t]*(\[)\s*(?=\w[\w.-]*[ \t]*\()", re.MULTILINE)
 _NAME = re.compile(r"\w[\w.-]*")
@@ -98,8 +99,10 @@ class Hermes(Tagged):
         "each other."
     )
 
-    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        return "\n".join(f"{OPEN}\n{_json({'name': n, 'arguments': dict(a)})}\n{CLOSE}" for n, a in calls)
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]], mark: Callable[[str], str] = str) -> str:
+        """The calls as text, with the format's own tags as `mark` gives them."""
+        bodies = [_json({"name": name, "arguments": dict(arguments)}) for name, arguments in calls]
+        return "\n".join(f"{mark(OPEN)}\n{body}\n{mark(CLOSE)}" for body in bodies)
 
     def read_payload(self, text: str, at: int, part: Found) -> int:
         at = skip_space(text, at)
@@ -114,7 +117,7 @@ class Hermes(Tagged):
                     part.names.append((member.start + 1, member.end - 1))
                 elif member.key in ("arguments", "parameters"):
                     part.arguments.append((member.start, member.end))
-        part.calls.append(_call_of({member.key: member.value for member in members}))
+        part.calls.append(_call_of(members))
         end = skip_space(text, end)
         if fence and text.startswith("```", end):
             end = skip_space(text, end + 3)
@@ -130,7 +133,7 @@ class Python:
 
     instruction = 'To call tools, write only a list of calls with named arguments, like [cd(folder="a"), ls(a=True)].'
 
-    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]], mark: Callable[[str], str] = str) -> str:
         return f"[{', '.join(f'{name}({_named(arguments)})' for name, arguments in calls)}]" if calls else ""
 
     def read(self, text: str) -> Found:
@@ -245,14 +248,24 @@ def _json(value: Any) -> str:
     return json.dumps(as_json(value), ensure_ascii=False, allow_nan=False)
 
 
-def _call_of(value: Mapping[str, Any]) -> Call:
-    name = value.get("name", value.get("function"))
+def _call_of(members: Sequence[Member]) -> Call:
+    name = _one_of(members, "name", "function")
     if not isinstance(name, str) or not name:
         raise ValueError("the name of the tool is missing")
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = _one_of(members, "arguments", "parameters")
+    if arguments is None and (others := [m.key for m in members if m.key not in KEYS]):
+        raise ValueError(f'the arguments of {name} must stand in "arguments", got "{others[0]}"')
     if isinstance(arguments, str):
         arguments = read_whole(arguments) if arguments.strip() else {}
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {name} must be an object")
     return name, arguments
+
+
+def _one_of(members: Sequence[Member], *keys: str) -> Any:
+    """The value of the member with one of these keys, or None. Of two, neither is known to be the one that is meant."""
+    found = [member.value for member in members if member.key in keys]
+    if len(found) > 1:
+        raise ValueError(f"needs one of {' and '.join(keys)}, once")
+    return found[0] if found else None

@@ -4,24 +4,25 @@ The first prompt equals the output of `apply_chat_template`, token by token. Aft
 templates drop the thoughts of earlier turns, so the policy would not read what it sampled. Turns keep their sampled
 tokens, and an observation is the text that the template puts after a turn, cut out of a short conversation.
 
-Text from outside is distinguished from the template's: a file that contains `<|im_end|>` ends no turn.
+What the template's source spells is a control token, and nothing else is: it is rendered with its control tokens marked
+(`markup`), so a file that contains `<|im_end|>` ends no turn, and a parameter called `think` opens no thought.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.chat.functions import Functions
+from trainer.chat.markup import each_text
 from trainer.chat.reader import CLOSED, END, OPENED, START, ChatReader
 from trainer.chat.syntax import Hermes
 from trainer.data import Message, Tool
 from trainer.errors import UserError
 
-MARK = "\U0010fffd"  # an unassigned character in the place of a turn's text
-STAND_INS = 0x100000  # the first of those that replace special tokens spelled in text from outside
+TURN = "(a turn)"
 USER: Message = {"role": "user", "content": "x"}
 PROBE: Tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 
@@ -41,9 +42,6 @@ class TemplateRenderer(ChatReader):
         super().__init__(tokenizer, Hermes())
         self.options = dict(options or {})
         self._schemas: dict[str, Mapping[str, Any]] = {}
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("(" + "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) + ")")
-        self._stand_ins = {text: chr(STAND_INS + n) for n, text in enumerate(special)}
         self._learn_template()
 
     # Detecting the kind of template
@@ -52,12 +50,14 @@ class TemplateRenderer(ChatReader):
         """Learn the template's format from short conversations."""
         if not self.tokenizer.chat_template:
             raise _unknown("there is none")
-        call = {"type": "function", "function": {"name": "probe", "arguments": {"a": MARK}}}
+        call = {"type": "function", "function": {"name": "probe", "arguments": {"a": "x"}}}
         calling = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            opening = self._text_of([USER]).rpartition(START)[2]
-            called = self._text_of([USER, calling], [PROBE], opened=False).rpartition(START)[2]
-            observed = self._after_turn([{"role": "tool", "content": "seen"}])
+            opening = self.markup.spell(self._text_of([USER])).rpartition(START)[2]
+            called = self.markup.spell(self._text_of([USER, calling], [PROBE], opened=False)).rpartition(START)[2]
+            seen: Message = {"role": "tool", "content": "seen"}
+            observed = self._after_turn([seen])
+            self._check_marks([USER, calling, seen])
         except UserError as error:
             raise _unknown(str(error)) from None
         if not opening.startswith("assistant\n") or "seen" not in observed:
@@ -70,58 +70,55 @@ class TemplateRenderer(ChatReader):
         elif not re.search(r'<tool_call>\s*{"name": "probe", "arguments": {', called):
             raise _unknown("it writes tool calls neither as JSON in <tool_call> nor as <function=...>")
 
+    def _check_marks(self, messages: list[Message]) -> None:
+        """Refuse a template that puts control tokens together out of parts: they could not be told from data."""
+        shown = [_with_objects(message) for message in messages]
+        options = {"add_generation_prompt": True, "return_dict": False, **self.options}
+        if self.markup.encode(self._text_of(messages, [PROBE])) != self.tokenizer.apply_chat_template(
+            shown, tools=[PROBE], **options
+        ):
+            raise UserError("the control tokens of its output are not all spelled in its source")
+
     # Messages to tokens
 
     def prompt(self, messages: list[Message], tools: list[Tool], reference: str = "") -> list[int]:
         listed = [tool for tool in tools if not tool.get("unlisted")]
         self._schemas.update({t["function"]["name"]: t["function"].get("parameters") or {} for t in tools})
-        return self._encode(self._text_of(_with_reference(messages, reference), listed))
+        return self.markup.encode(self._text_of(_with_reference(messages, reference), listed))
 
     def observation(self, messages: list[Message]) -> list[int]:
-        return self._encode(self._after_turn(messages))
+        return self.markup.encode(self._after_turn(messages))
 
     def turn(self, message: Message) -> list[int]:
         """An assistant message as the policy would sample it, stop token included: for demonstrations."""
         before, whole = self._text_of([USER]), self._text_of([USER, message], opened=False)
         assert whole.startswith(before), "the template does not open a turn as it writes one"
-        return self._encode(whole[len(before) :].partition(END)[0] + END)
+        end = self.markup.mark(END)
+        return self.markup.encode(whole[len(before) :].partition(end)[0] + end)
 
     def _after_turn(self, messages: list[Message]) -> str:
         """What the template writes between the end of a turn and the opening of the next."""
-        turn = {"role": "assistant", "content": MARK}
-        return self._text_of([USER, turn, *messages]).partition(MARK + END)[2]
+        turn = {"role": "assistant", "content": TURN}
+        return self._text_of([USER, turn, *messages]).partition(TURN + self.markup.mark(END))[2]
 
     def _text_of(self, messages: list[Message], tools: list[Tool] | None = None, opened: bool = True) -> str:
-        """The template's text; special tokens that a message spells are replaced by characters without a meaning."""
+        """The template's text, marked."""
         from jinja2 import TemplateError
 
-        shown = _map(self._hide, [_with_objects(message) for message in messages])
+        data, mark = self.markup.data, self.markup.mark
         try:
             text: str = self.tokenizer.apply_chat_template(
-                shown,
-                tools=_map(self._hide, tools) or None,
+                data([_with_objects(message) for message in messages]),
+                tools=data(tools) or None,
+                chat_template=mark(self.tokenizer.get_chat_template(tools=tools or None)),
                 add_generation_prompt=opened,
                 tokenize=False,
+                **each_text(mark, self.tokenizer.special_tokens_map),  # a template may write {{ eos_token }}
                 **self.options,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"model.renderer: the chat template refuses a conversation ({error})") from error
         return text
-
-    def _hide(self, text: str) -> str:
-        return self._special.sub(lambda match: self._stand_ins[match.group()], text)
-
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a rendered text: special ones where the template wrote them, and nowhere else."""
-        ids: list[int] = []
-        for part in self._special.split(text):
-            if part in self._stand_ins:
-                ids.append(self.tokenizer.convert_tokens_to_ids(part))
-            elif part:
-                for special, stand_in in self._stand_ins.items():
-                    part = part.replace(stand_in, special)
-                ids += self.encode(part)
-        return ids
 
 
 def _with_reference(messages: list[Message], reference: str) -> list[Message]:
@@ -147,15 +144,6 @@ def _with_objects(message: Message) -> Message:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "content": message.get("content") or "", "tool_calls": calls}
-
-
-def _map(change: Callable[[str], str], value: Any) -> Any:
-    """`change` every text in nested data; keys stay."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(change, item) for key, item in value.items()}
-    return [_map(change, item) for item in value] if isinstance(value, list) else value
 
 
 def _unknown(why: str) -> UserError:

@@ -1,11 +1,13 @@
-"""Environments by name. Each is imported only when it is used."""
+"""Environments by name, by import path, or as entry points of the group `sgcd.envs`. Imported when they are used."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from typing import Any
 
+from sgcd_kernels.core.spelling import explain_choice
+from trainer import plugins
+from trainer.envs.contract import CheckedSuite
 from trainer.errors import UserError
 from trainer.protocols import Suite
 
@@ -18,21 +20,25 @@ SUITES = {
 
 
 def load(name: str, **options: Any) -> Suite:
-    """Return the suite called `name`; its module offers `suite(**options)`.
+    """Return the suite called `name`, made with `options`; what it gives is checked at each call.
+
+    A name of `SUITES` is a module with a function `suite(**options)`. Any other is `module:attribute`, or an entry
+    point: a class, or a function that makes a suite.
 
     Raises:
-        UserError: no environment has that name, or it does not take an option.
+        UserError: there is no such environment, it cannot be imported or made, or it is no `trainer.protocols.Suite`.
     """
-    if name not in SUITES:
-        raise UserError(f"env.name: no environment is called {name!r}; there are {', '.join(sorted(SUITES))}")
-    make = importlib.import_module(SUITES[name]).suite
-    takes = inspect.signature(make).parameters
-    for option in options:
-        if option not in takes:
-            known = f"there are {', '.join(takes)}" if takes else "it takes none"
-            raise UserError(f"env.options: {name} has no option {option!r}; {known}")
-    suite: Suite = make(**options)
-    return suite
+    if name in SUITES:
+        make = importlib.import_module(SUITES[name]).suite
+    elif plugins.is_known(name, plugins.ENVS):
+        make = plugins.find("env.name", name, plugins.ENVS)
+    else:
+        names = [*sorted(SUITES), *(point.name for point in plugins.installed(plugins.ENVS))]
+        raise UserError(
+            f"env.name: no environment is called {name!r}; there are {', '.join(names)}, and module:Suite"
+            f"{explain_choice(name, names)}"
+        )
+    return CheckedSuite(name, plugins.build("env.name", name, make, options))
 
 
 def check_split(suite: Suite, key: str, split: str) -> None:

@@ -10,16 +10,17 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trainer import engines, envs, files, randomness, stop_signals
+from trainer.console import VisibleConsole
 from trainer.errors import UserError
 from trainer.evaluation.estimates import by_task
 from trainer.evaluation.evaluate import Evaluation, evaluate
 from trainer.learning import model as policy
 from trainer.records import bug_reports, checkpoint
+from trainer.terminal import say, visible
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -37,7 +38,7 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
         checkpoint.load(weights, model=model)
     engine = engines.make(config, model, renderer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(highlight=False)
+    console = VisibleConsole(highlight=False)
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(f"evaluate {split}", total=suite.splits[split])
         result = stop_signals.run(evaluate(engine, suite, renderer, config, advance=lambda n: progress.advance(bar, n)))
@@ -45,12 +46,12 @@ def run(config: Config, weights: Path | None = None) -> Evaluation:
     console.print(_table(result, suite.name, f"{source} on {suite.name}/{split}"))
     _write(path, result, config, source)
     bug_reports.append(path.parent, 0, result.bugs)
-    print(f"written: {path}")
+    say(f"written: {path}")
     return result
 
 
 def _table(result: Evaluation, env: str, title: str) -> Any:
-    table = Table("figure", "value", "95 % interval", title=title, title_justify="left")
+    table = Table("figure", "value", "95 % interval", title=visible(title), title_justify="left")
     figures = {name.removeprefix(f"eval/{env}/"): value for name, value in result.metrics.items()}
     for name, value in figures.items():
         if not name.endswith(("_low", "_high")):

@@ -5,7 +5,6 @@ Names are `eval/<env>/<what>`; `trainer.evaluation.estimates` defines the figure
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from trainer.concurrency import run_together
 from trainer.data import BugReport, Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
 from trainer.protocols import Engine, Renderer, Suite
-from trainer.rollout.episode import RolloutSetup, wait_until_open
-from trainer.rollout.rewards import FULL_REWARD, load
+from trainer.rollout.episode import Guarded, RolloutSetup, close_environment, make_environment, wait_until_open
+from trainer.rollout.rewards import FULL_REWARD, finite, load
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 
 if TYPE_CHECKING:
@@ -95,16 +94,18 @@ async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns:
 
 
 async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16) -> float:
-    """Success of refusing at one task, 1 or 0; raises what the environment raises."""
-    environment = suite.make()
+    """Success of refusing at one task, 1 or 0; a fault of the environment is an `EnvironmentBroken`."""
+    environment = make_environment(suite, timeout)
     try:
         await wait_until_open(environment)
-        await asyncio.wait_for(environment.reset(task), timeout)
+        guarded = Guarded(environment, timeout)
+        await guarded.reset(task)
         for _ in range(max_turns):
-            _, done = await asyncio.wait_for(environment.step(suite.refusal()), timeout)
+            _, done = await guarded.step(suite.refusal())
             if done:
                 break
-        outcome = await asyncio.wait_for(environment.outcome(), timeout)
-        return float(outcome.reward >= FULL_REWARD if outcome.success is None else outcome.success)
+        outcome = await guarded.outcome()
+        reward = finite(outcome.reward, "the verifier's reward")
+        return float(reward >= FULL_REWARD if outcome.success is None else outcome.success)
     finally:
-        await environment.close()
+        await close_environment(environment, timeout)

@@ -6,6 +6,8 @@ with what `output_head` measured of the head, so that no [tokens, vocabulary] ma
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,34 +23,39 @@ from trainer.optional_packages import need
 from trainer.protocols import Renderer
 from trainer.records import checkpoint_folder
 
+EAGER = "--model.attn_implementation eager"
+
 if TYPE_CHECKING:
     from trainer.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 def load(config: ModelConfig) -> tuple[Any, Any, Renderer]:
     """Load (model, tokenizer, renderer) from the folder `config.path`; nothing is ever downloaded."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
     from trainer import chat
     from trainer.chat import stop_tokens
 
     check_folder(config)
-    logging.disable_progress_bar()  # reading a shard takes no time worth a bar
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report on a folder that does not fit; ours is one line
+    theirs.disable_progress_bar()  # reading a shard takes no time worth a bar
+    verbosity = theirs.get_verbosity()
+    theirs.set_verbosity_error()  # its report on a folder that does not fit; ours is one line
     folder = Path(config.path)
-    options = {"local_files_only": True, "attn_implementation": config.attn_implementation}
+    if own_code(folder):
+        log.warning("model.path: %s brings Python code of its own (auto_map), which is not run", config.path)
+    options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": config.attn_implementation}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers, tokenizers and safetensors make of a folder that does not fit
         raise UserError(_cannot_load(config, error)) from error
     finally:
-        logging.set_verbosity(verbosity)
+        theirs.set_verbosity(verbosity)
     _check_whole(config.path, found)
     if config.use_liger_kernel:
         _use_liger(model)
@@ -82,6 +89,17 @@ def check_folder(config: ModelConfig) -> None:
     if checkpoint_folder.is_sealed(folder):
         checkpoint_folder.verify(folder)
     _check_kernels(config)
+
+
+def own_code(folder: Path) -> bool:
+    """Whether a model folder names code of its own (`auto_map`), which transformers would run if it were trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            if json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map"):
+                return True
+        except (OSError, ValueError, AttributeError, RecursionError):  # reported where the file is needed
+            continue
+    return False
 
 
 def remedy(config: ModelConfig) -> str:
@@ -125,11 +143,22 @@ def _use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def lacks_sdpa(error: Exception) -> bool:
+    """Whether transformers says that a model has no sdpa: a few have only eager attention (Gemma 2)."""
+    return "scaled_dot_product_attention" in str(error)
+
+
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
     """What failed, under the key to blame."""
+    if own_code(Path(config.path)):
+        return (
+            f"model.path: {config.path} needs Python code of its own (auto_map), which is not run; give another model"
+        )
     reason, kind = " ".join(str(error).split())[:300], config.attn_implementation
+    if lacks_sdpa(error):
+        return f"model.attn_implementation: {config.path} has no sdpa; use {EAGER}"
     if "attn_implementation" in reason or (isinstance(error, ImportError) and kind not in ("sdpa", "eager")):
-        return f"model.attn_implementation: cannot load {config.path} with {kind!r}; sdpa always works ({reason})"
+        return f"model.attn_implementation: cannot load {config.path} with {kind!r}; {EAGER} always works ({reason})"
     return f"model.path: cannot load {config.path} ({reason})"
 
 

@@ -147,7 +147,7 @@ class Learner:
             return self._distillation(batch, items), {}, scorer.without_loss(batch, scored)
         policy = PolicyLossConfig(config.loss_type, config.epsilon, config.epsilon_high, num_items_in_batch=items)
         given = PolicyTokens(batch.tokens.targets, batch.advantages(), cu_seqlens=batch.tokens.cu_seqlens)
-        if config.engine.name == "vllm" and config.vllm_importance_sampling_correction:
+        if config.engine.name != "hf" and config.vllm_importance_sampling_correction:
             own = scorer.without_loss(batch, scored).student_logp
             given = given._replace(importance_weights=self._importance(own, batch.tokens.logprobs))
         else:

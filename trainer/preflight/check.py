@@ -7,10 +7,9 @@ skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-
+from trainer.console import VisibleConsole
 from trainer.errors import ReportedError
 from trainer.preflight import run_costs
 from trainer.preflight.checks import CHECKS
@@ -19,6 +18,7 @@ from trainer.preflight.probe import Probe, Skipped
 if TYPE_CHECKING:
     from trainer.config import Config
 
+P = TypeVar("P")  # what a check is given
 STYLES = {"ok": "green", "FAIL": "bold red", "skip": "yellow", "warn": "yellow"}
 
 
@@ -27,18 +27,18 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
 
     `mistakes` are those of the config itself, which holds defaults in their places.
     """
-    console = Console(highlight=False, soft_wrap=True)  # a command to copy must stay on its line
+    console = VisibleConsole(highlight=False, soft_wrap=True)  # a command to copy must stay on its line
     probe, missing = Probe(config), len(mistakes)
     for line in mistakes:
-        _print(console, "FAIL", "config", line)
+        print_line(console, "FAIL", "config", line)
     for name, run in CHECKS.items():
         with console.status(f"check {name}"):
             mark, lines = attempt(run, probe)
         missing += len(lines) if mark == "FAIL" else 0
         for line in filter(None, lines):
-            _print(console, mark, name, line)
+            print_line(console, mark, name, line)
         while probe.warnings:
-            _print(console, "warn", name, probe.warnings.pop(0))
+            print_line(console, "warn", name, probe.warnings.pop(0))
     if probe.facts and probe.memory:
         console.print("\nwhat the run needs, at most (docs/paper.md says how this is known)", markup=False)
         tasks = probe.suite.splits.get(config.env.eval_split, 0) if probe.suite else 0
@@ -52,7 +52,7 @@ def check(config: Config, mistakes: Sequence[str] = ()) -> bool:
     return not missing
 
 
-def attempt(run: Callable[[Probe], str], probe: Probe) -> tuple[str, list[str]]:
+def attempt(run: Callable[[P], str], probe: P) -> tuple[str, list[str]]:
     """Run one check; return its mark and its lines."""
     try:
         return "ok", [run(probe)]
@@ -64,6 +64,7 @@ def attempt(run: Callable[[Probe], str], probe: Probe) -> tuple[str, list[str]]:
         return "FAIL", [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
 
 
-def _print(console: Console, mark: str, name: str, line: str) -> None:
+def print_line(console: VisibleConsole, mark: str, name: str, line: str) -> None:
+    """One line of a report: ok, FAIL, skip or warn, the check, and what it found."""
     console.print(f"[{STYLES[mark]}]{mark:<4}[/]  {name:<14}  ", end="")
     console.print(line, markup=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer import files
+from trainer import files, yaml_files
 from trainer.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 BASE = "base"  # a file may say `base: other.yaml` and then hold only what differs
 RESOLVED = "config.yaml"  # in a run directory
+MAX_BASES = 16
+MAX_NAME = 255  # characters of a file's name, as most file systems have it
 
 # A run may be continued with other values of these: they change how long it lasts, what it reports and how its writer
 # is reached, not its steps.
@@ -59,6 +61,14 @@ FREE = frozenset(
 def load(source: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in `source` (a YAML file or a run directory) with `--key value` overrides, validated."""
     return validate(*_assemble(source, overrides))
+
+
+def build(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of plain data that comes from no file, with `--key value` overrides, validated."""
+    changes = parse_overrides(overrides)
+    for key, value in changes:
+        _assign(tree, key, value)
+    return validate(tree, Path("command line"), frozenset(key for key, _ in changes))
 
 
 def load_what_fits(source: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
@@ -97,7 +107,7 @@ def _drop(tree: dict[str, Any], place: Sequence[int | str], section: bool) -> bo
 
 def _assemble(source: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Path, frozenset[str]]:
     """What `validate` takes: plain data, the file it came from, and the keys of the command line."""
-    if source.is_dir():
+    if _is_folder(source):
         run_dir, source = source, source / RESOLVED
         if not source.exists():
             raise UserError(f"{run_dir} is no run directory (it has no {RESOLVED}): give a YAML file or a run's folder")
@@ -123,10 +133,17 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key}: needs a value, as in --{key} VALUE")
             text = rest.pop(0)
+        key = key.replace("-", "_")
+        for earlier, _ in pairs:
+            if f"{earlier}.".startswith(f"{key}.") or f"{key}.".startswith(f"{earlier}."):
+                again = "it" if key == earlier else f"--{earlier}"
+                raise UserError(f"--{key}: {again} was given before; give each key once, or its section, but not both")
         try:
-            pairs.append((key.replace("-", "_"), _parse(text)))
-        except yaml.YAMLError:
-            raise UserError(f"--{key}: {text!r} is not a YAML value (quote strings that hold : or brackets)") from None
+            pairs.append((key, yaml_files.parse(text)))
+        except yaml.YAMLError as error:
+            shown = repr(text if len(text) <= 60 else text[:57] + "...")
+            why = str(error) if isinstance(error, yaml_files.Refusal) else "quote strings that hold : or brackets"
+            raise UserError(f"--{key}: {shown} is not a YAML value ({why})") from None
     return pairs
 
 
@@ -200,36 +217,23 @@ def _read_resolved(run_dir: Path) -> dict[str, Any]:
     return tree
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """One YAML mapping, laid over the file that its `base` names."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its `{BASE}` leads back to itself; remove one of the links")
-    try:
-        tree = _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a YAML file or a run's folder") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML{_position(error)}") from None
+    name = yaml_files.show(path)
+    tree = yaml_files.read(path, _nearest_file(path))
+    real = os.path.realpath(path)
+    if real in seen:
+        raise UserError(f"{name}: its `{BASE}` leads back to itself; remove one of the links")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: got a {type(tree).__name__}, needs a mapping of config keys to values")
+        raise UserError(f"{name}: got a {type(tree).__name__}, needs a mapping of config keys to values")
     base = tree.pop(BASE, None)
     if base is None:
         return tree
-    return _overlay(_read(path.parent / str(base), (*seen, path.resolve())), tree)
-
-
-def _parse(text: str) -> Any:
-    """YAML as plain data; whatever cannot be that is a `YAMLError`."""
-    try:
-        value = yaml.safe_load(text)
-        json.dumps(value, skipkeys=True, default=str)  # finds what holds itself
-    except (ValueError, RecursionError) as error:
-        circular = "Circular" in str(error)
-        raise yaml.YAMLError("an alias stands inside what it names" if circular else str(error)) from None
-    return value
+    if not isinstance(base, str) or len(seen) >= MAX_BASES:
+        need = "the name of one YAML file" if len(seen) < MAX_BASES else f"at most {MAX_BASES} files in a row"
+        raise UserError(f"{name}: {BASE}: needs {need}")
+    return _overlay(_read(path.parent / base, (*seen, real)), tree)
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,15 +255,18 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for a name that no file can have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _nearest_file(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
+    names = [p.name for p in path.parent.glob("*.yaml")] if _is_folder(path.parent) else []
+    close = difflib.get_close_matches(path.name[:MAX_NAME], names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else "; the ready-made ones are in configs/"
-
-
-def _position(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f" (line {mark.line + 1}: {getattr(error, 'problem', None) or 'syntax error'})" if mark else f" ({error})"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -299,6 +306,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """One mistake in words: the key, what it got, what it needs."""
     key = _dotted(detail)
     if detail["type"] in UNKNOWN:
+        if not re.fullmatch(r"[\w.-]{1,100}", key):  # text of a file that is no config
+            return "unknown key (not shown: it is no name); config keys are words"
         return f"unknown key {key!r}; did you mean {_nearest_key(key, list(_keys(model)))!r}?"
     message = detail["msg"]
     if detail["type"] == "invalid_key" or key.endswith(".[key]"):

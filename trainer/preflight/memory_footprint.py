@@ -66,20 +66,27 @@ def facts(config: Config) -> Facts:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from trainer.learning.model import EAGER, lacks_sdpa
+
     path = Path(config.model.path)
     if not (path / "config.json").is_file():
         raise UserError(f"needs config.json in {path}; the file alone is enough")
     try:
-        text = AutoConfig.from_pretrained(path, local_files_only=True)
+        text = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
+            # eager: all models have it
+            model = AutoModelForCausalLM.from_config(text, attn_implementation="eager", trust_remote_code=False)
             if config.model.lora:
                 from trainer.learning import lora
 
                 lora.add(model, config.model.lora)
+        text = text.get_text_config()
+        attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
+        kept = count_kept(text, attention, computes_half(config))
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        if lacks_sdpa(error):
+            raise UserError(f"model.attn_implementation: {path} has no sdpa; use {EAGER}") from None
         raise UserError(f"model.path: {path}/config.json: {' '.join(str(error).split())[:200]}") from None
-    text = text.get_text_config()
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     kinds = layer_kinds(text)
@@ -91,7 +98,7 @@ def facts(config: Config) -> Facts:
         bool(text.tie_word_embeddings),
         head.shape[1],
         {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        count_kept(text, "eager" if config.model.attn_implementation == "eager" else "sdpa", computes_half(config)),
+        kept,
         2 * head_numbers(text) * sum(kind != "linear_attention" for kind in kinds),
         state_bytes(text) * kinds.count("linear_attention"),
     )
@@ -149,7 +156,9 @@ def saved(text: Any, tokens: int, attention: str, half: bool) -> tuple[int, list
     if attention == "sdpa":
         attention = maskless()
     with FakeTensorMode(), _quiet():
-        model = AutoModelForCausalLM.from_config(text, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
         ids = torch.zeros((1, tokens), dtype=torch.long)
         return kept_by(model, ids, half)
 

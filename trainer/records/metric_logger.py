@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer import files
+from trainer.console import VisibleConsole
 from trainer.optional_packages import need
 from trainer.records import run_records
 
@@ -52,14 +52,14 @@ class MetricLogger:
         start_step: int = 0,
         report_to: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
-        console: Console | None = None,
+        console: VisibleConsole | None = None,
     ) -> None:
         self._sinks = [_SINKS[name](output_dir, config or {}, start_step) for name in report_to]
         self._path = output_dir / run_records.METRICS
         if self._path.exists():
             files.check_regular(self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._console = console or Console(highlight=False)
+        self._console = console or VisibleConsole(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

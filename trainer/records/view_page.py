@@ -17,9 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from trainer import files
+from trainer import files, yaml_files
 from trainer.data import TokenClass
 from trainer.errors import UserError
 from trainer.records.rollout_files import SCORES, read_step
@@ -92,8 +90,8 @@ def digest(text: str) -> str:
 def read_config(run_dir: Path) -> dict[str, str]:
     """The few choices that tell runs apart; an unreadable config is shown as none."""
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = yaml_files.read(run_dir / "config.yaml")
+    except UserError:
         return {}
     wanted = ("arm", "env.name", "model.path", "writer.name", "credit.rule", "learning_rate", "num_generations", "seed")
     found = {name: lookup(config, name.split(".")) for name in wanted}

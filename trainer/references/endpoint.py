@@ -11,6 +11,7 @@ from trainer.errors import UserError
 
 PATIENCE = 10.0  # seconds; a list of models needs no inference
 STREAMING = "X-Stainless-Raw-Response"  # the client's own mark for streaming an answer
+PLACEHOLDERS = ("", "none", "empty")  # in the place of a key
 OPENAI = "api.openai.com"  # the only host for which OpenAI's organisation and project headers mean anything
 
 
@@ -21,6 +22,23 @@ def is_loopback(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def refuse_cleartext(what: str, base_url: str, key_env: str) -> None:
+    """Refuse to send a key over plain http to another machine, where everybody on the way can read it.
+
+    A server without a key is asked with a placeholder, which is none: `none`, vLLM's usual `EMPTY`, or nothing.
+
+    Raises:
+        UserError: it would be; the message names the variable and not its value.
+    """
+    key = os.environ.get(key_env, "").strip()
+    if urlsplit(base_url).scheme == "https" or is_loopback(base_url) or key.lower() in PLACEHOLDERS:
+        return
+    raise UserError(
+        f"{what}: {base_url} would get the key in ${key_env} over plain http, where others can read it; use https or a "
+        f"tunnel to localhost, or, if that server needs no key: export {key_env}=none"
+    )
 
 
 def transport(base_url: str, key: str, **hooks: Any) -> Any:
@@ -68,6 +86,7 @@ def reach(what: str, base_url: str, model: str, key_env: str) -> str:
     """
     import httpx
 
+    refuse_cleartext(what, base_url, key_env)
     loopback = is_loopback(base_url)
     headers = {"Authorization": f"Bearer {os.environ.get(key_env, '').strip() or 'none'}"}
     try:

@@ -24,7 +24,7 @@ from trainer.protocols import Renderer, Suite
 from trainer.references import writer_prompt as prompts
 from trainer.references.bounded_reading import TooLong, read_bounded, refuse_floods
 from trainer.references.completion_body import Completion, ErrorInBody, completion_of, read_completion
-from trainer.references.endpoint import is_loopback, printable, transport
+from trainer.references.endpoint import is_loopback, printable, refuse_cleartext, transport
 from trainer.references.reply_cache import ReferenceCache, key_of
 from trainer.references.request_shape import RequestShape, complaint_of
 from trainer.references.retries import LONGEST_PAUSE, Budget, pause_after
@@ -295,6 +295,7 @@ def read_key(config: WriterConfig, loopback: bool) -> str:
             f"writer.api_key_env: ${config.api_key_env} is not set; run: export {config.api_key_env}=... "
             "(or use --writer.name contrast, which needs none)"
         )
+    refuse_cleartext("writer.base_url", config.base_url, config.api_key_env)
     return key
 
 

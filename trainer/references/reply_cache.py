@@ -43,6 +43,9 @@ class ReferenceCache:
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as out:
                     json.dump(entry, out, ensure_ascii=False)
+                    out.flush()
+                    os.fsync(out.fileno())
                 Path(draft).replace(path)
+                files.flush(path.parent)
             except OSError:
                 Path(draft).unlink(missing_ok=True)

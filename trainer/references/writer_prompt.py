@@ -23,7 +23,7 @@ from trainer.references.contrast import ANSWER, MAX_STEPS, START, format_referen
 from trainer.references.ordinary_text import words_of
 from trainer.references.sanitiser import MARK, ROLES, Sanitiser
 from trainer.references.sibling_selection import LEFT_OUT, cut_middle, select
-from trainer.references.spellings import fold
+from trainer.references.spellings import fold, plain
 
 VERSION = 3  # of prompt and answer; part of the cache key
 MAX_REPLY = 64_000  # characters; longer is not a reference
@@ -263,7 +263,7 @@ def clean(text: str, sanitiser: Sanitiser) -> str:
     A reply that spells a secret is refused, not masked: one that echoes a secret may have hidden another.
     """
     before = sanitiser.hits["secret"] + sanitiser.hits["payment"]
-    masked = sanitiser.text(CHAT_MARKS.sub(" ", text[: 4 * MAX_TEXT]))
+    masked = CHAT_MARKS.sub(" ", sanitiser.text(CHAT_MARKS.sub(" ", plain(text[: 4 * MAX_TEXT]))))
     if sanitiser.hits["secret"] + sanitiser.hits["payment"] > before:
         raise Refused("echoes_secret")
     line = " ".join(masked.split())

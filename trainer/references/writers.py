@@ -1,4 +1,4 @@
-"""The writers of credit references, by name. If a writer fails, references are missing, but the run continues.
+"""The writers of credit references, by name or import path. If one fails, references are missing and the run continues.
 
 After `write`, every group has a `reference` ("" means none: it trains with W = 1) and a `reference_info`:
 `writer`, `cached`, `tokens` (prompt + completion), `seconds`, and where they apply `error` (one word, a metric),
@@ -7,15 +7,22 @@ After `write`, every group has a `reference` ("" means none: it trains with W = 
 
 from __future__ import annotations
 
+import inspect
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer import plugins
 from trainer.data import Group
-from trainer.errors import UserError
+from trainer.errors import RunFailed
 from trainer.protocols import Renderer, Suite
 from trainer.references.contrast import EMPTY_SHELL, contrast
 
 if TYPE_CHECKING:
     from trainer.config import WriterConfig
+
+
+log = logging.getLogger(__name__)
+METHODS = (("write", 1, True), ("state_dict", 0, False), ("load_state_dict", 1, False))
 
 
 class Writer(Protocol):
@@ -93,6 +100,51 @@ class WrongTaskWriter(Stateless):
                 group.reference_info["error"] = "no_other_scenario"
 
 
+class CheckedWriter:
+    """A writer of somebody else's: where it fails, or gives no text, the group has no reference and says why."""
+
+    def __init__(self, plugin: str, writer: Writer) -> None:
+        plugins.check_methods("writer.name", plugin, writer, METHODS)
+        self.name = str(getattr(writer, "name", plugin))
+        self._plugin, self._writer = plugin, writer
+
+    async def write(self, groups: list[Group]) -> None:
+        problem = ""
+        try:
+            written: Any = self._writer.write(groups)
+            if inspect.isawaitable(written):
+                await written
+            else:
+                problem = "write is not asynchronous, needs `async def write`"
+        except Exception as error:
+            problem = f"write raised {plugins.explain(error, plugins.file_of(self._writer))}"
+        for group in groups:
+            if lacks := problem or _problem(group.reference, group.reference_info):
+                group.reference, group.reference_info = "", {"error": "writer_broke"}
+                log.warning("%s: %s; %s trains without a reference", self._plugin, lacks, group.task.id)
+            group.reference_info = {**describe(self.name, group), **group.reference_info}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._ask("state_dict")  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ask("load_state_dict", state)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._writer, method)(*arguments)
+        except Exception as error:
+            why = plugins.explain(error, plugins.file_of(self._writer))
+            raise RunFailed(f"writer.name: {self._plugin}: {method} raised {why}") from error
+
+
+def _problem(reference: Any, info: Any) -> str:
+    """What is wrong with what a writer left; "" for nothing."""
+    if not isinstance(reference, str):
+        return f"write left a {type(reference).__name__} as reference, needs text"
+    return "" if isinstance(info, dict) else f"write left a {type(info).__name__} as reference_info, needs a dict"
+
+
 def load(config: WriterConfig, suite: Suite, renderer: Renderer | None = None) -> Writer:
     """Build the writer that `config.name` names; what it lacks is reported here, before hours are spent."""
     if config.name == "openai":
@@ -105,6 +157,8 @@ def load(config: WriterConfig, suite: Suite, renderer: Renderer | None = None) -
         "wrong_task": WrongTaskWriter,
         "empty_shell": EmptyShellWriter,
     }
-    if config.name not in offline:
-        raise UserError(f"writer.name: no writer {config.name!r}; there are openai, {', '.join(offline)}")
-    return offline[config.name]()
+    if config.name in offline:
+        return offline[config.name]()
+    thing = plugins.find("writer.name", config.name, plugins.WRITERS)
+    offered = {"config": config, "suite": suite, "renderer": renderer}
+    return CheckedWriter(config.name, plugins.build("writer.name", config.name, thing, config.options, **offered))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainer.concurrency import Blocked, Interruptible, interrupted_after
 from trainer.data import Completion, Message, Outcome, Rollout, Sampling, Task, TokenClass, Tool
 from trainer.errors import EnvironmentBroken, EnvironmentBug, PolicyCrashed, PromptTooLong, RolloutBug
 from trainer.protocols import Engine, Environment, Renderer, Suite
@@ -52,19 +53,25 @@ async def play_episode(setup: RolloutSetup, task: Task, rollout: Rollout | None 
     """
     environment = None
     try:
-        environment = _make(setup.suite)
+        environment = make_environment(setup.suite, setup.env.timeout)
         await wait_until_open(environment)
         rollout = Rollout(task, [], [], []) if rollout is None else rollout
-        return await _Episode(setup, _Guarded(environment, setup.env.timeout), setup.max_length).play(rollout)
+        return await _Episode(setup, Guarded(environment, setup.env.timeout), setup.max_length).play(rollout)
     finally:
         if environment is not None:
-            await _close(environment, setup.env.timeout)
+            await close_environment(environment, setup.env.timeout)
 
 
-def _make(suite: Suite) -> Environment:
+def make_environment(suite: Suite, timeout: float) -> Environment:
+    """One environment of the suite, within `timeout` seconds."""
     try:
-        return suite.make()
-    except Exception as error:
+        with interrupted_after(timeout):
+            return suite.make()
+    except EnvironmentBroken:
+        raise
+    except Blocked:
+        raise EnvironmentBroken(_blocked(suite, "make", timeout)) from None
+    except (Exception, SystemExit) as error:
         raise EnvironmentBug(f"make: {error!r}") from error
 
 
@@ -74,14 +81,15 @@ async def wait_until_open(environment: Environment) -> None:
         await wait()
 
 
-async def _close(environment: Environment, timeout: float) -> None:
+async def close_environment(environment: Environment, timeout: float) -> None:
+    """Close it; a failure is logged only."""
     try:
-        await asyncio.wait_for(environment.close(), timeout)
+        await Guarded(environment, timeout).close()
     except Exception as error:  # the episode is over: nothing is lost but the clean-up
-        log.warning("an environment did not close: %r", error)
+        log.warning("an environment did not close: %s", error)
 
 
-class _Guarded:
+class Guarded:
     """An environment whose failures, hangs included, are all `EnvironmentBroken`; `PolicyCrashed` passes through.
 
     What it says is made encodable here, and is JSON: else it could not be written to the run's files later on.
@@ -89,15 +97,16 @@ class _Guarded:
 
     def __init__(self, environment: Environment, timeout: float) -> None:
         self._environment, self._timeout = environment, timeout
+        self.longest = 0.0  # seconds that a call kept all other episodes waiting
 
     async def reset(self, task: Task) -> tuple[list[Message], list[Tool]]:
-        return await self._guard("reset", self._json_of(self._environment.reset(task)))
+        return await self._guard("reset", lambda: self._json_of(self._environment.reset(task)))
 
     async def step(self, message: Message) -> tuple[list[Message], bool]:
-        return await self._guard("step", self._json_of(self._environment.step(message)))
+        return await self._guard("step", lambda: self._json_of(self._environment.step(message)))
 
     async def outcome(self) -> Outcome:
-        return await self._guard("outcome", self._judged(self._environment.outcome()))
+        return await self._guard("outcome", lambda: self._judged(self._environment.outcome()))
 
     @staticmethod
     async def _judged(call: Awaitable[Outcome]) -> Outcome:
@@ -112,24 +121,55 @@ class _Guarded:
         json.dumps([messages, other], allow_nan=False)
         return messages, other
 
-    async def _guard(self, what: str, call: Awaitable[T]) -> T:
+    async def close(self) -> None:
+        await self._guard("close", self._environment.close)
+
+    async def _guard(self, method: str, function: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await asyncio.wait_for(call, self._timeout)
+            call = Interruptible(_without_exit(function()), self._timeout)
+            try:
+                return await asyncio.wait_for(call, self._timeout)
+            finally:
+                self.longest = max(self.longest, call.longest)
         except asyncio.TimeoutError:
             waits_for = getattr(self._environment, "waits_for", "")
             reason = f", waiting for {waits_for}" if waits_for else ""
-            raise EnvironmentBroken(f"{what} took longer than env.timeout = {self._timeout:g} s{reason}") from None
+            what = f"{_named(self._environment, method)} took longer than env.timeout = {self._timeout:g} s{reason}"
+            raise EnvironmentBroken(what) from None
+        except Blocked:
+            raise EnvironmentBroken(_blocked(self._environment, method, self._timeout)) from None
         except (EnvironmentBroken, PolicyCrashed):
             raise
         except Exception as error:
             fault = EnvironmentBroken if isinstance(error, OSError) else EnvironmentBug  # a lost connection is no bug
-            raise fault(f"{what}: {error!r}") from error
+            raise fault(f"{_named(self._environment, method)}: {error!r}") from error
+
+
+def _named(thing: Environment | Suite, method: str) -> str:
+    """The method, and before it the plug-in where its name is known."""
+    plugin = getattr(thing, "plugin", "")
+    return f"{plugin}: {method}" if plugin else method
+
+
+def _blocked(thing: Environment | Suite, method: str, seconds: float) -> str:
+    remedy = (
+        "needs `await asyncio.to_thread(...)` around blocking work" if method != "make" else "needs `open` for that"
+    )
+    return f"{_named(thing, method)} held the event loop for env.timeout = {seconds:g} s; {remedy}"
+
+
+async def _without_exit(call: Awaitable[T]) -> T:
+    """An exit() within an environment ends the rollout, not the run; the event loop would pass it on to everybody."""
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"exit({error.code!r})") from error
 
 
 @dataclass
 class _Episode:
     setup: RolloutSetup
-    environment: _Guarded
+    environment: Guarded
     max_length: int  # tokens of prompt and response; `env.max_response_tokens` may lower it
     crash: PolicyCrashed | None = None
 

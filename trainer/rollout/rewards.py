@@ -8,16 +8,17 @@ one, else `reward >= success_threshold`, else whether the rollout did better tha
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from decimal import Decimal
+from numbers import Real
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from trainer import plugins
 from trainer.data import Outcome, Rollout
 from trainer.errors import EnvironmentBroken, UserError, all_of
 
@@ -68,31 +69,54 @@ class Grading:
             return rollout.reward
         who = f"rewards: {reward.name}"
         try:
-            return finite(await asyncio.wait_for(_call(reward.function, rollout), timeout), who)
+            return finite(await asyncio.wait_for(_call(reward.function, rollout, who), timeout), who)
         except asyncio.TimeoutError:
             raise EnvironmentBroken(f"{who} took longer than env.timeout = {timeout:g} s") from None
-        except EnvironmentBroken:
-            raise
-        except Exception as error:
-            raise EnvironmentBroken(f"{who}: {error!r}") from error
 
 
-async def _call(function: Function, rollout: Rollout) -> object:
-    """Call it in a thread, where it can block nobody, unless it is asynchronous."""
-    if inspect.iscoroutinefunction(function):
-        return await function(rollout)
-    return await asyncio.to_thread(function, rollout)
+async def _call(function: Function, rollout: Rollout, who: str) -> object:
+    """Call it in a thread, where it can block nobody, unless it is asynchronous. What it raises becomes
+    `EnvironmentBroken` at once: StopIteration, SystemExit and TimeoutError mean something else to the event loop."""
+
+    def call() -> object:
+        with _named(who):
+            return function(rollout)
+
+    result = call() if inspect.iscoroutinefunction(function) else await asyncio.to_thread(call)
+    with _named(who):
+        return await result if inspect.isawaitable(result) else result
+
+
+@contextmanager
+def _named(who: str) -> Iterator[None]:
+    try:
+        yield
+    except EnvironmentBroken:
+        raise
+    except (Exception, SystemExit) as error:  # a grader that runs a policy's code may meet its exit()
+        raise EnvironmentBroken(f"{who}: {error!r}") from error
 
 
 def finite(value: object, who: str) -> float:
-    """`value` as a float; `EnvironmentBroken` where it is no number in [-LIMIT, LIMIT]."""
+    """`value` as a float; `EnvironmentBroken` where it is no number in [-LIMIT, LIMIT].
+
+    Numbers are those of Python, and arrays and tensors of one real element.
+    """
     try:
-        number = math.nan if value is None or isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        kind = value.item() if hasattr(value, "item") else value
+        number = float(value) if isinstance(kind, (Real, Decimal)) else math.nan  # type: ignore[arg-type]
+    except Exception:  # a tensor of several elements, or without numbers; 10**400; whatever a class of one's own does
         number = math.nan
     if not -LIMIT <= number <= LIMIT:  # NaN too
-        raise EnvironmentBroken(f"{who}: needs a number in [-{LIMIT:g}, {LIMIT:g}], got {value!r:.80}")
+        raise EnvironmentBroken(f"{who}: needs a number in [-{LIMIT:g}, {LIMIT:g}], got {_shown(value)}")
     return number
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def judge(rollouts: Sequence[Rollout]) -> None:
@@ -130,15 +154,9 @@ def load(configs: Sequence[RewardConfig], success_threshold: float | None) -> Gr
 def _load_one(config: RewardConfig) -> Reward:
     if config.path == VERIFIER:
         return Reward(config.name or VERIFIER, config.weight)
-    module_name, _, name = config.path.partition(":")
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"rewards: {config.path} cannot be imported ({type(error).__name__}: {error})") from None
+    function = plugins.find("rewards", config.path, plugins.REWARDS)
     try:
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
         raise UserError(f"rewards: {config.path} must be a function of one rollout ({error})") from None
-    return Reward(config.name or name, config.weight, function)
+    return Reward(config.name or config.path.rpartition(":")[2], config.weight, function)

@@ -24,9 +24,7 @@ def distill_backward(
     grads = torch.ops.sgcd_kernels.distill_grads(
         *arguments.pair(student, teacher),
         *arguments.transform(student),
-        as_fp32(saved.student_lse),
-        as_fp32(saved.teacher_lse),
-        as_fp32(saved.mean_log_ratio),
+        *map(as_fp32, saved),
         as_fp32(upstream),
         beta,
         KIND_NUMBERS[kind],

@@ -41,7 +41,7 @@ def _with_top_k(
 ) -> tuple[PairStats, dict[str, Tensor]]:
     inputs = *arguments.pair(student, teacher), targets, *arguments.transform(student)
     fields, logits, ids = torch.ops.sgcd_kernels.pair_topk(*inputs, top_k)
-    stats, (m_p, l_p, m_q, l_q) = PairStats.of_fields(fields[:11]), fields[11:]  # the tail's m and l
-    tail_p = l_p / stats.p.l * (m_p - stats.p.m).exp()
-    tail_q = l_q / stats.q.l * (m_q - stats.q.m).exp()
+    stats, (m_p, rest_p, m_q, rest_q) = PairStats.of_fields(fields[:11]), fields[11:]  # the tail's m and rest
+    tail_p = (rest_p + 1) / stats.p.l * (m_p - stats.p.m).exp()
+    tail_q = (rest_q + 1) / stats.q.l * (m_q - stats.q.m).exp()
     return stats, TeacherTopK(q=logits[1], p=logits[0], ids=ids).results(stats, targets, tail_p, tail_q)

@@ -42,6 +42,7 @@ def logprob_backward(
         x.local_targets(targets),
         *arguments.transform(x),
         as_fp32(lse),
+        None if values.lse_low is None else as_fp32(values.lse_low),
         as_fp32(-d_logp if upstream.lse is None else upstream.lse - d_logp),
         as_fp32(d_logp),
         None if entropy is None else as_fp32(entropy),

@@ -8,7 +8,7 @@ from torch import Tensor
 from sgcd_kernels.backends.torch.blocks import TokenBlock, plan
 from sgcd_kernels.backends.torch.gradients import sweep_gradients
 from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, shard_range, sum_over
-from sgcd_kernels.core.statistics import MIN_EXPONENT, HeadStats, LogprobValues
+from sgcd_kernels.core.statistics import MIN_EXPONENT, HeadStats, LogprobValues, minus_lse
 
 
 def logprob_forward(
@@ -16,7 +16,7 @@ def logprob_forward(
 ) -> tuple[LogprobValues, None]:  # nothing is cached: logits are recomputed block by block
     offset, _ = shard_range(x.head)
     blocks = plan(x, live=3, hidden_copies=1, weight_copies=1)
-    out = x.hidden.new_empty((3, x.num_rows), dtype=x.stats_dtype)
+    out = x.hidden.new_empty((len(LogprobValues._fields), x.num_rows), dtype=x.stats_dtype)
     for tokens in blocks.of_tokens():
         block, y = TokenBlock.of(x, tokens), targets[tokens]
         stats = HeadStats.start(y.numel(), out)
@@ -24,7 +24,8 @@ def logprob_forward(
             z = block.logits(vocab)
             stats, _, _ = stats.with_targets(z, y, offset + vocab.start).updated(z)
         stats, _ = stats.merged(x.head.group)
-        out[0, tokens], out[1, tokens], out[2, tokens] = stats.results()
+        for field, value in zip(out, stats.results(), strict=True):
+            field[tokens] = value
     return LogprobValues(*out.unbind(0)), None
 
 
@@ -43,22 +44,28 @@ def logprob_backward(
     scale = -d_logp if upstream.lse is None else upstream.lse - d_logp
 
     def logit_grad(tokens: slice, vocab: slice, z: Tensor) -> Tensor:
-        log_p = (z - lse[tokens].unsqueeze(1)).clamp_(min=MIN_EXPONENT)
+        low = None if values.lse_low is None else values.lse_low[tokens]
+        log_p = minus_lse(z, lse[tokens], low).clamp_(min=MIN_EXPONENT)
+        local = targets[tokens] - (offset + vocab.start)
+        inside = ((local >= 0) & (local < z.shape[1])).nonzero().squeeze(1)
+        cells = inside, local[inside]
         dz = log_p.exp()
+        p, below_one = dz[cells], log_p[cells].expm1()  # of the targets
         if entropy is None or d_entropy is None:
             dz.mul_(scale[tokens].unsqueeze(1))
         else:
             inner = log_p.add_(entropy[tokens].unsqueeze(1)).mul_(d_entropy[tokens].unsqueeze(1))
             dz.mul_(inner.neg_().add_(scale[tokens].unsqueeze(1)))
-        local = targets[tokens] - (offset + vocab.start)
-        inside = ((local >= 0) & (local < z.shape[1])).nonzero().squeeze(1)
-        dz[inside, local[inside]] += d_logp[tokens][inside]
+        d = d_logp[tokens][inside]
+        dz[cells] = (
+            dz[cells] + p * d
+        ) - below_one * d  # p slope + d, but 1 - p is not rounding error where p is near 1
         return dz
 
     return sweep_gradients(x, plan(x, live=5, hidden_copies=2, weight_copies=3), needs, logit_grad)
 
 
-def target_logp(x: Projection, targets: Tensor, lse: Tensor) -> Tensor:  # [n]
+def target_logp(x: Projection, targets: Tensor, lse: Tensor, lse_low: Tensor | None) -> Tensor:  # [n]
     head, dtype = x.head, x.stats_dtype
     out = lse.new_empty(x.num_rows, dtype=dtype)
     local = x.local_targets(targets)
@@ -71,4 +78,4 @@ def target_logp(x: Projection, targets: Tensor, lse: Tensor) -> Tensor:  # [n]
             z += head.bias[ids].to(z.dtype).unsqueeze(1)
         z = block.transformed(z).squeeze(1)
         out[tokens] = sum_over(torch.where(inside[tokens], z, 0.0), head.group)
-    return out - lse
+    return minus_lse(out.unsqueeze(1), lse, lse_low).squeeze(1)

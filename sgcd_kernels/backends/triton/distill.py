@@ -10,12 +10,15 @@ from sgcd_kernels.backends.protocol import DistillSaved
 from sgcd_kernels.backends.triton import launch
 from sgcd_kernels.backends.triton.gradients import Write, loss_scale_of, sweep_gradients
 from sgcd_kernels.backends.triton.tiles import (
+    INFINITY,
     MIN_EXPONENT,
     HeadPlaces,
     exp_ftz,
+    expm1f,
     grouped_order,
     load_column,
     load_temperature,
+    minus_lse,
     mixture_ratios,
     pair_logits,
     pair_rows,
@@ -82,13 +85,17 @@ def distill_grad_kernel(
     temperature = load_temperature(transform, token, n)
     x_p, x_q = pair_rows(student, teacher, rows, tile, n, META)
     z_p, z_q = pair_logits(x_p, x_q, student, teacher, vocab_ids, vocab, transform, temperature, META)
-    log_p, log_q = z_p - load_column(saved.student_lse, token, n), z_q - load_column(saved.teacher_lse, token, n)
+    log_p = minus_lse(z_p, saved.student_lse, saved.student_lse_low, token, n)
+    log_q = minus_lse(z_q, saved.teacher_lse, saved.teacher_lse_low, token, n)
     p = exp_ftz(log_p)
     if KIND == "forward_kl":
-        dz = p - exp_ftz(log_q)
+        # Where one of them is near 1, p - q would lose 1 - p and 1 - q.
+        near_one = (log_p > -0.5) | (log_q > -0.5)
+        dz = tl.where(near_one, expm1f(log_p) - expm1f(log_q), p - exp_ftz(log_q))
     elif KIND == "reverse_kl":
         log_ratio = tl.where(p > 0, log_p - log_q, 0.0)
-        dz = (log_ratio - load_column(saved.mean_log_ratio, token, n)) * p
+        mean = load_column(saved.mean_log_ratio, token, n)
+        dz = tl.where(mean == INFINITY, 0.0, (log_ratio - mean) * p)  # inf - inf is no gradient
     else:
         log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)
         to_p, _ = mixture_ratios(log_p, log_q, beta)

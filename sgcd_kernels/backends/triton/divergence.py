@@ -74,9 +74,9 @@ def pair_stats(
     student: Projection,
     teacher: Projection,
     targets: Tensor,  # [n], rows of this rank's weight
-    peaks: Tensor | None = None,  # [3, vocab tiles, n], written
+    peaks: Tensor | None = None,  # [5, vocab tiles, n], written
 ) -> Tensor:  # [splits, 11, n]
-    """m, l, s and the target's logit of p, of q, then a_p, a_q and the overlap, of each vocab split."""
+    """m, rest, s and the target's logit of p, of q, then a_p, a_q and the overlap, of each vocab split."""
     head, other = launch.Head.of(student), launch.Head.of(teacher)
     config = launch.pair_config(student, head, other, has_epilogue=peaks is not None)
     sizes = launch.forward_sizes(student, config, head, other)
@@ -96,9 +96,10 @@ def pair_stats_kernel(
     rows, transform, targets, out, peaks,
     n, vocab, vocab_per_split, token_tiles, num_splits, group_n, META: tl.constexpr,
 ):  # fmt: skip
-    """out[split] = m, l, s, target logit of the student, of the teacher, then a_p, a_q, overlap.
+    """out[split] = m, rest, s, target logit of the student, of the teacher, then a_p, a_q, overlap.
 
-    peaks[3, vocab tiles, n] are each tile's largest logit of the teacher and both its log-sum-exps: see `topk`.
+    peaks[5, vocab tiles, n] are each tile's largest logit of the teacher, and of both heads the running maximum and the
+    logarithm of the tile's mass relative to it: see `topk`.
     """
     student = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
     teacher = HeadPlaces(teacher_hidden, teacher_hidden_stride, teacher_weight, teacher_weight_stride, teacher_width)
@@ -110,8 +111,8 @@ def pair_stats_kernel(
     temperature = load_temperature(transform, token, n)
     lowest, zeros = tl.full((BLOCK_N,), LOWEST, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     m_p, m_q = lowest, lowest
-    l_p, s_p, target_p = zeros, zeros, zeros
-    l_q, s_q, target_q = zeros, zeros, zeros
+    rest_p, s_p, target_p = zeros - 1.0, zeros, zeros
+    rest_q, s_q, target_q = zeros - 1.0, zeros, zeros
     a_p, a_q, overlap = zeros, zeros, zeros
     first = split * vocab_per_split
     stop = tl.minimum(first + vocab_per_split, vocab)
@@ -122,8 +123,8 @@ def pair_stats_kernel(
             target_p += target_logits(z_p, vocab_ids, target)
             target_q += target_logits(z_q, vocab_ids, target)
         new_m_p, new_m_q = tl.maximum(m_p, tl.max(z_p, 1)), tl.maximum(m_q, tl.max(z_q, 1))
-        l_p, s_p, shift_p = rescaled(m_p, l_p, s_p, new_m_p)
-        l_q, s_q, shift_q = rescaled(m_q, l_q, s_q, new_m_q)
+        rest_p, s_p, shift_p = rescaled(m_p, rest_p, s_p, new_m_p)
+        rest_q, s_q, shift_q = rescaled(m_q, rest_q, s_q, new_m_q)
         # Mass that underflows takes an infinite difference with it: 0 times inf would be NaN.
         a_p = tl.where(exp_ftz(shift_p) > 0, a_p * exp_ftz(shift_p), 0.0)
         a_q = tl.where(exp_ftz(shift_q) > 0, a_q * exp_ftz(shift_q), 0.0)
@@ -137,21 +138,23 @@ def pair_stats_kernel(
             at = peaks + first_id // META.BLOCK_V * n + token
             apart = (vocab + META.BLOCK_V - 1) // META.BLOCK_V * n
             tl.store(at, tl.max(z_q, 1), mask=token < n)
-            tl.store(at + apart, m_p + tl.log(of_p[0]), mask=token < n)
-            tl.store(at + 2 * apart, m_q + tl.log(of_q[0]), mask=token < n)
-        l_p += of_p[0]
+            tl.store(at + apart, m_p, mask=token < n)
+            tl.store(at + 2 * apart, tl.log(of_p[0]), mask=token < n)
+            tl.store(at + 3 * apart, m_q, mask=token < n)
+            tl.store(at + 4 * apart, tl.log(of_q[0]), mask=token < n)
+        rest_p += of_p[0]
         s_p += of_p[1]
         a_p += of_p[2]
-        l_q += of_q[0]
+        rest_q += of_q[0]
         s_q += of_q[1]
         a_q += of_q[2]
         overlap += tile_overlap
     store_statistic(out, split, 0, token, m_p, n, 11)
-    store_statistic(out, split, 1, token, l_p, n, 11)
+    store_statistic(out, split, 1, token, rest_p, n, 11)
     store_statistic(out, split, 2, token, s_p, n, 11)
     store_statistic(out, split, 3, token, target_p, n, 11)
     store_statistic(out, split, 4, token, m_q, n, 11)
-    store_statistic(out, split, 5, token, l_q, n, 11)
+    store_statistic(out, split, 5, token, rest_q, n, 11)
     store_statistic(out, split, 6, token, s_q, n, 11)
     store_statistic(out, split, 7, token, target_q, n, 11)
     store_statistic(out, split, 8, token, a_p, n, 11)

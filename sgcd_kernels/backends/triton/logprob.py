@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgcd_kernels.backends.torch import logprob as plain
 from sgcd_kernels.backends.triton import launch
 from sgcd_kernels.backends.triton.gradients import Write, loss_scale_of, sweep_gradients
 from sgcd_kernels.backends.triton.tiles import (
@@ -29,6 +30,7 @@ from sgcd_kernels.backends.triton.tiles import (
     hidden_rows,
     load_column,
     load_temperature,
+    minus_lse,
     own_targets,
     rescaled,
     store_logit_grad,
@@ -37,6 +39,7 @@ from sgcd_kernels.backends.triton.tiles import (
     transform_backward,
 )
 from sgcd_kernels.core.lm_head import HeadGrads, Needs, Projection, as_fp32
+from sgcd_kernels.core.statistics import MIN_EXPONENT as MIN_LOGP
 from sgcd_kernels.core.statistics import HeadStats, LogprobValues
 
 
@@ -68,7 +71,15 @@ def logprob_backward(
         coefficients = [c * loss_scale for c in coefficients]
     scale, d_logp, *rest = coefficients
     entropy, d_entropy = None if entropy is None else as_fp32(entropy), rest[0] if rest else None
-    per_token = PerToken(x.local_targets(targets), as_fp32(lse), scale, d_logp, entropy, d_entropy)
+    # Here, because expm1 in the kernel would spill: of a nearly certain target, 1 - p would be rounding error.
+    logp = plain.target_logp(x, targets, lse, values.lse_low) if values.logp is None else values.logp
+    logp = as_fp32(logp).clamp(min=MIN_LOGP)
+    slope = scale + d_logp
+    if entropy is not None and d_entropy is not None:
+        slope = slope - d_entropy * (logp + entropy)
+    at_target = logp.exp() * slope - logp.expm1() * d_logp
+    low = None if values.lse_low is None else as_fp32(values.lse_low)
+    per_token = PerToken(x.local_targets(targets), as_fp32(lse), low, scale, at_target, entropy, d_entropy)
 
     def writer(part: Projection, tokens: slice) -> Write:
         return _logit_grad_writer(part, PerToken._make(None if v is None else v[tokens] for v in per_token))
@@ -77,7 +88,7 @@ def logprob_backward(
 
 
 def head_stats(x: Projection, targets: Tensor) -> Tensor:  # [splits, 4, n]
-    """m, l, s and the target's logit of each vocab split. Targets are rows of this rank's weight."""
+    """m, rest, s and the target's logit of each vocab split. Targets are rows of this rank's weight."""
     head = launch.Head.of(x)
     config = launch.config_of("head_stats", x, head)
     sizes = launch.forward_sizes(x, config, head)
@@ -96,7 +107,7 @@ def head_stats_kernel(
     rows, transform, targets, out,
     n, vocab, vocab_per_split, token_tiles, num_splits, group_n, META: tl.constexpr,
 ):  # fmt: skip
-    """out[split] = m, l, s, target logit: m = max z, l = sum e^(z - m), s = sum e^(z - m) (z - m)."""
+    """out[split] = m, rest, s, target logit: m = max z, rest = sum e^(z - m) - 1, s = sum e^(z - m) (z - m)."""
     head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
     tile, split = grouped_order(token_tiles, num_splits, group_n)
     BLOCK_N: tl.constexpr = META.BLOCK_N
@@ -106,7 +117,7 @@ def head_stats_kernel(
     temperature = load_temperature(transform, token, n)
     zeros = tl.zeros((BLOCK_N,), tl.float32)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    l, s, target_z = zeros, zeros, zeros  # noqa: E741
+    rest, s, target_z = zeros - 1.0, zeros, zeros
     first = split * vocab_per_split
     stop = tl.minimum(first + vocab_per_split, vocab)
     for first_id in tl.range(first, stop, META.BLOCK_V, flatten=META.FLATTEN):
@@ -115,16 +126,16 @@ def head_stats_kernel(
         if any_target(target, first_id, META.BLOCK_V):
             target_z += target_logits(z, vocab_ids, target)
         new_m = tl.maximum(m, tl.max(z, 1))
-        l, s, _ = rescaled(m, l, s, new_m)  # noqa: E741
+        rest, s, _ = rescaled(m, rest, s, new_m)
         m = new_m
         tile_l, tile_s = sum_tile(z, m, META.GUARDED)
         if not META.GUARDED:  # noqa: SIM102  # a constant: what is left out is not compiled
             if any_nan(tile_s):
                 tile_l, tile_s = sum_tile(z, m, True)
-        l += tile_l  # noqa: E741
+        rest += tile_l
         s += tile_s
     store_statistic(out, split, 0, token, m, n, 4)
-    store_statistic(out, split, 1, token, l, n, 4)
+    store_statistic(out, split, 1, token, rest, n, 4)
     store_statistic(out, split, 2, token, s, n, 4)
     store_statistic(out, split, 3, token, target_z, n, 4)
 
@@ -146,8 +157,9 @@ class PerToken(NamedTuple):
 
     targets: Tensor  # rows of this rank's weight
     lse: Tensor
+    lse_low: Tensor | None
     scale: Tensor  # d_lse - d_logp
-    d_logp: Tensor
+    at_target: Tensor  # the gradient of the target's logit
     entropy: Tensor | None
     d_entropy: Tensor | None
 
@@ -174,15 +186,16 @@ def logprob_grad_kernel(
     rows, transform, per_token, out, out_stride,
     n, vocab, first_id, chunk, token_tiles, vocab_tiles, group_n, META: tl.constexpr,
 ):  # fmt: skip
-    """p (scale - d_entropy (ln p + entropy)), and d_logp more at the target."""
+    """p (scale - d_entropy (ln p + entropy)), but `at_target` at the target."""
     head = HeadPlaces(hidden, hidden_stride, weight, weight_stride, width)
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     tile, block = grouped_order(token_tiles, vocab_tiles, group_n)
-    token, column = tile * META.BLOCK_N + tl.arange(0, META.BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
+    token, column = tile * BLOCK_N + tl.arange(0, BLOCK_N), block * META.BLOCK_V + tl.arange(0, META.BLOCK_V)
     vocab_ids, tile_first_id = first_id + column, first_id + block * META.BLOCK_V
     temperature = load_temperature(transform, token, n)
     x = hidden_rows(head, rows, token, n)
     z = head_logits(x, head, vocab_ids, vocab, transform, temperature, META)
-    log_p = z - load_column(per_token.lse, token, n)
+    log_p = minus_lse(z, per_token.lse, per_token.lse_low, token, n)
     log_p = tl.where(log_p < MIN_EXPONENT, MIN_EXPONENT, log_p)  # not a maximum, which would lose a NaN
     slope = load_column(per_token.scale, token, n)
     if per_token.d_entropy is not None:
@@ -191,6 +204,6 @@ def logprob_grad_kernel(
     dz = exp_ftz(log_p) * slope
     target = tl.load(per_token.targets + token, mask=token < n, other=-1)
     if any_target(target, tile_first_id, META.BLOCK_V):
-        dz = tl.where(vocab_ids[None, :] == target[:, None], dz + load_column(per_token.d_logp, token, n), dz)
+        dz = tl.where(vocab_ids[None, :] == target[:, None], load_column(per_token.at_target, token, n), dz)
     dz = transform_backward(dz, z, transform.softcap, temperature)
     store_logit_grad(out, out_stride, dz, token, column, n, chunk, META.DIVISIBLE_V)

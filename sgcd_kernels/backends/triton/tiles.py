@@ -200,6 +200,15 @@ def load_column(values, token, n):
 
 
 @triton.jit
+def minus_lse(z, lse, lse_low, token, n):
+    """Log-probs of a tile, given the log-sum-exp as two numbers per token; None stands for 0."""
+    log_p = z - load_column(lse, token, n)
+    if lse_low is not None:
+        log_p = log_p - load_column(lse_low, token, n)
+    return log_p
+
+
+@triton.jit
 def store_statistic(out, split, field, token, value, n, FIELDS: tl.constexpr):
     """out[split, field, token] = value, of [splits, FIELDS, n]."""
     tl.store(out + (split * FIELDS + field).to(tl.int64) * n + token, value, mask=token < n)
@@ -235,11 +244,19 @@ def target_logits(z, vocab_ids, target):
 
 
 @triton.jit
-def rescaled(m, l, s, new_m):  # noqa: E741
-    """Online softmax: l and s relative to the maximum `new_m`, and the shift of exponents; 0 before the first tile."""
-    shift = tl.where(l > 0, m - new_m, 0.0)
+def rescaled(m, rest, s, new_m):
+    """Online softmax: rest and s relative to the maximum `new_m`, and the shift of exponents; 0 before the first tile.
+
+    rest = l - 1 goes without one vocab id at the maximum: see `core.statistics`. Where the maximum has grown, or before
+    the first tile (rest -1), that 1 is in the next tile's l, and is subtracted here. (To sum each tile without its 1
+    takes more registers than the kernels have.)
+    """
+    filled = rest != -1.0  # also if it is NaN
+    shift = tl.where(filled, m - new_m, 0.0)
     shrink = exp_ftz(shift)
-    return l * shrink, tl.where(shrink > 0, (s + shift * l) * shrink, 0.0), shift
+    l = rest + 1.0  # noqa: E741
+    new_s = tl.where(shrink > 0, (s + shift * l) * shrink, 0.0)
+    return tl.where(shift == 0, rest, l * shrink - 1.0), new_s, shift
 
 
 @triton.jit

@@ -49,18 +49,20 @@ def token_chunks(student: Projection, top_k: int, block_v: int) -> Iterator[slic
 
 
 def chunk_size(top_k: int, vocab: int, block_v: int) -> int:
-    """Tokens per chunk: each holds 3 numbers per tile and copies of them, its tiles' logits and copies of these."""
+    """Tokens per chunk: each holds 5 numbers per tile and copies of them, its tiles' logits and copies of these."""
     tiles = ceil_div(vocab, block_v)
     chosen = (min(top_k, tiles) + 1) * block_v
-    tokens = max(1, CHUNK_BYTES // (4 * 8 * tiles + 4 * 12 * chosen))
+    tokens = max(1, CHUNK_BYTES // (4 * 10 * tiles + 4 * 12 * chosen))
     # What is per token then begins on sixteen bytes in every chunk, so that none compiles kernels anew.
     return tokens if tokens < TOKEN_MULTIPLE else tokens // TOKEN_MULTIPLE * TOKEN_MULTIPLE
 
 
-def empty_peaks(student: Projection, block_v: int) -> Tensor:  # [3, vocab tiles, n]
-    """What `pair_stats` fills: the teacher's largest logit, and the student's and the teacher's lse, of each tile."""
+def empty_peaks(student: Projection, block_v: int) -> Tensor:  # [5, vocab tiles, n]
+    """What `pair_stats` fills, of each tile: the teacher's largest logit, and of both heads a maximum and the logarithm
+    of the mass relative to it, which rounded to one number would lose digits.
+    """
     tiles = ceil_div(student.vocab, block_v)
-    return student.hidden.new_empty((3, tiles, student.num_rows), dtype=torch.float32)
+    return student.hidden.new_empty((5, tiles, student.num_rows), dtype=torch.float32)
 
 
 def bucket_divergences(
@@ -72,7 +74,8 @@ def bucket_divergences(
     config = _config(student, head, other)
     block_v = config.block_v
     tiles, present = _choose_tiles(peaks[0], local, vocab, block_v, top_k)
-    tail_p, tail_q = _other_tiles(peaks[1], tiles, stats.p), _other_tiles(peaks[2], tiles, stats.q)
+    _, m_p, mass_p, m_q, mass_q = peaks.unbind(0)
+    tail_p, tail_q = _other_tiles(m_p, mass_p, tiles, stats.p), _other_tiles(m_q, mass_q, tiles, stats.q)
     z_p, z_q = _tile_logits(student, head, other, config, tiles, present)
     ids = (tiles.unsqueeze(2) * block_v + torch.arange(block_v, device=tiles.device)).flatten(1)
     exists = present.repeat_interleave(block_v, 1) & (ids < vocab)
@@ -103,14 +106,14 @@ def _choose_tiles(
     return torch.cat([best, own.unsqueeze(1)], 1), torch.cat([torch.ones_like(best, dtype=torch.bool), ~known], 1)
 
 
-def _other_tiles(lse: Tensor, tiles: Tensor, stats: HeadStats) -> Tensor:  # [tiles, n], [n, slots] -> [n]
-    """The probability of all tiles but the chosen ones."""
-    return (lse - (stats.m + stats.l.log())).exp_().t().contiguous().scatter_(1, tiles, 0.0).sum(1)
+def _other_tiles(m: Tensor, log_mass: Tensor, tiles: Tensor, stats: HeadStats) -> Tensor:  # [tiles, n]..., [n, slots]
+    """The probability [n] of all tiles but the chosen ones."""
+    return (m - stats.m).add_(log_mass).sub_(stats.log_l).exp_().t().contiguous().scatter_(1, tiles, 0.0).sum(1)
 
 
 def _mass(z: Tensor, stats: HeadStats, where: Tensor) -> Tensor:  # [n, k] -> [n]
     """The probability of some vocab ids, given their logits."""
-    return torch.where(where, (z - stats.m.unsqueeze(1) - stats.l.log().unsqueeze(1)).exp(), 0.0).sum(1)
+    return torch.where(where, (z - stats.m.unsqueeze(1) - stats.log_l.unsqueeze(1)).exp(), 0.0).sum(1)
 
 
 def _absent(mine: Tensor, chosen: Tensor) -> Tensor:  # [n, k], [n, K] -> [n, k]

@@ -7,6 +7,7 @@ token for token. The teacher is the current policy, forward only. A sequence wit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
     invalid credit options; `initialize` raises as `patch_lm_head` does.
     """
 
+    model_config: Any  # verl's
+
     def __init__(self, model_config: Any, engine_config: Any, *others: Any, **named: Any) -> None:
         if not model_config.use_fused_kernels:
             raise ValueError("use_fused_kernels is False, needs True: only the fused head computes the divergence")
@@ -48,7 +51,14 @@ class SGCDEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl is not typ
         super().__init__(model_config, engine_config, *others, **named)
 
     def _build_module(self) -> Any:
-        module = super()._build_module()
+        # verl's fused forward replaces that of the whole class, and gives no logits from which to measure the head.
+        given: Any = self.model_config  # type: ignore[has-type]  # verl is not typed
+        self.model_config = copy.copy(given)
+        object.__setattr__(self.model_config, "use_fused_kernels", False)  # its configs are frozen
+        try:
+            module = super()._build_module()
+        finally:
+            self.model_config = given
         patch_lm_head(module, packed=self.use_remove_padding)
         return module
 

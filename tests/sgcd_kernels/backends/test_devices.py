@@ -52,7 +52,7 @@ def test_every_op_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     registration.register(logprob_op)(logprob_op)
     entered: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or _Nothing())  # type: ignore[func-returns-value]
-    made[0](torch.zeros(1).as_subclass(Elsewhere))
+    made[0](torch.zeros(1).as_subclass(Elsewhere), [], [], None)  # no numbers
     assert entered == [torch.device("cuda:1")]
 
 

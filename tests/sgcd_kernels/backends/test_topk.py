@@ -99,10 +99,11 @@ def test_a_tail_beside_a_certain_vocab_id_keeps_its_digits() -> None:
     w, x = torch.eye(200, device=device), z.to(device)
     y = torch.zeros(2, dtype=torch.long, device=device)
     got = linear_divergence(x[:1], w, y[:1], x[1:], top_k=1, impl="triton")
-    p, q = (1 - row.double().softmax(0)[0] for row in z)
-    # The certain vocab id's own log-probs are 0 in fp32: what is left is the tails' term.
+    p, q = (row.double().softmax(0)[1:].sum() for row in z)
+    # Both terms: the certain vocab id's own log-probs, -1e-11, are not 0 in fp32 either.
+    truth = p * (p / q).log() + (1 - p) * ((-p).log1p() - (-q).log1p())
     assert 0 < float(q) < float(p) < 1e-10
-    assert float(got.topk_reverse_kl) == pytest.approx(float(p * (p / q).log()), rel=1e-4)
+    assert float(got.topk_reverse_kl) == pytest.approx(float(truth), rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize("tokens", [7])

@@ -140,10 +140,10 @@ def what_travels(i: Inputs) -> None:
     sgcd = {"config": CreditConfig(d_floor=0.01), **i.options}
     teacher = (i.y, i.t, i.a, i.cu)
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
-        "a head": (4, lambda: linear_logprob(i.x, i.w, i.y, **i.options)),
-        "a scoring pass": (11, lambda: linear_divergence(i.x, i.w, i.y, i.t, i.v, **i.options)),
-        "sgcd": (12, lambda: sgcd_loss(x, w, *teacher, **sgcd)),
-        "without reuse_lse": (15, lambda: sgcd_loss(x, w, *teacher, reuse_lse=False, **sgcd)),
+        "a head": (5, lambda: linear_logprob(i.x, i.w, i.y, **i.options)),
+        "a scoring pass": (13, lambda: linear_divergence(i.x, i.w, i.y, i.t, i.v, **i.options)),
+        "sgcd": (14, lambda: sgcd_loss(x, w, *teacher, **sgcd)),
+        "without reuse_lse": (18, lambda: sgcd_loss(x, w, *teacher, reuse_lse=False, **sgcd)),
     }
     reduced = []
     with pytest.MonkeyPatch.context() as patch:
@@ -154,7 +154,7 @@ def what_travels(i: Inputs) -> None:
         for name, (numbers, call) in calls.items():
             reduced.clear()
             call()
-            gradient = 0 if numbers in (4, 11) else reduced.pop()
+            gradient = 0 if numbers in (5, 13) else reduced.pop()
             assert gradient in (0, scored * H, N * H), name
             assert sum(reduced) == numbers * scored, (name, reduced)
 

@@ -310,7 +310,7 @@ class TestOpcheck:
         policy = PolicyLossConfig("gspo", 0.1, 0.3, 0.2, torch.tensor(7))
         every = Settings(LMHead(w, None, 9.0, tau), policy, -100, "torch")
         given = PolicyTokens(y, a, old, mask, cu, old, a.abs())
-        for known in (KnownLse(old.abs()), KnownLse(old.abs(), i["some"])):
+        for known in (KnownLse(old.abs()), KnownLse(old.abs(), known=i["some"]), KnownLse(old.abs(), old * 1e-8)):
             check(policy_loss_op, x, every, given, known, Needs(False, False, False))
 
     def test_distill_loss(self, dtype: torch.dtype, padded: bool) -> None:
@@ -356,9 +356,10 @@ def test_no_result_shares_memory(impl: str) -> None:
     )
     settings = Settings(head, PolicyLossConfig(), -100, impl)
     policy = policy_loss_op(x, settings, tokens, KnownLse(), Needs(True, True, False))
+    divergence = divergence_op(x, head, t, head, y, -100, DivergenceOptions(), impl)
     calls = {
         "logprob": logprob_op(x, head, y, -100, impl),
-        "divergence": divergence_op(x, head, t, head, y, -100, DivergenceOptions(), impl),
+        "divergence": (*divergence.stats, divergence.student_lse_low),
         "distill": (distilled.loss, *distilled.saved),
         "policy": (policy.loss, *policy.metrics, *policy.grads, policy.logp, policy.entropy),
         "batch": batch_op(head, tokens, None, None, -100),

@@ -11,6 +11,7 @@ from sgcd_kernels import linear_logprob, linear_policy_loss, reference
 from sgcd_kernels.backends.torch import blocks
 from sgcd_kernels.core.surrogate import LOSS_TYPES
 
+IMPLS = ("torch", "auto")
 F64 = torch.float64
 CU = [0, 4, 4, 9, 17]  # one sequence is empty
 N, H, V = 17, 5, 130
@@ -245,24 +246,55 @@ def test_without_grad_no_gradient_is_computed() -> None:
     assert not loss.requires_grad
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("old", [-200.0, -4.0, 200.0])
-@pytest.mark.parametrize("a", [1.0, 0.0, -1.0])
-def test_ratios_that_overflow_leave_finite_gradients(loss_type: str, old: float, a: float) -> None:
-    """An infinite ratio under a finite, clipped loss has the slope 0 times inf."""
+def extreme(old: float, a: float, ref: float) -> dict[str, Any]:
+    """A batch with extreme log-probs of the old and the reference policy at one token each."""
     inputs = batch(torch.float32)
     for name in ("old_logp", "ref_logp", "importance_weights", "advantages"):
         inputs[name] = inputs[name].float()
     inputs["old_logp"][0], inputs["advantages"][:4] = old, a
-    inputs["ref_logp"][2] = 200.0
-    loss, metrics = linear_policy_loss(**inputs, loss_type=loss_type, beta=0.1)
+    inputs["ref_logp"][2] = ref
+    return inputs
+
+
+def assert_follows_the_formula(inputs: dict[str, Any], loss_type: str, impl: str) -> None:
+    loss, _ = linear_policy_loss(**inputs, loss_type=loss_type, beta=0.1, impl=impl)
     exact = inputs | {k: inputs[k].detach().double().requires_grad_() for k in ("hidden", "weight", "bias")}
     want = expected(exact, loss_type, beta=0.1)
     torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-5)
     for ours, plain in zip(torch.autograd.grad(loss, leaves(inputs)), torch.autograd.grad(want, leaves(exact))):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours.double(), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
-    assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("old", "ref"), [(-25.0, -1.0), (-60.0, -1.0), (30.0, -1.0), (-1.0, 22.0), (-1.0, 60.0)])
+@pytest.mark.parametrize("a", [1.0, 0.0, -1.0])
+def test_extreme_ratios_follow_the_formula(impl: str, loss_type: str, old: float, ref: float, a: float) -> None:
+    """Nothing is clamped that the formula does not clip: as far as fp32 reaches, in loss and gradient."""
+    assert_follows_the_formula(extreme(old, a, ref), loss_type, impl)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("a", [1.0, 0.0])
+def test_a_ratio_that_overflows_where_it_counts_for_nothing(loss_type: str, a: float) -> None:
+    """Clipped, or times 0: the slope is 0, not 0 times inf."""
+    assert_follows_the_formula(extreme(-200.0, a, -1.0), loss_type, "auto")
+
+
+@pytest.mark.parametrize(("old", "ref"), [(-200.0, -1.0), (-1.0, 200.0)])
+def test_an_overflow_shows_in_the_loss_and_the_metrics(old: float, ref: float) -> None:
+    loss, metrics = linear_policy_loss(**extreme(old, -1.0, ref), loss_type="dapo", beta=0.1)
+    assert loss.item() == float("inf")
+    assert metrics["ratio/max" if old < -1 else "kl"].item() == float("inf")
+
+
+def test_the_kl_of_nearby_policies_keeps_its_digits() -> None:
+    inputs = batch(torch.float32)
+    logp = linear_logprob(*(inputs[k] for k in ("hidden", "weight", "targets")), bias=inputs["bias"]).logp.detach()
+    inputs["ref_logp"] = logp + 1e-3
+    metrics = linear_policy_loss(**inputs, beta=0.1)[1]
+    assert metrics["kl"].item() == pytest.approx(5e-7, rel=2e-3)  # d^2 / 2; e^d - d - 1 would be off by 10%
 
 
 def test_masked_targets_may_be_anything() -> None:

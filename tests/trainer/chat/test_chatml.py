@@ -238,6 +238,10 @@ def test_hermes_is_read_tolerantly(text: str) -> None:
         ("hermes", '<tool_call>{"arguments": {}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "cd", "arguments": [1]}</tool_call>'),
         ("hermes", "<tool_call></tool_call>"),
+        ("hermes", '<tool_call>{"name": "cd", "args": {"folder": "a"}}</tool_call>'),  # not a call without arguments
+        ("hermes", '<tool_call>{"name": "cd", "folder": "a"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "cd", "name": "ls", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "cd", "arguments": {"folder": "a"}, "parameters": {}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "a"}</tool_call><tool_call>oops</tool_call>'),
         ("hermes", "<tool_call>" + "[" * 5000),
         ("python", '[cd(folder="a"'),

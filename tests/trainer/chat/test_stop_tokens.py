@@ -53,11 +53,20 @@ def loaded(path: Path) -> tuple[Any, Any, Any]:
         (2, 0, {END, ENDOFTEXT}),
         (-1, [10**6, -5], {END}),
         ([], [], {END}),
+        (None, True, {END}),
+        (None, [[0]], {END}),
     ],
 )
 def test_the_ends_of_a_folder_are_joined(tmp_path: Path, config: Any, generation: Any, ends: set[str]) -> None:
     _, tokenizer, renderer = loaded(folder(tmp_path, config, generation))
     assert renderer.stop_ids == frozenset(tokenizer.convert_tokens_to_ids(sorted(ends)))
+
+
+def test_the_tokenizers_end_is_one_of_them(tmp_path: Path) -> None:
+    file = folder(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": ENDOFTEXT}))
+    _, tokenizer, renderer = loaded(tmp_path)
+    assert renderer.stop_ids == frozenset(tokenizer.convert_tokens_to_ids([END, ENDOFTEXT]))
 
 
 @pytest.mark.parametrize("kind", [HFEngine, PaddedEngine])

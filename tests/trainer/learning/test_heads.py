@@ -124,6 +124,16 @@ def test_a_head_that_cannot_be_reproduced_ends_in_one_line(tmp_path: Path, capsy
     assert "ElectraForCausalLM does not compute softcap" in shown and "generator_predictions.dense (Linear)" in shown
 
 
+def test_a_model_without_sdpa_says_what_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(saved(tmp_path, made("gemma2")))
+    capsys.readouterr()
+    for command in ("check", "train"):
+        assert main([command, config]) == 2
+        said = "".join(capsys.readouterr())
+        assert "has no sdpa; use --model.attn_implementation eager" in said and "Traceback" not in said
+    assert main(["check", config, "--model.attn_implementation", "eager"]) == 0
+
+
 def test_check_measures_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = made("llama")
     model.lm_head.weight.data[3, 3] = float("nan")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -83,6 +85,14 @@ def test_a_mixed_group_without_contrast_trains_without_a_reference_and_says_why(
     assert failed.reference_info["error"] == "all_failed"
 
 
+class Odd:
+    def __float__(self) -> float:
+        raise KeyError("no number")
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
 BAD = [
     float("nan"),
     float("inf"),
@@ -97,10 +107,19 @@ BAD = [
     torch.ones(2),
     torch.tensor(float("nan")),
     object(),
+    Odd(),
+    bytearray(b"1"),
+    np.array("1"),
+    np.str_("1"),
+    np.complex64(1),
+    np.ma.masked,
+    torch.tensor(1 + 0j),
+    torch.empty((), device="meta"),
 ]
 
 
-@pytest.mark.parametrize("value", BAD, ids=lambda v: repr(v)[:20])
+@pytest.mark.parametrize("value", BAD, ids=lambda v: type(v).__name__)
+@pytest.mark.filterwarnings("ignore:.*masked element")
 def test_what_is_no_number_is_named_and_never_scored(value: Any) -> None:
     with pytest.raises(EnvironmentBroken, match="the verifier's reward: needs a number"):
         asyncio.run(Grading().grade(rollout([], 0.0), Outcome(value), 1.0))
@@ -141,9 +160,50 @@ def sleeping(rollout: Rollout) -> float:
     return 1.0
 
 
-def test_a_function_that_raises_or_blocks_is_named() -> None:
-    with pytest.raises(EnvironmentBroken, match=r"rewards: mine: KeyError\('answer'\)"):
-        asyncio.run(Grading((Reward("mine", 1.0, raising),)).grade(rollout([], 0.0), Outcome(0.0), 1.0))
+def stopping(rollout: Rollout) -> float:
+    return next(iter(()))
+
+
+def exiting(rollout: Rollout) -> float:
+    sys.exit(3)
+
+
+def timed_out(rollout: Rollout) -> float:
+    raise TimeoutError("of its own server")
+
+
+async def leaving(rollout: Rollout) -> float:
+    sys.exit(4)
+
+
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [
+        (raising, "KeyError('answer')"),
+        (stopping, "StopIteration()"),
+        (exiting, "SystemExit(3)"),
+        (leaving, "SystemExit(4)"),
+        (timed_out, "TimeoutError('of its own server')"),
+    ],
+)
+def test_what_a_function_raises_is_named_and_drops_the_rollout(function: Any, shown: str) -> None:
+    with pytest.raises(EnvironmentBroken, match=re.escape(f"rewards: mine: {shown}")):
+        asyncio.run(Grading((Reward("mine", 1.0, function),)).grade(rollout([], 0.0), Outcome(0.0), 60.0))
+
+
+class Judge:
+    async def __call__(self, rollout: Rollout) -> float:
+        return await shortness(rollout)
+
+
+@pytest.mark.parametrize("function", [shortness, Judge(), functools.partial(shortness), lambda r: shortness(r)])
+def test_asynchronous_functions_of_every_kind_are_awaited(function: Any) -> None:
+    one = rollout(["look"], 0.0)
+    asyncio.run(Grading((Reward("mine", 1.0, function),)).grade(one, Outcome(0.0), 60.0))
+    assert one.reward == -3.0
+
+
+def test_a_function_that_blocks_is_named() -> None:
     with pytest.raises(EnvironmentBroken, match=r"rewards: mine took longer than env.timeout = 0.05 s"):
         asyncio.run(Grading((Reward("mine", 1.0, sleeping),)).grade(rollout([], 0.0), Outcome(0.0), 0.05))
 

@@ -109,6 +109,17 @@ def test_an_adapter_that_fails_unforeseen_leaves_a_report_and_a_broken_world_non
     assert (broken.broken, broken.bugs) == (1, [])
 
 
+@pytest.mark.parametrize("method", ["reset", "step", "outcome", "close"])
+def test_an_exit_within_an_environment_ends_no_run(method: str) -> None:
+    """Such as that of a policy's code, run in our process."""
+    suite = toy.ParitySuite(faults=[(method, SystemExit(3))])
+    group = play_group(Script(*["w1"] * 9), suite)
+    assert len(group.rollouts) == 4
+    assert (group.broken, [report.error for report in group.bugs]) == (
+        (0, []) if method == "close" else (1, [f"{method}: RuntimeError('exit(3)')"])
+    )
+
+
 class Odd(toy.ParityEnvironment):
     """Says what no file or tokenizer takes as it is."""
 

@@ -73,7 +73,7 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """Every block of `text`: what its fence names, and what stands in it."""
     at = 0
     while opening := OPENING.search(text, at):
-        name = (opening[2] or opening[4] or "").strip().lower()
+        name = next(iter((opening[2] or opening[4] or "").lower().split()), "")  # attributes may follow it
         closings = _closings(len(opening[1] or opening[3]), name in PYTHON)
         fences = (m for closing in closings for m in closing.finditer(text, opening.end()) if m["fence"] is not None)
         found = next(fences, None)

@@ -14,7 +14,7 @@ from trainer.data import Message, Task, TaskClass
 from trainer.envs.tau3_airline import installation
 from trainer.errors import UserError, all_of
 from trainer.protocols import Environment
-from trainer.references.endpoint import is_loopback
+from trainer.references.endpoint import is_loopback, refuse_cleartext
 from trainer.references.literals import spans
 
 if TYPE_CHECKING:
@@ -189,6 +189,8 @@ def _check_key(base_url: Any, key_env: Any) -> None:
         raise UserError("env.options.user_api_key_env: needs the name of an environment variable, not the key itself")
     if isinstance(base_url, str) and not is_loopback(base_url) and not os.environ.get(key_env, "").strip():
         raise UserError(f"env.options.user_api_key_env: ${key_env} is not set; run: export {key_env}=...")
+    if isinstance(base_url, str):
+        refuse_cleartext("env.options.user_base_url", base_url, key_env)
 
 
 def _number(value: Any) -> bool:

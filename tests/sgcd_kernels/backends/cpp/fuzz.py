@@ -167,7 +167,7 @@ def mixture_stats(c: Call) -> tuple[Any, ...]:
 
 def logprob_grads(c: Call) -> tuple[Any, ...]:
     head = *c.head(), c.rows, c.targets(), *c.shared()
-    values, needs, cached = (c.each(), c.each(), c.each(), *c.entropies()), c.needs(), []
+    values, needs, cached = (c.each(), c.draw.maybe(c.each), c.each(), c.each(), *c.entropies()), c.needs(), []
     if c.draw.of(True, False):
         try:
             cached = list(ops.head_stats_cached(*head, needs[1] != c.draw.flaw())[1])
@@ -181,7 +181,7 @@ def logprob_grads(c: Call) -> tuple[Any, ...]:
 
 
 def distill_grads(c: Call) -> tuple[Any, ...]:
-    values, beta = [c.each() for _ in range(4)], c.draw.number(0.5, 0.0, 1.0)
+    values, beta = [c.each() for _ in range(6)], c.draw.number(0.5, 0.0, 1.0)
     return (
         *c.head(),
         *c.head(),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgcd_kernels import backend_status, linear_policy_loss
+from sgcd_kernels.core.statistics import HeadStats
 from tests.sgcd_kernels.backends.cases import Case, case, weights
 
 STATUS = backend_status()["cpp"]
@@ -37,9 +38,9 @@ def gradients(
     arguments = (c.x, c.w, bias, None, c.y, temperature, 0.0)
     stats, cached = ops.head_stats_cached(*arguments, needs[1]) if cache else (ops.head_stats(*arguments), [])
     d = weights(c.x.shape[0])
-    lse = stats[0] + stats[1].log()
+    lse, low = HeadStats(*stats).results()[2:]
     copies = [x.clone() for x in cached]
-    grads = ops.logprob_grads(*arguments, lse, -d, d, None, None, needs, False, cached)
+    grads = ops.logprob_grads(*arguments, lse, low, -d, d, None, None, needs, False, cached)
     return [g for g, need in zip(grads, needs, strict=True) if need], copies
 
 
@@ -113,9 +114,9 @@ def test_what_was_cached_for_something_else_is_refused() -> None:
     _, cached = ops.head_stats_cached(*arguments, True)
     each = torch.zeros(70)
     for wrong in (
-        (*arguments, each, each, each, None, None, [True, False, False], False, cached),
-        (*arguments, each, each, each, each, each, [True, True, False], False, cached),
-        (*arguments, each, each, each, None, None, [True, True, False], False, cached[:4]),
+        (*arguments, each, None, each, each, None, None, [True, False, False], False, cached),
+        (*arguments, each, None, each, each, each, each, [True, True, False], False, cached),
+        (*arguments, each, None, each, each, None, None, [True, True, False], False, cached[:4]),
         (
             c.x[:64],
             c.w,
@@ -124,7 +125,7 @@ def test_what_was_cached_for_something_else_is_refused() -> None:
             c.y[:64],
             None,
             0.0,
-            *[each[:64]] * 3,
+            *[each[:64]] * 4,
             None,
             None,
             [True, True, False],

@@ -49,9 +49,11 @@ def launches(n, vocab, width, strides, starts, masked):
     numbers, targets = torch.zeros(n), torch.zeros(n, dtype=torch.long)
     needs = Needs(True, True, False)
     logprob.logprob_forward(p, targets)
-    logprob.logprob_backward(p, targets, LogprobValues(None, lse=numbers), LogprobValues(numbers), needs)
+    values, upstream = LogprobValues(None, lse=numbers, lse_low=numbers), LogprobValues(numbers)
+    logprob.logprob_backward(p, targets, values, upstream, needs)
     divergence.divergence_forward(p, q, targets, DivergenceOptions(("jsd", "tv"), 0.5, 3))
-    distill.distill_backward(p, q, ("jsd", 0.5), DistillSaved(numbers, numbers, numbers), numbers, needs)
+    saved = DistillSaved._make([numbers] * len(DistillSaved._fields))
+    distill.distill_backward(p, q, ("jsd", 0.5), saved, numbers, needs)
     return sorted(keys)
 
 print(json.dumps([launches(*call) for call in json.loads(sys.argv[1])]))
