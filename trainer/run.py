@@ -11,9 +11,10 @@ if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parents[1])
     from trainer import terminal
     from trainer.commands import main
-    from trainer.stop_signals import leave_soon
+    from trainer.stop_signals import StopSignals, leave_soon
 
     terminal.guard()
+    StopSignals.ends_process = True
     code = main()
     if code > 128:  # a signal: threads that never end must not keep the process
         leave_soon(code)

@@ -45,6 +45,7 @@ class StopSignals:
     """
 
     active: StopSignals | None = None
+    ends_process = False  # what the command line sets: once stopped, the process ends, and a late signal keeps its code
 
     def __init__(self, advice: str = "") -> None:
         self.advice = advice
@@ -64,6 +65,8 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         StopSignals.active = None
+        if self.received is not None and StopSignals.ends_process:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -175,3 +175,19 @@ def test_only_a_training_is_said_to_resume(
     monkeypatch.setitem(commands.COMMANDS, command, stopped)
     assert commands.main([command, "run"]) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: nothing was changed; the same command begins again\n"
+
+
+def test_a_second_delivery_after_the_end_keeps_the_exit_code() -> None:
+    """The first may end a run within the time that `timeout` takes for the second."""
+    program = """
+import os, signal, sys
+from trainer.stop_signals import StopSignals, Stopped
+StopSignals.ends_process = True
+try:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+except Stopped as stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(stopped.exit_code)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 143
