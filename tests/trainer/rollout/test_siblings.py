@@ -6,13 +6,14 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.trainer import toy
 from tests.trainer.rollout.test_episode import RENDERER, Script, setup
-from trainer.data import Group, Message, Rollout
+from trainer.data import Group, Message, Outcome, Rollout
 from trainer.engines.hf import HFEngine
-from trainer.errors import EnvironmentLost, UserError
+from trainer.errors import EnvironmentBroken, EnvironmentLost, UserError
 from trainer.learning.update import check_mask
 from trainer.rollout.siblings import EnvironmentMonitor, run_group
 
@@ -138,6 +139,20 @@ class OddSuite(toy.ParitySuite):
 def test_what_an_environment_says_is_made_encodable_at_the_door() -> None:
     group = play_group(Script(*["<call> peek at w1", "w1"] * 2), OddSuite(), n=1)
     assert [m["content"] for m in group.rollouts[0].messages] == ["", "seen \ufffd", "w1"]
+
+
+def test_why_an_environment_broke_is_made_encodable_too() -> None:
+    faults = [("step", EnvironmentBroken("no \ud83d"))] * 2
+    assert play_group(Script(*["w1"] * 2), toy.ParitySuite(faults=faults), n=1).problem == "no \ufffd"
+
+
+def test_a_numpy_word_on_success_is_a_bool(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def outcome(self: Any) -> Outcome:
+        return Outcome(0.0, success=np.bool_(True))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(toy.ParityEnvironment, "outcome", outcome)
+    group = play_group(Script("w1"), toy.ParitySuite(), n=1)
+    assert group.rollouts[0].success is True
 
 
 @pytest.mark.parametrize("content", [float("nan"), b"bytes", {1, 2}])
