@@ -110,9 +110,10 @@ class TestPeaked:
             "jsd": lambda: reference.jsd(p, q),
         }[kind]().sum()
         (grad,), (true_grad,) = torch.autograd.grad(loss, bias), torch.autograd.grad(true, true_p)
-        assert_near(loss, true, 2e-5, 2 * rounding(impl))  # the log-probs of two heads
+        each = 2 * rounding(impl)  # the log-probs of two heads
+        assert_near(loss, true, 2e-5, each)
         # Absolutely, at the size of the row's largest: a probability of which the gradient is 0 has no relative error.
-        assert float((grad.cpu() - true_grad).abs().max()) < 2e-5 * float(true_grad.abs().max()) + rounding(impl)
+        assert float((grad.cpu() - true_grad).abs().max()) < 2e-5 * float(true_grad.abs().max()) + each
 
 
 @pytest.mark.parametrize("impl", IMPLS)
