@@ -54,10 +54,17 @@ def leaf(z: Tensor, impl: str) -> Tensor:
     return z.detach().clone().to(device_of(impl)).requires_grad_()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("others", [1e-3, 1e-6, 1e-8])
+PEAKED = [
+    (impl, vocab, offset, others)
+    for impl in IMPLS
+    for i, offset in enumerate(OFFSETS)
+    for j, others in enumerate((1e-3, 1e-6, 1e-8))
+    for k, vocab in enumerate(VOCABS)
+    if impl != "triton" or (i + j + k) % 3 == 0  # every pair of values: its interpreter takes a second per case
+]
+
+
+@pytest.mark.parametrize(("impl", "vocab", "offset", "others"), PEAKED)
 class TestPeaked:
     def test_log_prob_entropy_and_their_gradients(self, impl: str, vocab: int, offset: float, others: float) -> None:
         z = peaked(vocab, others, offset)
