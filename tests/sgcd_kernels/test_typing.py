@@ -23,10 +23,10 @@ reveal_type(FusedLinearSGCDLoss(loss_type="dapo")(x, x, x, x, x, turn_ids=x))  #
 FusedLinearSGCDLoss()(x, x, x, x, x, nonsense=1)  # call-arg
 FusedLinearSGCDLoss()(x, x, x, x)  # call-arg
 FusedLinearSGCDLoss(losstype="dapo")  # call-arg
-reveal_type(Grpo(beta=0.0)(x, x, x, x, x))  # tuple[Tensor, list[Tensor]]
+reveal_type(Grpo(beta=0.0)(x, x, x, x, x))  # tuple[Tensor, tuple[Tensor, ...]]
 Grpo(sapo="x")  # call-arg
 Grpo()(x, x, x, x, x, teacher_input=x)  # call-arg
-reveal_type(Sgcd(beta=0.0)(x, x, x, x, x, teacher_input=x))  # tuple[Tensor, list[Tensor]]
+reveal_type(Sgcd(beta=0.0)(x, x, x, x, x, teacher_input=x))  # tuple[Tensor, tuple[Tensor, ...]]
 Sgcd()(x, x, x, x, x)  # call-arg
 Sgcd(sapo="x")  # call-arg
 reveal_type(linear_logprob(x, x, x).logp)  # Tensor
