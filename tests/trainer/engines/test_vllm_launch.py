@@ -33,6 +33,9 @@ STUB = (
 )
 
 
+COMMAND = vllm_launch.command  # before it is replaced
+
+
 @pytest.fixture(autouse=True)
 def _stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stub where vLLM would be; everything around it is what runs in earnest."""
@@ -285,5 +288,5 @@ def test_the_engine_sleeps_while_the_trainer_updates(
 
 def test_the_log_of_a_server_of_ours_does_not_grow_by_requests(folder: Path, tmp_path: Path) -> None:
     made = owning(folder, tmp_path)
-    assert set(vllm_launch.QUIET) <= set(vllm_launch.command(made, 1, "weights"))
-    assert not set(vllm_launch.QUIET) & set(vllm_launch.command(made, 1)), "a server of the user's says what he likes"
+    assert set(vllm_launch.QUIET) <= set(COMMAND(made, 1, "weights"))
+    assert not set(vllm_launch.QUIET) & set(COMMAND(made, 1)), "a server of the user's says what he likes"

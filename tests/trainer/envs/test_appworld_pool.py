@@ -253,7 +253,7 @@ def test_a_forker_that_dies_quotes_its_last_line(tmp_path: Path) -> None:
 def play_out(tmp_path: Path, *blocks: str) -> Group:
     """One sibling that says these blocks of code, each tried twice if it breaks, in worlds of `small_world.py`."""
     suite = load(tmp_path, root=str(make_root(tmp_path)))
-    suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)
+    suite._suite._pool = Pool(PYTHON, SMALL, 2, suite._pool._prepare)  # of the suite that the checks wrap
     renderer = ChatMLRenderer(make_tokenizer())
     turns = [{"role": "assistant", "content": prompt.block(code)} for code in blocks]
     env = EnvConfig(name="appworld", max_turns=len(turns), timeout=60)
