@@ -369,6 +369,7 @@ def _hidden(sizes: tuple[float, ...], norms: Tensor, width: int) -> Tensor:  # [
     """One token per size: its products with rows of such norms are about as large."""
     usual = float(norms.square().mean().sqrt()) or 1.0
     states = _normal(2, len(sizes), width)
+    states[-1] = states[-2]  # then the logits of the two saturated tokens differ as their sizes do, but for a softcap
     return (states * torch.tensor(sizes, dtype=torch.float64, device="cpu")[:, None] / usual).to(norms.device)
 
 
