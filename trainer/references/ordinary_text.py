@@ -154,7 +154,8 @@ class OrdinaryText:
 
     def _tokens(self, text: str) -> Iterator[tuple[int, int]]:
         """The [start, end) of each token in the strings of a JSON text, and of its numbers."""
-        shown = blank(text, [match.span() for match in self._marks.finditer(text)])
+        marks = [match.span() for match in self._marks.finditer(text)]
+        shown, before, after = blank(text, marks), {end for _, end in marks}, {start for start, _ in marks}
         strings = [match.span() for match in STRING.finditer(shown)]
         outside = blank(shown, strings)
         for start, end in sorted([*strings, *(match.span() for match in BARE.finditer(outside))]):
@@ -164,6 +165,8 @@ class OrdinaryText:
                 first = token.start() + len(word) - len(word.lstrip(EDGES))
                 last = token.start() + len(word.rstrip(EDGES))
                 if DENSE.search(word) or first >= last:  # edges that are a text of their own
+                    if len(word) < 9 and (start + token.start() in before or start + token.end() in after):
+                        continue  # or what was left when the text between them was masked
                     first, last = token.start(), token.end()
                     first += inside[first] == '"'
                     last -= last == len(inside)
