@@ -79,7 +79,6 @@ def engine(config: Config, model: Any, renderer: Renderer) -> Engine:
     """
     from trainer.engines.vllm import VLLMEngine
 
-    config.output_dir.mkdir(parents=True, exist_ok=True)  # here alone: a folder that vanishes later is not made anew
     folder = config.output_dir / "engine_weights"
     if config.engine.vllm_mode == "colocate":
         return colocated(config, model, renderer, folder)

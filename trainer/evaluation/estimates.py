@@ -41,7 +41,7 @@ def summarise(
     if not rollouts:
         return {}
     attempts = by_task(rollouts)
-    rate = {task: fmean(successes) for task, successes in attempts.items()}
+    rate = {task: fmean(each) for task, each in attempts.items()}
     graded = any(r.reward != float(bool(r.success)) for r in rollouts)
     solved, whole = scenario_terms(tasks, rate)
     return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainer import randomness
@@ -16,7 +16,7 @@ from trainer.data import BugReport, Rollout, Sampling, Task
 from trainer.evaluation.estimates import summarise
 from trainer.protocols import Engine, Renderer, Suite
 from trainer.rollout.episode import Guarded, RolloutSetup, close_environment, make_environment, wait_until_open
-from trainer.rollout.rewards import FULL_REWARD, finite, load
+from trainer.rollout.rewards import Grading, load
 from trainer.rollout.siblings import EnvironmentMonitor, GroupSampler
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EVALUATION_SEED = 7_919  # added to the run's seed: evaluation and training never draw the same numbers
+ALONE = Grading(relative=False)
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ async def evaluate(
     """
     tasks = suite.tasks(split or config.env.eval_split)
     sampling = Sampling(config.eval_temperature, config.top_p, config.max_completion_length)
-    grading = load(config.rewards, config.success_threshold)
+    grading = replace(load(config.rewards, config.success_threshold), relative=False)
     setup = RolloutSetup(engine, suite, renderer, sampling, config.env, config.model.max_length, grading)
     sample = GroupSampler(setup, config.eval_samples, advance)
     generator = getattr(engine, "generator", None)  # a server has none
     with randomness.separate(config.seed + EVALUATION_SEED, generator):
         groups = await run_together(sample(task) for task in tasks)
-        refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns)
+        refusals = await refuse(suite, tasks, config.env.timeout, config.env.max_turns, grading)
     EnvironmentMonitor(len(tasks)).observe(groups)
     sample.check_that_some_fit()
     if too_long := sample.too_long:
@@ -75,37 +76,40 @@ async def evaluate(
     return Evaluation({f"eval/{suite.name}/{name}": v for name, v in figures.items()}, rollouts, refusals, bugs)
 
 
-async def refuse(suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16) -> dict[str, float]:
+async def refuse(
+    suite: Suite, tasks: Sequence[Task], timeout: float, max_turns: int = 16, grading: Grading = ALONE
+) -> dict[str, float]:
     """Task id -> success (1 or 0) of refusing politely until the episode is over, or `max_turns` times.
 
-    It is the verifier's word, or its full reward. Tasks whose environment broke, or took longer than `timeout` seconds
-    for a call, are left out.
+    Tasks whose environment broke, or took longer than `timeout` seconds for a call, are left out.
     """
 
     async def one(task: Task) -> float | None:
         try:
-            return await refuse_one(suite, task, timeout, max_turns)
+            return await refuse_one(suite, task, timeout, max_turns, grading)
         except Exception as error:  # the environment's fault, as in an episode: the task is left out, not scored 0
             log.warning("the refuser's attempt at %s broke: %r", task.id, error)
             return None
 
-    rewards = await run_together(one(task) for task in tasks)
-    return {task.id: reward for task, reward in zip(tasks, rewards) if reward is not None}
+    found = await run_together(one(task) for task in tasks)
+    return {task.id: success for task, success in zip(tasks, found) if success is not None}
 
 
-async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16) -> float:
-    """Success of refusing at one task, 1 or 0; a fault of the environment is an `EnvironmentBroken`."""
+async def refuse_one(suite: Suite, task: Task, timeout: float, max_turns: int = 16, grading: Grading = ALONE) -> float:
+    """Success of refusing at one task, 1 or 0, graded as a rollout is; a fault is an `EnvironmentBroken`."""
     environment = make_environment(suite, timeout)
     try:
         await wait_until_open(environment)
         guarded = Guarded(environment, timeout)
-        await guarded.reset(task)
+        messages, tools = await guarded.reset(task)
+        rollout = Rollout(task, messages, tools, [])
         for _ in range(max_turns):
-            _, done = await guarded.step(suite.refusal())
+            observed, done = await guarded.step(suite.refusal())
+            rollout.messages += [suite.refusal(), *observed]
             if done:
                 break
-        outcome = await guarded.outcome()
-        reward = finite(outcome.reward, "the verifier's reward")
-        return float(reward >= FULL_REWARD if outcome.success is None else outcome.success)
+        await grading.grade(rollout, await guarded.outcome(), timeout)
+        grading.judge([rollout])
+        return float(bool(rollout.success))
     finally:
         await close_environment(environment, timeout)

@@ -240,6 +240,7 @@ async def _sample_short_group(probe: Probe) -> Group:
     small = config.model_copy(update={"engine": slots, "output_dir": beside})
     sampling = Sampling(config.temperature, config.top_p, min(16, config.max_completion_length))
     env = config.env.model_copy(update={"max_turns": 2})
+    beside.mkdir(parents=True, exist_ok=True)
     try:
         engine = engines.make(small, probe.model, renderer)
         setup = RolloutSetup(engine, suite, renderer, sampling, env, config.model.max_length)

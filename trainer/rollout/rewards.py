@@ -1,8 +1,9 @@
 """What a finished rollout is worth, and which siblings count as successes.
 
 The reward that trains is the verifier's, or the weighted sum of the config's `rewards`. Success is a judgement beside
-it: references contrast successes with failures, and figures count them. It is the verifier's own word where it gives
-one, else `reward >= success_threshold`, else whether the rollout did better than the mean of its group.
+it: references contrast successes with failures, and figures count them. It is `reward >= success_threshold` where the
+config has one, else the verifier's own word where it gives one, else whether the rollout did better than the mean of
+its group.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
 from statistics import fmean
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 VERIFIER = "verifier"
 LIMIT = 1e6  # beyond that, the mean and the deviation of a group lose the difference between siblings in fp32
-FULL_REWARD = 1.0  # counts as success where nothing says otherwise and there is no group to compare with
+FULL_REWARD = 1.0  # counts as success where nothing says otherwise and there are no siblings to compare with
 
 Function = Callable[[Rollout], "float | Awaitable[float]"]
 
@@ -43,10 +44,11 @@ class Reward:
 
 @dataclass(frozen=True)
 class Grading:
-    """How the rollouts of a run are graded."""
+    """How rollouts are graded: siblings in training, or (not `relative`) attempts of an evaluation, each by itself."""
 
-    rewards: Sequence[Reward] = field(default=(Reward(VERIFIER),))
+    rewards: Sequence[Reward] = (Reward(VERIFIER),)
     success_threshold: float | None = None
+    relative: bool = True  # without the verifier's word and a threshold, siblings are compared with each other
 
     async def grade(self, rollout: Rollout, outcome: Outcome, timeout: float) -> None:
         """Set the reward, its components and the verifier's word on success.
@@ -63,6 +65,20 @@ class Grading:
         rollout.components = found if len(found) > 1 or VERIFIER not in found else {}
         if self.success_threshold is not None:
             rollout.success = rollout.reward >= self.success_threshold
+
+    def judge(self, rollouts: Sequence[Rollout]) -> None:
+        """Decide the success of siblings of which neither the verifier nor a threshold said anything.
+
+        A sibling succeeds if its reward is above the mean of the group: with rewards 0 and 1 these are the ones. Where
+        all have the same reward, and in an evaluation, it needs `FULL_REWARD`.
+        """
+        rewards = [r.reward for r in rollouts]
+        above, least = math.inf, FULL_REWARD
+        if self.relative and len(set(rewards)) > 1:
+            above, least = fmean(rewards), max(rewards)  # the best too: rounding can make it the mean
+        for rollout in rollouts:
+            if rollout.success is None:
+                rollout.success = rollout.reward > above or rollout.reward >= least
 
     async def _component(self, reward: Reward, rollout: Rollout, timeout: float) -> float:
         if reward.function is None:
@@ -117,22 +133,6 @@ def _shown(value: object) -> str:
         return f"{value!r:.80}"
     except Exception:
         return f"a {type(value).__name__}"
-
-
-def judge(rollouts: Sequence[Rollout]) -> None:
-    """Decide the success of siblings of which neither the verifier nor a threshold said anything.
-
-    A sibling succeeds if its reward is above the mean of the group: with rewards 0 and 1 these are the ones. Where all
-    have the same reward, or there is one only, it needs `FULL_REWARD`.
-    """
-    if not rollouts:
-        return
-    rewards = [r.reward for r in rollouts]
-    mean, best = fmean(rewards), max(rewards)
-    for rollout in rollouts:
-        if rollout.success is None:
-            above = rollout.reward > mean or rollout.reward == best  # rounding can make the mean the best
-            rollout.success = above if best > min(rewards) else rollout.reward >= FULL_REWARD
 
 
 def load(configs: Sequence[RewardConfig], success_threshold: float | None) -> Grading:

@@ -13,7 +13,6 @@ from trainer.data import BugReport, Group, Rollout, Task
 from trainer.errors import EnvironmentBroken, EnvironmentBug, EnvironmentLost, PromptTooLong, RolloutBug
 from trainer.protocols import Renderer
 from trainer.rollout.episode import RolloutSetup, play_episode
-from trainer.rollout.rewards import judge
 from trainer.text import encodable
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ async def run_group(setup: RolloutSetup, task: Task, n: int) -> Group:
         return None
 
     group.rollouts = [r for r in await run_together(run_sibling() for _ in range(n)) if r is not None]
-    judge(group.rollouts)
+    setup.grading.judge(group.rollouts)
     return group
 
 

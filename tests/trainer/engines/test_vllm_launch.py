@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def owning(folder: Path, out: Path, **fields: Any) -> Config:
-    """A config whose server is the run's own."""
+    """A config whose server is the run's own, and the run's folder."""
+    out.mkdir(parents=True, exist_ok=True)
     made = config(folder, out, ["http://a"], **fields)
     own = EngineConfig(name="vllm", python=sys.executable, timeout=60.0, max_retries=2)
     return made.model_copy(update={"engine": own})

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.trainer import toy
 from trainer import envs
 from trainer.config import Config
-from trainer.data import Message, Rollout, Task
+from trainer.data import Message, Outcome, Rollout, Task
 from trainer.engines.hf import HFEngine
 from trainer.errors import EnvironmentBroken, UserError
 from trainer.evaluation import command, estimates, evaluate
@@ -157,6 +157,39 @@ def test_the_refuser_refuses_until_the_episode_is_over() -> None:
         suite = Suite()
         asyncio.run(evaluate.refuse(suite, suite.tasks("dev")[:1], timeout=5, max_turns=turns))
         assert suite.log.count("step") == steps
+
+
+class Graded(toy.ParitySuite):
+    """An environment that says how good a rollout was, and not whether it succeeded."""
+
+    def make(self) -> toy.ParityEnvironment:
+        return GradedEnvironment(self.log, self.faults)
+
+
+class GradedEnvironment(toy.ParityEnvironment):
+    async def outcome(self) -> Outcome:
+        self.log.append("outcome")
+        return Outcome(0.2 + 0.1 * (self.log.count("outcome") % 3))  # .2, .3 and .4 in turn
+
+
+@pytest.mark.parametrize(("threshold", "solved"), [(None, 0.0), (0.2, 1.0), (0.5, 0.0)])
+def test_attempts_without_a_verifiers_word_are_judged_alone(threshold: float | None, solved: float) -> None:
+    """Not by the other attempts at the task, as siblings are in training; the refuser is judged alike."""
+    small = config(env={"max_turns": 1}, eval_samples=4, success_threshold=threshold)
+    engine = HFEngine(toy.model(), slots=16, stop_ids=toy.renderer().stop_ids, max_length=480)
+    found = asyncio.run(evaluate.evaluate(engine, Graded(), toy.renderer(), small)).metrics
+    assert found["eval/parity/tgc"] == solved
+    assert found["eval/parity/refuser"] == solved
+    assert 0.2 <= found["eval/parity/reward"] <= 0.4
+
+
+def test_the_refuser_is_graded_by_the_rewards_that_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "paying_rewards.py").write_text("def silence(rollout):\n    return float(len(rollout.messages) == 1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = config(env={"max_turns": 1}, success_threshold=1.0, rewards=[{"path": "paying_rewards:silence"}])
+    engine = HFEngine(toy.model(), slots=16, stop_ids=toy.renderer().stop_ids, max_length=480)
+    found = asyncio.run(evaluate.evaluate(engine, toy.ParitySuite(), toy.renderer(), small)).metrics
+    assert found["eval/parity/refuser"] == 1.0
 
 
 def test_the_refuser_is_really_played() -> None:

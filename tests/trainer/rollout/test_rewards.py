@@ -28,7 +28,7 @@ from trainer.learning.update import group_advantages
 from trainer.records.rollout_metrics import rollout_metrics
 from trainer.references.writers import ContrastWriter
 from trainer.rollout import rewards
-from trainer.rollout.rewards import Grading, Reward, judge
+from trainer.rollout.rewards import Grading, Reward
 
 
 def graded(*values: float, grading: Grading | None = None, success: Sequence[bool | None] = ()) -> Group:
@@ -37,7 +37,7 @@ def graded(*values: float, grading: Grading | None = None, success: Sequence[boo
     made = Group(task(), [rollout(["look"] if value > 0 else ["act"], 0.0) for value in values])
     for one, value, word in zip(made.rollouts, values, words, strict=True):
         asyncio.run((grading or Grading()).grade(one, Outcome(value, success=word), 1.0))
-    judge(made.rollouts)
+    (grading or Grading()).judge(made.rollouts)
     return made
 
 
@@ -147,7 +147,6 @@ def test_components_are_weighted_and_kept() -> None:
     assert one.components == {"verifier": 0.5, "short": -3.0, "seen": 5.0}
     assert one.reward == pytest.approx(1.0 - 0.3 + 5.0)
     group = Group(task(), [one])
-    judge(group.rollouts)
     assert rollout_metrics([group])["reward/short"] == -3.0
 
 
