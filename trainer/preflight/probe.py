@@ -41,5 +41,5 @@ def require(found: T | None, check: str) -> T:
         Skipped: it has not.
     """
     if found is None or found is False:
-        raise Skipped(f"needs the {check}")
+        raise Skipped(f"{check!r} must pass first")
     return found

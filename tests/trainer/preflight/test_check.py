@@ -283,4 +283,4 @@ def test_what_does_not_fit_the_device_is_said_before_it_is_loaded(
     )
     (tmp_path / "model.safetensors").touch()
     found = rows(config(tmp_path, tmp_path / "run", model={"path": str(tmp_path), "max_length": 32_768}))
-    assert found["model"] == ("skip", "needs the memory")
+    assert found["model"] == ("skip", "'memory' must pass first")
